@@ -1,0 +1,63 @@
+# Set-up needs Python 3.11 or newer with venv, and nothing else. Override on the command line, for example
+#   make install PYTHON=python3.12 PIP_FLAGS="--index-url ..."
+PYTHON    ?= python3
+VENV      ?= .venv
+PIP_FLAGS ?=
+BIN       := $(VENV)/bin
+PIP       := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt $(PIP_FLAGS)
+# One thread is the fastest on small models, and makes timings repeatable.
+THREADS   := OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format clean
+
+help:
+	@echo "make demo     make a video of the demo model, its heat map and a report in out/, against a dense run"
+	@echo "make test     run the whole test suite"
+	@echo "make check    lint, formatting, types, import rules"
+	@echo "make install  only set up $(VENV)"
+	@echo "make format   format the code"
+	@echo "make clean    remove $(VENV), out/ and caches"
+
+# Two stamps: the demo waits only for what it needs. A change of the listed files installs anew.
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "heterostep needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "setting up $(VENV) (once; PyTorch is large, this can take some minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch first: any later requirement is then satisfied by this build and pulls no other.
+	@$(PIP) "torch==2.13.0"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@echo "setting up the test and lint tools ..."
+	@$(PIP) -e ".[dev]"
+	@touch $@
+
+install: $(VENV)/.dev
+	@echo "ready: $(BIN)/heterostep --help"
+
+demo: $(VENV)/.runtime
+	@mkdir -p out
+	@$(THREADS) $(BIN)/heterostep generate --prompt "a red disc moves right" --seed 3 --compute 0.5 \
+	    --output out/demo.mp4 --scale 5 --heatmap out/demo-steps.mp4 --report out/demo.json --compare-dense
+
+test: $(VENV)/.dev
+	@$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+check: $(VENV)/.dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@# The checkout may have any name; mypy must see it as heterostep.
+	@mkdir -p .mypy_cache/src && ln -sfn "$(CURDIR)" .mypy_cache/src/heterostep
+	@cd .mypy_cache/src && "$(abspath $(BIN))/mypy" --config-file heterostep/pyproject.toml --cache-dir .. \
+	    $(addprefix heterostep/,__init__.py __main__.py errors.py hsa engine launch)
+	@$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
