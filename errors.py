@@ -1,0 +1,29 @@
+"""Every error that heterostep raises on purpose.
+
+::
+
+    HeterostepError
+    ├── ConfigError   (also a ValueError)    a setting is wrong; raised before any work or process starts
+    ├── RequestError  (also a ValueError)    one request is wrong; the engine stays usable for the next one
+    └── RankFailure   (also a RuntimeError)  a process of the fleet died or froze; the fleet is rebuilt
+
+A message is one sentence: what was given, the rule it broke, and what would do.
+"""
+
+from __future__ import annotations
+
+
+class HeterostepError(Exception):
+    """The root: ``except HeterostepError`` catches everything heterostep raises on purpose."""
+
+
+class ConfigError(HeterostepError, ValueError):
+    """A setting that cannot work, found before any work is done."""
+
+
+class RequestError(HeterostepError, ValueError):
+    """A request that cannot be served; found identically on every rank, so the fleet survives it."""
+
+
+class RankFailure(HeterostepError, RuntimeError):
+    """A rank died or stopped answering; the message names the rank and the step."""
