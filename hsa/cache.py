@@ -1,0 +1,82 @@
+"""The keys and values of every token in one layer, as they were when the token was last evaluated."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rows import gather_rows, write_rows
+
+
+class KVCache:
+    """K and V [B, N, H, D] of one layer and one guidance branch.
+
+    They are stored after normalisation and RoPE, in the kernel's layout.
+    ``k`` and ``v`` are plain tensor attributes on purpose: an int or a list index here would make
+    torch.compile build every block anew. With ``history`` the previous evaluation of each row is kept too
+    (twice the memory), which `keys_values` needs for its forecast.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None, history: bool = False) -> None:
+        """Create an empty cache that stores `dtype` (None: as computed); the first write allocates."""
+        self.dtype = dtype
+        self.history = history
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+        self.k_prev: Tensor | None = None
+        self.v_prev: Tensor | None = None
+
+    def write(self, k: Tensor, v: Tensor, active: Tensor | None = None) -> None:
+        """Overwrite the rows of the active tokens.
+
+        Args:
+            k: fresh keys [B, A, H, D].
+            v: fresh values [B, A, H, D].
+            active: int64 [A], [B, A] for one set per sample, or None for all N tokens (allocates where
+                needed).
+        """
+        if active is None:
+            self._fit(k)
+        assert self.k is not None, "a write of all tokens comes first"
+        assert self.v is not None
+        if self.k_prev is not None and self.v_prev is not None:
+            write_rows(self.k_prev, active, gather_rows(self.k, active))
+            write_rows(self.v_prev, active, gather_rows(self.v, active))
+        write_rows(self.k, active, k)
+        write_rows(self.v, active, v)
+
+    def keys_values(self, dtype: torch.dtype, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return K and V [B, N, H, D] to attend to.
+
+        Args:
+            dtype: type of the queries; the cache is converted where it differs.
+            weight: [B, N]; a row becomes K + weight * (K - K_prev), with weight = damp * (sigma - sigma_l) /
+                (sigma_l - sigma_p), a damped linear forecast of what the row would be now; 0 for fresh rows.
+        """
+        assert self.k is not None, "a write of all tokens comes first"
+        assert self.v is not None
+        k, v = self.k.to(dtype), self.v.to(dtype)
+        if weight is None or self.k_prev is None or self.v_prev is None:
+            return k, v
+        w = weight[:, :, None, None].to(dtype)
+        return k + w * (k - self.k_prev.to(dtype)), v + w * (v - self.v_prev.to(dtype))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.nbytes for t in (self.k, self.v, self.k_prev, self.v_prev) if t is not None)
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self.k = self.v = self.k_prev = self.v_prev = None
+
+    def _fit(self, like: Tensor) -> None:
+        """Allocate buffers for rows like [B, N, H, D], or keep those that fit."""
+        dtype = self.dtype or like.dtype
+        k = self.k
+        if k is not None and k.shape == like.shape and k.dtype == dtype and k.device == like.device:
+            return
+        # Zeros, not empty: a weight of 0 times an uninitialised NaN would still be NaN.
+        self.k, self.v = (torch.zeros_like(like, dtype=dtype) for _ in range(2))
+        if self.history:
+            self.k_prev, self.v_prev = (torch.zeros_like(like, dtype=dtype) for _ in range(2))

@@ -1,0 +1,138 @@
+"""`StepPlanner`: which tokens are active at which step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .budget import Schedule
+from .config import HSAConfig
+from .policies import Policy, TokenState, policy_for, unknown_tokens
+from .rows import fill_rows, gather_rows, write_rows
+from .scores import velocity_change_rate
+
+
+class StepPlanner:
+    """Plans one run after the other: `begin`, then per step `plan` and, where evaluated, `observe`.
+
+    A user's own planner needs only `plan`; `begin`, `observe`, `reason` and `counts` are used where they
+    exist.
+    """
+
+    max_age_default = 8
+
+    def __init__(self, config: HSAConfig | None = None, policy: Policy | None = None) -> None:
+        """Create a planner for `config`; `policy` replaces the one that it names (for tuning)."""
+        self.config = config or HSAConfig()
+        self.policy = policy or policy_for(self.config)
+        self.max_age = self.config.max_age or self.max_age_default
+        self.counts: list[int] = []
+        self._schedule: Schedule | None = None
+        self._batch_size = 1
+        self._tokens: TokenState | None = None
+        self._velocity: Tensor | None = None
+
+    def begin(
+        self,
+        sigmas: Sequence[float],
+        num_tokens: int,
+        batch_size: int = 1,
+        forced_full: frozenset[int] = frozenset({0}),
+    ) -> None:
+        """Start a run and fix the number of tokens of every step (`counts`).
+
+        Args:
+            sigmas: T + 1 falling noise levels.
+            num_tokens: N.
+            batch_size: samples; with more than one each gets its own active set, all of one size.
+            forced_full: steps at which everything is active.
+
+        Raises:
+            ConfigError: no plan meets ``config.compute``; the message names the least possible.
+        """
+        if len(sigmas) < 2 or num_tokens < 1:
+            raise ConfigError(
+                f"{len(sigmas)} sigmas and {num_tokens} tokens: at least one step and one token are needed."
+            )
+        schedule = Schedule(sigmas=tuple(sigmas), num_tokens=num_tokens, forced_full=forced_full | {0})
+        full = [num_tokens] * schedule.num_steps
+        self.counts = full if self.config.compute == 1.0 else self.policy.counts(schedule, self.config)
+        self._schedule, self._batch_size = schedule, batch_size
+        self._tokens = self._velocity = None
+
+    def plan(self, step: int, num_steps: int, sigma: float, num_tokens: int) -> Tensor | None:
+        """Choose the active tokens of a step.
+
+        Returns:
+            None for all; an empty int64 tensor for none; int64 indices [A] (one sample) or [B, A], ascending.
+        """
+        assert self._schedule is not None, "begin() comes first"
+        assert num_steps == self._schedule.num_steps, "another run was begun"
+        assert num_tokens == self._schedule.num_tokens, "another run was begun"
+        count = self.counts[step]
+        if count == num_tokens:
+            return None
+        if count == 0:
+            return torch.empty(0, dtype=torch.int64)
+        tokens = self._tokens or unknown_tokens(
+            self._batch_size, num_tokens, torch.device("cpu"), self._schedule.sigmas[0]
+        )
+        active = self.policy.select(step, sigma, count, tokens, self.max_age)
+        return active[0] if self._batch_size == 1 else active
+
+    def observe(self, step: int, sigma: float, velocity: Tensor, active: Tensor | None) -> None:
+        """Learn from an evaluated step.
+
+        Args:
+            step: its number.
+            sigma: its noise level.
+            velocity: guided velocities [B, N, D]; only the rows of the active tokens are read.
+            active: what `plan` returned: None, [A] or [B, A]. An empty set teaches nothing.
+        """
+        assert self._schedule is not None, "begin() comes first"
+        if active is not None and active.numel() == 0:
+            return
+        if self._tokens is None or self._velocity is None:
+            batch, n = velocity.shape[:2]
+            self._tokens = unknown_tokens(batch, n, velocity.device, sigma)
+            self._velocity = velocity.clone()
+            return
+        tokens = self._tokens
+        # Across a change of experts velocities jump for reasons that say nothing about the tokens: keep the
+        # rates.
+        learn = step not in self._schedule.forced_full
+        if active is None or 4 * active.shape[-1] > velocity.shape[1]:
+            self._observe_many(sigma, velocity, active, learn)
+        else:
+            fresh = gather_rows(velocity, active)
+            if learn:
+                old, since = gather_rows(self._velocity, active), gather_rows(tokens.last, active)
+                write_rows(tokens.rate, active, velocity_change_rate(fresh, old, sigma, since))
+            write_rows(self._velocity, active, fresh)
+        fill_rows(tokens.last, active, sigma)
+        tokens.age += 1
+        fill_rows(tokens.age, active, 0)
+
+    def _observe_many(self, sigma: float, velocity: Tensor, active: Tensor | None, learn: bool) -> None:
+        """Update when many tokens are active: one pass over all is then faster than gathering."""
+        tokens, kept = self._tokens, self._velocity
+        assert tokens is not None
+        assert kept is not None
+        if learn:
+            rate = velocity_change_rate(velocity, kept, sigma, tokens.last)
+            write_rows(tokens.rate, active, gather_rows(rate, active))
+        if active is None:
+            kept.copy_(velocity)
+            return
+        chosen = torch.zeros_like(tokens.age, dtype=torch.bool)
+        fill_rows(chosen, active, True)
+        torch.where(chosen[..., None], velocity.to(kept.dtype), kept, out=kept)
+
+    def reason(self, step: int) -> str:
+        """Say in a word why a step has the size it has: "full", "partial" or "skipped"."""
+        assert self._schedule is not None, "begin() comes first"
+        count = self.counts[step]
+        return "full" if count == self._schedule.num_tokens else "partial" if count else "skipped"

@@ -1,0 +1,180 @@
+"""The velocities of all tokens, fresh or not, and what is assumed of those that are not.
+
+Notation: a token n was last evaluated at sigma_l with velocity v_l and before that at sigma_p with v_p. Its
+slope is s = (v_l - v_p) / (sigma_l - sigma_p), zero until two evaluations exist. The sampler moves x along
+dx/dsigma = v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .rows import fill_rows, gather_rows, write_rows
+
+
+class TokenClock:
+    """When each token was evaluated last, and the time before, in sigma."""
+
+    def __init__(self, batch_size: int, num_tokens: int, device: torch.device | str = "cpu") -> None:
+        """Start without any evaluation."""
+        shape = (batch_size, num_tokens)
+        self.last = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
+        self.prev = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
+
+    def reset(self) -> None:
+        """Forget all evaluations."""
+        self.last.fill_(torch.nan)
+        self.prev.fill_(torch.nan)
+
+    def tick(self, active: Tensor | None, sigma: float) -> None:
+        """Note that the active tokens ([A], [B, A], None for all) were evaluated at `sigma`."""
+        write_rows(self.prev, active, gather_rows(self.last, active))
+        fill_rows(self.last, active, sigma)
+
+    def weight(self, sigma: float) -> Tensor:
+        """Return (sigma - sigma_l) / (sigma_l - sigma_p), float32 [B, N]: the factor of (v_l - v_p).
+
+        Zero for tokens without two evaluations, which is the slope's definition there.
+        """
+        # NaN marks "never": any token without two evaluations gives NaN, and NaN becomes 0.
+        return ((sigma - self.last) / (self.last - self.prev)).nan_to_num_(0.0, 0.0, 0.0)
+
+
+class VelocityCache:
+    """Velocity tokens [B, N, D] of one guidance branch, float32 or wider.
+
+    ``forecast`` says what `merged` returns at a step sigma_i -> sigma_{i+1}:
+
+    * ``hold``: v_l. The paper's cached Euler. Over k skipped steps the updates telescope, sum (sigma_{j+1} -
+      sigma_j) v_l = (sigma_{i+k} - sigma_i) v_l, so a token is plain Euler on its own coarser grid.
+    * ``taylor``: v_l + s (sigma_i - sigma_l): the first-order Taylor expansion in sigma, evaluated where the
+      sampler stands. For a token evaluated at this step sigma_l = sigma_i, so it gets its exact velocity.
+      Suits any scheduler because it forecasts what the model would have returned.
+    * ``ab2``: v_l + s ((sigma_i + sigma_{i+1}) / 2 - sigma_l), for *all* tokens. The linear velocity
+      u(sigma) = v_l + s (sigma - sigma_l) is integrated over the step; the midpoint rule is exact for
+      linear functions, so the sum over skipped steps telescopes to the integral from sigma_l to the next
+      evaluation sigma_m: (sigma_m - sigma_l) (v_l + (sigma_m - sigma_l) / 2 * s), which is the
+      Adams-Bashforth step of order 2 with variable step size on the token's own sub-grid. Belongs with
+      Euler: a multistep scheduler would add its own second order.
+
+    With ``correct`` a token's next evaluation, at sigma_i, makes good in hindsight what its forecast v^ got
+    wrong. Velocity over the gap is then known at both ends, so the parabola u through (sigma_p, v_p),
+    (sigma_l, v_l), (sigma_i, v_i) replaces the line it moved by, and the difference of the two displacements
+    is paid together with step i. With c = (v_i - v_l) / (sigma_i - sigma_l), the slope of the chord:
+
+        owed = sum over skipped j of (sigma_{j+1} - sigma_j) (u(sigma_j) - v^(sigma_j))
+             = (c - s) (M1 + M2 / (sigma_i - sigma_p))
+        M1   = sum over skipped j of (sigma_{j+1} - sigma_j) (sigma_j - sigma_l)
+        M2   = sum over skipped j of (sigma_{j+1} - sigma_j) (sigma_j - sigma_l) (sigma_j - sigma_i)
+
+    For ``ab2`` the sums are integrals from sigma_l to sigma_i. With ``hold`` there is no v_p: s = 0, no M2. This is
+    the corrector of predictor-corrector schemes (as in UniPC, arXiv 2302.04867) per token, and costs no
+    evaluation. It is legal where the sampler is Euler, whose whole state is x.
+    """
+
+    def __init__(self, forecast: str = "hold", correct: bool = False) -> None:
+        """Create an empty cache; `start` allocates."""
+        self.forecast, self.correct = forecast, correct
+        self.last: Tensor | None = None
+        self.prev: Tensor | None = None
+        self.clock: TokenClock | None = None
+        self._owed: tuple[Tensor | None, Tensor] | None = None
+        self._grid = self._sums = torch.empty(0, dtype=torch.float64)
+
+    def follow(self, sigmas: Sequence[float]) -> None:
+        """Say which schedule the run follows, T + 1 falling noise levels; ``correct`` needs it."""
+        grid = torch.tensor(sigmas, dtype=torch.float64)
+        if self.forecast == "ab2":
+            self._sums = torch.stack([grid ** (p + 1) / (p + 1) for p in range(3)])
+        else:
+            terms = torch.stack([grid[:-1] ** p for p in range(3)]) * grid.diff()
+            self._sums = torch.cat([torch.zeros(3, 1, dtype=torch.float64), terms.cumsum(1)], dim=1)
+        # Rising for searchsorted, and in the clock's precision so that the clock's values are found.
+        self._grid = -grid.float()
+
+    def start(
+        self, batch_size: int, num_tokens: int, width: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        """Begin a run: all tokens unevaluated. Buffers of the same shape are kept."""
+        shape = (batch_size, num_tokens, width)
+        dtype = torch.promote_types(dtype, torch.float32)
+        last = self.last
+        if last is None or last.shape != shape or last.dtype != dtype or last.device != torch.device(device):
+            self.last = torch.zeros(shape, dtype=dtype, device=device)
+            self.prev = None if self.forecast == "hold" else torch.zeros_like(self.last)
+            self.clock = TokenClock(batch_size, num_tokens, device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all evaluations, as at an expert switch: slopes across two models mean nothing."""
+        assert self.clock is not None, "start() comes first"
+        self.clock.reset()
+        self._owed = None
+
+    def write(self, active: Tensor | None, rows: Tensor, sigma: float) -> None:
+        """Store velocities [B, A, D] of the active tokens ([A], [B, A], None: all), evaluated at `sigma`."""
+        assert self.last is not None and self.clock is not None, "start() comes first"
+        self._owed = (active, self._correction(active, rows, sigma)) if self.correct else None
+        if self.prev is not None:
+            if active is None:
+                self.prev, self.last = self.last, self.prev
+            else:
+                write_rows(self.prev, active, gather_rows(self.last, active))
+        write_rows(self.last, active, rows)
+        self.clock.tick(active, sigma)
+
+    def merged(self, sigma: float, sigma_next: float) -> Tensor:
+        """Velocity [B, N, D] of all tokens for the step sigma -> sigma_next; see the class. Not to be written to."""
+        assert self.last is not None and self.clock is not None, "start() comes first"
+        velocity = self.last
+        if self.prev is not None:
+            at = sigma if self.forecast == "taylor" else 0.5 * (sigma + sigma_next)
+            weight = self.clock.weight(at)[..., None].to(velocity.dtype)
+            velocity = velocity + weight * (velocity - self.prev)
+        if self._owed is not None:
+            # Paid once. The scheduler multiplies by the step's length, so the displacement is divided by it.
+            (active, owed), self._owed = self._owed, None
+            velocity = velocity.clone() if velocity is self.last else velocity
+            write_rows(velocity, active, gather_rows(velocity, active) + owed / (sigma_next - sigma))
+        return velocity
+
+    def _correction(self, active: Tensor | None, rows: Tensor, sigma: float) -> Tensor:
+        """Displacement [B, A, D] that the active tokens are owed for their forecasts; see the class."""
+        assert self.last is not None and self.clock is not None
+        grid, sums = self._grid.to(rows.device), self._sums.to(rows.device)
+        last, prev = gather_rows(self.clock.last, active), gather_rows(self.clock.prev, active)
+        known, two = ~last.isnan(), ~prev.isnan()
+        here = int(torch.searchsorted(self._grid, torch.tensor(-sigma, dtype=torch.float32)))
+        begin = torch.searchsorted(grid, -last.where(known, torch.full_like(last, sigma)))
+        if self.forecast != "ab2":  # step l itself moved by its exact velocity
+            begin = (begin + 1).clamp_max(here)
+        m0, m1, m2 = (total[here] - total[begin] for total in sums)
+        at, before = last.double(), prev.double()
+        weight = m1 - at * m0
+        v_l = gather_rows(self.last, active)
+        bend = (rows.to(v_l.dtype) - v_l) / (sigma - last)[..., None]
+        if self.prev is not None:
+            second = (m2 - (at + sigma) * m1 + at * sigma * m0) / (sigma - before)
+            weight = weight + second.where(two, torch.zeros_like(second))
+            slope = (v_l - gather_rows(self.prev, active)) / (last - prev)[..., None]
+            bend = bend - slope.where(two[..., None], torch.zeros_like(slope))
+        owed = bend * weight[..., None].to(bend.dtype)
+        return owed.where(known[..., None], torch.zeros_like(owed))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.nbytes for t in (self.last, self.prev) if t is not None)
+
+
+def cached_euler(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """One Euler step of dx/dsigma = v for every token: x + (sigma_next - sigma) * velocity.
+
+    `velocity` holds fresh rows for the active tokens and last-known ones for the rest (arXiv 2605.06892).
+    Shapes are alike and arbitrary. It telescopes: k steps with one velocity equal one jump of the summed
+    length.
+    """
+    return x + (sigma_next - sigma) * velocity
