@@ -1,0 +1,1 @@
+"""A request becomes a video: model adapters, the hook, the attention processor, pipelines and video files."""

@@ -1,0 +1,100 @@
+"""Self-attention with cached keys and values: the one file where `hsa` and, later, `parallel` meet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from torch import Tensor
+
+from ..hsa.cache import KVCache
+
+
+class AttentionCall:
+    """What the processors of one transformer must know about the forward pass that is running.
+
+    Attributes:
+        cached: whether this pass touches the caches; otherwise the processors are the stock ones.
+        active: None when all tokens are in the pass, else int64 [A] or [B, A].
+        weight: weight [B, N] of the damped K/V forecast, or None.
+    """
+
+    def __init__(self) -> None:
+        """Start inactive."""
+        self.cached = False
+        self.active: Tensor | None = None
+        self.weight: Tensor | None = None
+
+    def clear(self) -> None:
+        """Make the processors stock again."""
+        self.__init__()  # type: ignore[misc]
+
+
+class CachedWanAttnProcessor(WanAttnProcessor):
+    """Wan's self-attention in which the queries of the active tokens attend to the keys of all tokens.
+
+    Derived from diffusers' processor (Apache-2.0), whose order of arithmetic it keeps, so that a pass over
+    all tokens is the stock one bit for bit. ``cache`` is set before each pass to the guidance branch's cache
+    of this layer.
+    """
+
+    def __init__(self, call: AttentionCall, replaced: WanAttnProcessor) -> None:
+        """Stand in for the processor `replaced`, with the same attention kernel."""
+        super().__init__()
+        self.call = call
+        self.cache: KVCache | None = None
+        self._attention_backend = replaced._attention_backend
+        self._parallel_config = replaced._parallel_config
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attend: hidden_states [B, A, H * D] -> [B, A, H * D]; arguments as diffusers' WanAttnProcessor."""
+        cache = self.cache
+        if not self.call.cached or cache is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        query, key, value = _project(attn, hidden_states)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (t.unflatten(2, (attn.heads, -1)) for t in (query, key, value))
+        if rotary_emb is not None:
+            query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+        cache.write(key, value, self.call.active)
+        if self.call.active is not None:
+            key, value = cache.keys_values(query.dtype, self.call.weight)
+        out = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=0.0,
+            is_causal=False,
+            backend=self._attention_backend,
+            parallel_config=None,
+        )
+        out = out.flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def _project(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, A, H * D], also with fused projections."""
+    if getattr(attn, "fused_projections", False):
+        query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        return query, key, value
+    return attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary embeddings [1 or B, A, 1, D] to x [B, A, H, D], in diffusers' order of arithmetic."""
+    x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    out = torch.empty_like(x)
+    out[..., 0::2] = x1 * cos - x2 * sin
+    out[..., 1::2] = x1 * sin + x2 * cos
+    return out.type_as(x)

@@ -1,0 +1,62 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+
+def check_writable(path: str | os.PathLike[str], suffix: str) -> Path:
+    """Check, before any work is done, that a file can be written.
+
+    Args:
+        path: the file to be written; it may exist already and is then replaced.
+        suffix: how its name must end, e.g. `".mp4"`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: the ending is another, the folder does not exist or cannot be written, or the path is a
+            folder.
+    """
+    target = Path(path)
+    if target.suffix.lower() != suffix:
+        raise ConfigError(f"output {str(path)!r} must end in {suffix}")
+    if target.is_dir():
+        raise ConfigError(f"output {str(path)!r} is a folder; name a file in it")
+    folder = target.parent
+    if not folder.is_dir():
+        raise ConfigError(f"output {str(path)!r}: the folder {str(folder)!r} does not exist; create it first")
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"output {str(path)!r}: the folder {str(folder)!r} cannot be written to")
+    return target
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`: renamed to `path` on success, removed on an exception.
+
+    A reader never sees half a file, and an older file survives a failed run.
+    """
+    target = Path(path)
+    # The ending stays last: libraries choose the file format by it.
+    temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write strict JSON (no NaN), indented, in one rename."""
+    text = json.dumps(content, indent=1, allow_nan=False)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")

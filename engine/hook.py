@@ -1,0 +1,149 @@
+"""The hook that makes a stock diffusers pipeline run HSA: it stands around the transformer's forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.hooks import ModelHook
+from diffusers.hooks.hooks import StateManager
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor
+
+from .attention import AttentionCall
+from .run import Branch, Run, Step, fresh_weight
+from .tokens import Grid, Patch, gather_rows, pack, patchify, unpack, unpatchify
+
+HOOK_NAME = "heterostep"
+"""Name under which the hooks are registered with diffusers."""
+
+
+class _Contexts(StateManager):
+    """Receives what a pipeline says by ``transformer.cache_context(...)``; holds no state."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    @property
+    def current(self) -> Any:
+        """The running call's context, or None outside of one."""
+        return self._context
+
+
+class HSAHook(ModelHook):
+    """Returns the velocity of all tokens while the model runs on the active ones: fresh rows over cached.
+
+    The stock scheduler's step on that velocity is then the cached Euler update. A step at which everything is
+    active calls the model on its untouched input; a step at which nothing is active does not call it at all.
+    """
+
+    _is_stateful = True
+
+    def __init__(self, run: Run, expert: int, processors: list[Any], rope: Any, call: AttentionCall) -> None:
+        """Serve one transformer.
+
+        Args:
+            run: shared by the hooks of all experts.
+            expert: number of this transformer.
+            processors: our attention processors, one per layer.
+            rope: the hook on the model's rotary embedding.
+            call: shared by processors and `rope`.
+        """
+        super().__init__()
+        self.run, self.expert = run, expert
+        self.processors, self.rope, self.call = processors, rope, call
+        self.contexts = _Contexts()
+
+    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Diffusers calls this at the end of a pipeline call."""
+        self.contexts.reset()
+        self.run.end()
+        return module
+
+    def new_forward(
+        self,
+        module: Any,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Take and return what WanTransformer3DModel.forward does."""
+        rest = {"attention_kwargs": attention_kwargs}
+        if encoder_hidden_states_image is not None:
+            rest["encoder_hidden_states_image"] = encoder_hidden_states_image  # type: ignore[assignment]
+        context = self.contexts.current
+        if context is None:  # not a denoising call of a pipeline
+            return self.fn_ref.original_forward(
+                hidden_states, timestep, encoder_hidden_states, return_dict=return_dict, **rest
+            )
+        run, patch = self.run, self.run.adapter.patch(module)
+        grid = patch.grid_of(hidden_states)
+        step = run.enter(self.expert, context.name, context.step_index, hidden_states, grid)
+        branch = run.branch(context.name, len(self.processors))
+        args = (hidden_states, timestep, encoder_hidden_states, rest)
+        try:
+            if step.active is None:
+                velocity = self._full(step, branch, patch, grid, args)
+            elif step.count == 0:
+                velocity = self._merged(step, branch, patch, grid, hidden_states)
+            else:
+                velocity = self._partial(step, branch, patch, grid, args)
+        finally:
+            self._unbind()
+        run.leave(step)
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def _full(self, step: Step, branch: Branch, patch: Patch, grid: Grid, args: tuple[Any, ...]) -> Tensor:
+        """All tokens: the stock pass, of which only what later steps need is kept."""
+        latents, timestep, text, rest = args
+        if self.run.needs_kv(step.index):
+            self._bind(branch, step)
+        velocity = self.fn_ref.original_forward(latents, timestep, text, return_dict=False, **rest)[0]
+        if not self.run.needs_velocity(step.index):
+            return velocity
+        self._write(step, branch, patchify(velocity, patch), grid)
+        if self.run.forecast == "ab2" or self.run.correct:
+            return unpatchify(branch.velocity.merged(step.sigma, step.sigma_next).to(velocity.dtype), patch, grid)
+        return velocity
+
+    def _partial(self, step: Step, branch: Branch, patch: Patch, grid: Grid, args: tuple[Any, ...]) -> Tensor:
+        """Some tokens: the stock pass over a video that consists of the active ones."""
+        latents, timestep, text, rest = args
+        assert step.active is not None
+        rows = gather_rows(patchify(latents, patch), step.active)
+        packed = pack(rows, patch)
+        if timestep.ndim == 2:
+            timestep = gather_rows(timestep, step.active)
+        self._bind(branch, step)
+        self.rope.grid = grid
+        out = self.fn_ref.original_forward(packed, timestep, text, return_dict=False, **rest)[0]
+        self._write(step, branch, unpack(out, patch), grid)
+        return self._merged(step, branch, patch, grid, out)
+
+    def _merged(self, step: Step, branch: Branch, patch: Patch, grid: Grid, like: Tensor) -> Tensor:
+        """Velocity [B, C, F, Y, X] of all tokens, of the type of `like`."""
+        return unpatchify(branch.velocity.merged(step.sigma, step.sigma_next).to(like.dtype), patch, grid)
+
+    def _write(self, step: Step, branch: Branch, rows: Tensor, grid: Grid) -> None:
+        """Store fresh velocity rows [B, A, D]; the run's first ones fix the shape."""
+        velocity = branch.velocity
+        if step.index in self.run.forced and self.run.forced[step.index] in ("first step", "resume"):
+            velocity.start(rows.shape[0], grid.num_tokens, rows.shape[2], rows.dtype, rows.device)
+        velocity.write(step.active, rows, step.sigma)
+
+    def _bind(self, branch: Branch, step: Step) -> None:
+        """Point the processors to the branch's caches for one pass."""
+        for processor, cache in zip(self.processors, branch.layers, strict=True):
+            processor.cache = cache
+        self.call.cached, self.call.active = True, step.active
+        if step.active is not None:
+            self.call.weight = fresh_weight(branch, step, self.run.kv_damping)
+
+    def _unbind(self) -> None:
+        """Make the processors stock again, also after an exception."""
+        self.call.clear()
+        for processor in self.processors:
+            processor.cache = None

@@ -1,0 +1,25 @@
+"""The supported models, one adapter file each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import ConfigError
+from .wan import WanAdapter
+
+__all__ = ["WanAdapter", "adapter_for"]
+
+_ADAPTERS = (WanAdapter,)
+
+
+def adapter_for(pipe: Any) -> WanAdapter:
+    """Return the adapter of a diffusers pipeline.
+
+    Raises:
+        ConfigError: no adapter knows the pipeline or its transformer; the message lists the supported ones.
+    """
+    for adapter in _ADAPTERS:
+        if adapter.recognises(pipe):
+            return adapter()
+    known = ", ".join(name for adapter in _ADAPTERS for name in adapter.pipelines)
+    raise ConfigError(f"{type(pipe).__name__} is not supported: HSA works with {known} and their stock transformers.")

@@ -1,0 +1,59 @@
+"""What a run did: `StepRecord` per step and `HSAReport` over all."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One denoising step.
+
+    Attributes:
+        step: its number, from 0.
+        sigma: noise level it starts at.
+        active: evaluated tokens per sample.
+        total: tokens per sample, N.
+        reason: why it has that size, e.g. "first step", "full", "partial", "skipped", "expert switch".
+        seconds: wall time on the host from its first model call to its last, or to the next step.
+    """
+
+    step: int
+    sigma: float
+    active: int
+    total: int
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class HSAReport:
+    """One run, finished or not.
+
+    Attributes:
+        steps: the steps so far.
+        compute: evaluated share of all tokens of these steps; nan before the first.
+        evaluations: how often each token was evaluated, int32 [F, Y, X] on the grid of tokens, [B, F, Y, X]
+            for several samples; None before the first step.
+        kv_bytes: bytes of cached keys and values.
+        num_steps: steps of the whole run, T.
+    """
+
+    steps: list[StepRecord]
+    compute: float
+    evaluations: Tensor | None
+    kv_bytes: int
+    num_steps: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, lists and strings, ready for JSON."""
+        return {
+            "compute": self.compute,
+            "num_steps": self.num_steps,
+            "kv_bytes": self.kv_bytes,
+            "steps": [asdict(record) for record in self.steps],
+            "evaluations": None if self.evaluations is None else self.evaluations.tolist(),
+        }

@@ -1,0 +1,256 @@
+"""What goes into the engine (EngineConfig, GenerateRequest) and what comes out (events, VideoOutput)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError, HeterostepError, RequestError
+from ..hsa.config import HSAConfig
+from .facts import ModelFacts
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from .report import HSAReport
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_MAX_SEED = 2**63 - 1
+
+
+class Cancelled(HeterostepError):
+    """The run was stopped by `Engine.cancel` or by closing its stream."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What an engine loads, and where it runs.
+
+    Attributes:
+        model: `"demo"` (ships with heterostep), a local folder in diffusers format, or a hub id.
+        hsa: how steps are allocated to tokens, for every request that does not override `compute`; None runs
+            the stock pipeline, every token at every step.
+        dtype: of text encoder and transformer: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: bfloat16
+            on a GPU, float32 on the CPU. The VAE always runs in float32, as Wan's makers advise.
+        device: a torch device such as `"cuda"`, `"cuda:1"` or `"cpu"`, or `"auto"`: the first GPU, else the
+            CPU.
+
+    Raises:
+        ConfigError: a value is not one of these.
+    """
+
+    model: str = "demo"
+    hsa: HSAConfig | None = field(default_factory=HSAConfig)
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model.strip():
+            raise ConfigError("model must be 'demo', a folder, or a hub id (owner/name), not an empty name")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if not isinstance(self.device, str) or not self.device:
+            raise ConfigError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', not {self.device!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """One video to make. None means the model's own default (`heterostep info` shows them).
+
+    Attributes:
+        prompt: what the video shows.
+        negative_prompt: what it should not show; used only if `guidance_scale` is above 1.
+        width: pixels, a multiple of the model's step (16 or 32).
+        height: pixels, likewise.
+        num_frames: frames, k * t + 1 where t is the VAE's temporal factor (4 for Wan).
+        fps: frames per second of the file; it does not change what is generated.
+        num_inference_steps: denoising steps.
+        guidance_scale: classifier-free guidance; 1 or less runs without it, at half the cost.
+        guidance_scale_2: the same for the second expert of Wan 2.2; None takes `guidance_scale`.
+        seed: of the initial noise; the same seed gives the same noise on every device.
+        compute: share of the dense denoising work to spend, in (0, 1]; None takes that of the engine's `hsa`,
+            1.0 is the stock pipeline.
+
+    Raises:
+        RequestError: a value that no model can honour. What depends on the model is checked by the engine.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    num_frames: int | None = None
+    fps: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
+    seed: int = 0
+    compute: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise RequestError("the prompt is empty; say what the video shows")
+        if not isinstance(self.negative_prompt, str):
+            raise RequestError("negative_prompt must be a text")
+        for name in ("width", "height", "num_frames", "fps", "num_inference_steps"):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or value < 1):
+                raise RequestError(f"{name} must be a whole number of at least 1, not {value!r}")
+        for name in ("guidance_scale", "guidance_scale_2"):
+            value = getattr(self, name)
+            if value is not None and (not _is_number(value) or not math.isfinite(value) or value < 0):
+                raise RequestError(f"{name} must be a finite number of at least 0, not {value!r}")
+        if not _is_int(self.seed) or not 0 <= self.seed <= _MAX_SEED:
+            raise RequestError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed!r}")
+        if self.compute is not None and (not _is_number(self.compute) or not 0 < self.compute <= 1):
+            raise RequestError(f"compute must be above 0 and at most 1 (1 is dense), not {self.compute!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRequest:
+    """A `GenerateRequest` with the model's defaults filled in, and valid for that model."""
+
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_scale_2: float | None
+    seed: int
+    compute: float | None
+
+
+def resolve(request: GenerateRequest, facts: ModelFacts) -> ResolvedRequest:
+    """Fill in a model's defaults and check what depends on the model.
+
+    Raises:
+        RequestError: size or frames do not fit the model's grid (the message names the nearest that do), or a
+            second guidance scale is given to a model with one expert.
+    """
+    defaults = facts.defaults
+    values = {key: value for key, value in dataclasses.asdict(request).items() if value is not None}
+    filled = {**defaults._asdict(), "compute": None, **values}
+    # A guidance scale of the user's own is meant for both experts, as in the stock pipeline.
+    if "guidance_scale" in values and "guidance_scale_2" not in values:
+        filled["guidance_scale_2"] = None
+    if "guidance_scale_2" in values and facts.experts == 1:
+        raise RequestError(f"guidance_scale_2 is for models with two experts; {facts.name!r} has one")
+    resolved = ResolvedRequest(**filled)
+    _check_grid(resolved, facts)
+    return resolved
+
+
+def _check_grid(request: ResolvedRequest, facts: ModelFacts) -> None:
+    width_step, height_step = facts.size_step
+    if request.width % width_step or request.height % height_step:
+        nearest = f"{_nearest(request.width, width_step)}x{_nearest(request.height, height_step)}"
+        raise RequestError(
+            f"size {request.width}x{request.height} does not fit model {facts.name!r}: width must be a "
+            f"multiple of {width_step} and height of {height_step}; the nearest size is {nearest}"
+        )
+    if (request.num_frames - 1) % facts.frame_step:
+        nearest_frames = _nearest(request.num_frames - 1, facts.frame_step, least=0) + 1
+        raise RequestError(
+            f"{request.num_frames} frames do not fit model {facts.name!r}: their number must be a multiple "
+            f"of {facts.frame_step}, plus 1; the nearest is {nearest_frames}"
+        )
+    grid = facts.grid(request.width, request.height, request.num_frames)
+    if max(grid) > facts.rope_max:
+        raise RequestError(
+            f"{request.num_frames} frames of {request.width}x{request.height} are {grid[0]} x {grid[1]} x "
+            f"{grid[2]} tokens (frames, rows, columns), but model {facts.name!r} takes at most "
+            f"{facts.rope_max} along each axis"
+        )
+
+
+def _nearest(value: int, step: int, least: int | None = None) -> int:
+    return max(step if least is None else least, (value + step // 2) // step * step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """The request is valid and work begins.
+
+    Attributes:
+        request: with all defaults filled in.
+        num_tokens: N, tokens of the video.
+    """
+
+    request: ResolvedRequest
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone:
+    """A denoising step is done.
+
+    Attributes:
+        step: from 0.
+        num_steps: of this run.
+        sigma: noise level at which the step began.
+        active: tokens that went through the transformer.
+        total: N, all tokens.
+        seconds: that this step took.
+        eta_seconds: estimate of the time left for denoising.
+    """
+
+    step: int
+    num_steps: int
+    sigma: float
+    active: int
+    total: int
+    seconds: float
+    eta_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """Denoising is done; the VAE turns latents into frames.
+
+    Attributes:
+        seconds: that denoising took.
+    """
+
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoOutput:
+    """A finished video.
+
+    Attributes:
+        frames: uint8 [F, H, W, 3].
+        fps: frames per second.
+        hsa: the allocation used; None where the stock pipeline ran alone (compute 1).
+        report: what was computed, step by step and token by token.
+        seconds: by stage: `encode_text`, `denoise`, `decode`, `total`.
+        latents: final latents, float32 [1, C, F, Y, X] on the CPU, as the transformer leaves them.
+        request: with all defaults filled in.
+    """
+
+    frames: NDArray[np.uint8]
+    fps: int
+    hsa: HSAConfig | None
+    report: HSAReport
+    seconds: Mapping[str, float]
+    latents: torch.Tensor
+    request: ResolvedRequest
+
+
+Event = Started | StepDone | Decoding | VideoOutput

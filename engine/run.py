@@ -1,0 +1,291 @@
+"""The state of one denoising run: where it stands, what is active, and every cache. Owned by the session."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..hsa.cache import KVCache
+from ..hsa.config import HSAConfig
+from ..hsa.rows import fill_rows, gather_rows, write_rows
+from ..hsa.velocity import VelocityCache
+from .models import WanAdapter
+from .report import HSAReport, StepRecord
+from .solvers import correct_for, forecast_for
+from .tokens import Grid
+
+
+@dataclass(kw_only=True)
+class Branch:
+    """Caches of one guidance branch ("cond", "uncond"); two experts share them."""
+
+    velocity: VelocityCache
+    layers: list[KVCache]
+
+
+@dataclass(kw_only=True)
+class Step:
+    """One step while it runs: `active` is None (all), an empty tensor (none), [A] or [B, A]."""
+
+    index: int
+    sigma: float
+    sigma_next: float
+    expert: int
+    active: Tensor | None
+    count: int
+    reason: str
+    started: float
+    entered: set[str] = field(default_factory=set)
+    seconds: float = 0.0
+    recorded: bool = False
+
+
+class Run:
+    """Follows the stock pipeline through its steps; every call of a hooked transformer reports here first."""
+
+    def __init__(self, pipe: Any, adapter: WanAdapter, config: HSAConfig, planner: Any) -> None:
+        """Prepare for runs of `pipe`; nothing is allocated before the first."""
+        self.pipe, self.adapter, self.config, self.planner = pipe, adapter, config, planner
+        self.on_step: list[Callable[[StepRecord], None]] = []
+        self.branches: dict[str, Branch] = {}
+        self.records: list[StepRecord] = []
+        self.sigmas: list[float] = []
+        self.experts: list[int] = []
+        self.forced: dict[int, str] = {}
+        self.grid = Grid(0, 0, 0)
+        self.batch_size = 0
+        self.step: Step | None = None
+        self.counts: list[int] | None = None
+        self.forecast, self.correct = "hold", False
+        self.evaluations: Tensor | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """T of the current run."""
+        return max(len(self.sigmas) - 1, 0)
+
+    def enter(self, expert: int, name: str, index: int | None, latents: Tensor, grid: Grid) -> Step:
+        """Say that branch `name` calls the transformer; its first call begins the step, or the run.
+
+        Args:
+            expert: which transformer is called.
+            name: the guidance branch.
+            index: the pipeline's step, or None where it does not say.
+            latents: the model's input [B, C, F, Y, X].
+            grid: its tokens.
+        """
+        if index is None:
+            # Pipelines that do not pass it still step their scheduler, which counts from the first step on.
+            index = self.pipe.scheduler.step_index or 0
+        step = self.step
+        if step is None or name in step.entered or index != step.index:
+            if step is not None and index == step.index + 1:
+                self._finish(step)
+            else:
+                self._begin(index, latents, grid)
+            step = self.step = self._plan(index, expert, latents.device)
+        step.entered.add(name)
+        return step
+
+    def leave(self, step: Step) -> None:
+        """Say that a branch's call returned; completes the step when it was the last one expected."""
+        step.seconds = time.perf_counter() - step.started
+        if len(step.entered) >= self.adapter.num_branches(self.pipe):
+            self._finish(step)
+
+    def branch(self, name: str, num_layers: int) -> Branch:
+        """Return the caches of a branch, made on first use."""
+        if name not in self.branches:
+            dtype = getattr(torch, self.config.kv_dtype) if self.config.kv_dtype else None
+            layers = [KVCache(dtype, history=self.kv_damping > 0.0) for _ in range(num_layers)]
+            self.branches[name] = Branch(velocity=VelocityCache(self.forecast, self.correct), layers=layers)
+            self.branches[name].velocity.follow(self.sigmas)
+        return self.branches[name]
+
+    @property
+    def kv_damping(self) -> float:
+        """Damping of the K/V forecast; 0 is off."""
+        return float(self.config.kv_forecast or 0.0)
+
+    def needs_kv(self, index: int) -> bool:
+        """Whether K/V of step `index` will be read: is a partial step ahead, before the next full one?"""
+        for later in range(index + 1, self.num_steps):
+            count = self._count(later)
+            if count is None or 0 < count < self.grid.num_tokens:
+                return True
+            # With a forecast the values before the last full step matter too.
+            if count == self.grid.num_tokens and self.kv_damping == 0.0:
+                return False
+        return False
+
+    def needs_velocity(self, index: int) -> bool:
+        """Whether velocities of step `index` are used again: by a step that skips tokens, or by AB2."""
+        if self.forecast == "ab2":
+            return True
+        return any(self._count(later) != self.grid.num_tokens for later in range(index, self.num_steps))
+
+    def end(self) -> None:
+        """Complete the last step: diffusers calls this after a pipeline call. Caches keep their memory."""
+        if self.step is not None:
+            self._finish(self.step)
+        self.step = None
+
+    def release(self) -> None:
+        """Free all caches."""
+        self.branches.clear()
+
+    def report(self) -> HSAReport:
+        """Describe the current or last run."""
+        evaluations = None
+        if self.evaluations is not None:
+            shaped = self.evaluations.cpu().view(self.batch_size, *self.grid)
+            evaluations = shaped[0] if self.batch_size == 1 else shaped
+        work, total = sum(r.active for r in self.records), sum(r.total for r in self.records)
+        return HSAReport(
+            steps=list(self.records),
+            compute=work / total if total else float("nan"),
+            evaluations=evaluations,
+            kv_bytes=sum(cache.nbytes for branch in self.branches.values() for cache in branch.layers),
+            num_steps=self.num_steps,
+        )
+
+    def _begin(self, start: int, latents: Tensor, grid: Grid) -> None:
+        """Start a run at step `start`; whatever an earlier one left behind is forgotten, buffers are kept."""
+        self.step = None
+        scheduler = self.pipe.scheduler
+        self.forecast, self.correct = (
+            forecast_for(self.config, scheduler),
+            correct_for(self.config, scheduler),
+        )
+        self.sigmas = [float(s) for s in scheduler.sigmas]
+        if not 0 <= start < self.num_steps:
+            raise ConfigError(f"step {start} of {self.num_steps}: the scheduler's sigmas do not reach that step.")
+        self.experts = self.adapter.experts(self.pipe, [float(t) for t in scheduler.timesteps])
+        self.grid, self.batch_size = grid, latents.shape[0]
+        self.forced = {0: "first step"}
+        for i in range(1, min(len(self.experts), self.num_steps)):
+            if self.experts[i] != self.experts[i - 1]:
+                self.forced[i] = "expert switch"
+        if start:
+            self.forced[start] = "resume"
+        wanted = (self.forecast, self.correct)
+        if any((branch.velocity.forecast, branch.velocity.correct) != wanted for branch in self.branches.values()):
+            self.branches.clear()
+        for branch in self.branches.values():
+            branch.velocity.follow(self.sigmas)
+            if branch.velocity.clock is not None:
+                branch.velocity.reset()
+        self.records = []
+        self.evaluations = torch.zeros(self.batch_size, grid.num_tokens, dtype=torch.int32, device=latents.device)
+        begin = getattr(self.planner, "begin", None)
+        if begin is not None:
+            begin(self.sigmas, grid.num_tokens, self.batch_size, frozenset(self.forced))
+        counts: Sequence[int] | None = getattr(self.planner, "counts", None)
+        self.counts = list(counts) if counts is not None and len(counts) == self.num_steps else None
+
+    def _plan(self, index: int, expert: int, device: torch.device) -> Step:
+        """Decide what is active at step `index`: once, for all branches."""
+        n, sigma = self.grid.num_tokens, self.sigmas[index]
+        if index in self.forced:
+            active, reason = None, self.forced[index]
+            if reason == "expert switch":
+                for branch in self.branches.values():
+                    if branch.velocity.clock is not None:
+                        branch.velocity.reset()
+        else:
+            active = self._checked(self.planner.plan(index, self.num_steps, sigma, n), device)
+            reason = "full" if active is None else "partial" if active.numel() else "skipped"
+            if hasattr(self.planner, "reason"):
+                reason = self.planner.reason(index)
+        count = n if active is None else active.shape[-1]
+        if count and self.evaluations is not None:
+            write_rows(self.evaluations, active, gather_rows(self.evaluations, active) + 1)
+        return Step(
+            index=index,
+            sigma=sigma,
+            sigma_next=self.sigmas[index + 1],
+            expert=expert,
+            active=active,
+            count=count,
+            reason=reason,
+            started=time.perf_counter(),
+        )
+
+    def _finish(self, step: Step) -> None:
+        """Let the planner see the guided velocities, and record the step; harmless when repeated."""
+        if step.recorded:
+            return
+        step.recorded = True
+        if step.count and self.needs_velocity(step.index) and hasattr(self.planner, "observe"):
+            self.planner.observe(step.index, step.sigma, self._guided(step), step.active)
+        record = StepRecord(
+            step=step.index,
+            sigma=step.sigma,
+            active=step.count,
+            total=self.grid.num_tokens,
+            reason=step.reason,
+            seconds=step.seconds,
+        )
+        self.records.append(record)
+        for listener in tuple(self.on_step):
+            listener(record)
+
+    def _guided(self, step: Step) -> Tensor:
+        """Mix the branches' fresh velocities as the pipeline's guidance does: [B, N, D].
+
+        Not taken from the difference of two latents: those reach the model in its own type, and in bfloat16 a
+        step of sigma is no larger than their rounding.
+        """
+        names = sorted(step.entered)
+        weights = self.adapter.guidance(self.pipe, names, step.expert)
+        tokens = [(weights[name], self.branches[name].velocity.last) for name in names]
+        guided: Tensor | None = None
+        for weight, rows in tokens:
+            assert rows is not None
+            guided = rows * weight if guided is None else guided.add_(rows, alpha=weight)
+        assert guided is not None
+        return guided
+
+    def _count(self, index: int) -> int | None:
+        """Tokens at a step, where known beforehand."""
+        if index in self.forced:
+            return self.grid.num_tokens
+        return self.counts[index] if self.counts is not None else None
+
+    def _checked(self, active: Any, device: torch.device) -> Tensor | None:
+        """Bring a plan into its normal form: None (all), empty [0] (none), or ascending int64 [A] or [B, A].
+
+        Raises:
+            ConfigError: it is none of these, or holds an index twice or out of range.
+        """
+        if active is None:
+            return None
+        n, batch = self.grid.num_tokens, self.batch_size
+        if not isinstance(active, Tensor) or active.dtype != torch.int64 or active.ndim not in (1, 2):
+            raise ConfigError("A plan must be None (all tokens) or an int64 tensor of indices [A] or [B, A].")
+        if active.ndim == 2 and active.shape[0] != batch:
+            raise ConfigError(f"A plan for {active.shape[0]} samples was given, but the batch has {batch}.")
+        if active.numel() == 0:
+            return active.new_empty(0, device=device)
+        active = active.to(device).sort(-1).values
+        if active.shape[-1] > 1 and bool((active.diff(dim=-1) <= 0).any()):
+            raise ConfigError("A plan holds a token twice: every index may occur once.")
+        if int(active.min()) < 0 or int(active.max()) >= n:
+            raise ConfigError(f"A plan holds an index out of range: with {n} tokens they lie between 0 and {n - 1}.")
+        return None if active.shape[-1] == n else active
+
+
+def fresh_weight(branch: Branch, step: Step, damping: float) -> Tensor | None:
+    """Weight [B, N] of the damped K/V forecast, 0 for active tokens, whose rows are fresh; None if off."""
+    clock = branch.velocity.clock
+    if damping == 0.0 or clock is None:
+        return None
+    weight = clock.weight(step.sigma) * damping
+    fill_rows(weight, step.active, 0.0)
+    return weight

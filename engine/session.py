@@ -1,0 +1,159 @@
+"""`apply` and `remove`: HSA on a stock diffusers pipeline, and off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from diffusers.hooks import HookRegistry
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+from ..errors import ConfigError
+from ..hsa.config import HSAConfig
+from ..hsa.planner import StepPlanner
+from .attention import AttentionCall
+from .hook import HOOK_NAME, HSAHook
+from .models import adapter_for
+from .report import HSAReport, StepRecord
+from .run import Run
+from .solvers import build_scheduler, correct_for, forecast_for, kind_of
+
+
+class HSASession:
+    """HSA on one pipeline, from `apply` to `remove`; every run of the pipeline starts clean.
+
+    Attributes:
+        pipe: the pipeline.
+        config: its settings.
+        planner: who decides what is active.
+        on_step: callables that get each `StepRecord` as its step completes; what they raise ends the run.
+    """
+
+    def __init__(self, pipe: Any, config: HSAConfig, planner: Any) -> None:
+        """Hook the pipeline's transformers; `apply` is the public way."""
+        adapter = adapter_for(pipe)
+        self.pipe, self.config = pipe, config
+        for _, transformer in adapter.transformers(pipe):
+            _check_transformer(transformer, adapter.attentions(transformer))
+        self._stock_scheduler = self._own_scheduler = None
+        scheduler = pipe.scheduler
+        if config.solver is not None and _kind_or_none(scheduler) != config.solver:
+            self._stock_scheduler, scheduler = scheduler, build_scheduler(config.solver, scheduler)
+            self._own_scheduler = scheduler
+        # The plan depends on what is done with skipped steps: say what was deduced.
+        deduced = replace(config, forecast=forecast_for(config, scheduler), correct=correct_for(config, scheduler))
+        self.planner = StepPlanner(deduced) if planner is None else planner
+        if self._own_scheduler is not None:
+            pipe.scheduler = self._own_scheduler
+        self._run = Run(pipe, adapter, config, self.planner)
+        self._attached: list[tuple[Any, Any, list[tuple[Any, Any]]]] = []
+        for expert, transformer in adapter.transformers(pipe):
+            self._attach(expert, transformer)
+
+    @property
+    def report(self) -> HSAReport:
+        """What the current or last run did; grows while a run goes on."""
+        return self._run.report()
+
+    @property
+    def on_step(self) -> list[Callable[[StepRecord], None]]:
+        """Callables that get each step's record; append to it."""
+        return self._run.on_step
+
+    def release(self) -> None:
+        """Free the caches; the next run allocates them anew."""
+        self._run.release()
+
+    def detach(self) -> None:
+        """Restore processors, hooks and scheduler; what `remove` does."""
+        for transformer, rope, processors in self._attached:
+            for attention, stock in processors:
+                # A kernel chosen since `apply` stays chosen.
+                stock._attention_backend = attention.processor._attention_backend
+                attention.set_processor(stock)
+            for module in (transformer, rope):
+                registry = HookRegistry.check_if_exists_or_initialize(module)
+                registry.remove_hook(HOOK_NAME, recurse=False)
+                registry.invalidate_child_registries_cache()
+        self._attached.clear()
+        if self._own_scheduler is not None and self.pipe.scheduler is self._own_scheduler:
+            self.pipe.scheduler = self._stock_scheduler
+        self._own_scheduler = None
+        self._run.end()
+        self._run.release()
+
+    def _attach(self, expert: int, transformer: Any) -> None:
+        """Install processors and hooks on one transformer."""
+        adapter, call = self._run.adapter, AttentionCall()
+        processors: list[tuple[Any, Any]] = []
+        for attention in adapter.attentions(transformer):
+            stock = attention.processor
+            attention.set_processor(adapter.processor(call, stock))
+            processors.append((attention, stock))
+        rope, rope_hook = adapter.rope(transformer)
+        rope_hook.call = call
+        hook = HSAHook(self._run, expert, [a.processor for a, _ in processors], rope_hook, call)
+        hook.session = self
+        HookRegistry.check_if_exists_or_initialize(rope).register_hook(rope_hook, HOOK_NAME)
+        registry = HookRegistry.check_if_exists_or_initialize(transformer)
+        registry.register_hook(hook, HOOK_NAME)
+        registry.invalidate_child_registries_cache()
+        self._attached.append((transformer, rope, processors))
+
+
+def apply(pipe: Any, config: HSAConfig | None = None, planner: Any = None) -> HSASession:
+    """Make a diffusers pipeline evaluate only the tokens that need it; the pipeline is used as before.
+
+    Args:
+        pipe: a supported pipeline (`WanPipeline`, `WanImageToVideoPipeline`); a session it already has is
+            replaced.
+        config: how much to compute; half of the dense work by default.
+        planner: an object of yours with ``plan(step, num_steps, sigma, num_tokens)`` that returns None for
+            all tokens, an empty int64 tensor for none, or int64 indices [A] or [B, A]; instead of
+            `StepPlanner`.
+
+    Returns:
+        The session, whose `report` says what was done.
+
+    Raises:
+        ConfigError: pipeline, scheduler, attention processors or settings do not fit.
+    """
+    config = config if config is not None else HSAConfig()
+    if not isinstance(config, HSAConfig):
+        raise ConfigError(f"config={config!r}: an HSAConfig is needed, e.g. HSAConfig(compute=0.5).")
+    if planner is not None and not callable(getattr(planner, "plan", None)):
+        raise ConfigError(f"{type(planner).__name__} has no method plan(step, num_steps, sigma, num_tokens).")
+    remove(pipe)
+    return HSASession(pipe, config, planner)
+
+
+def remove(pipe: Any) -> None:
+    """Take HSA off a pipeline, which is then the stock one bit for bit; does nothing to one without it."""
+    for name in ("transformer", "transformer_2"):
+        registry = getattr(getattr(pipe, name, None), "_diffusers_hook", None)
+        hook = registry.get_hook(HOOK_NAME) if registry is not None else None
+        if isinstance(hook, HSAHook):
+            hook.session.detach()
+
+
+def _check_transformer(transformer: Any, attentions: list[Any]) -> None:
+    """Refuse a transformer whose self-attention is not stock, or which another cache already works on."""
+    for attention in attentions:
+        if type(attention.processor) is not WanAttnProcessor:
+            raise ConfigError(
+                f"{type(attention.processor).__name__} is set as attention processor: HSA needs "
+                "the stock one, WanAttnProcessor."
+            )
+    if getattr(transformer, "is_cache_enabled", False):
+        raise ConfigError(
+            "Another cache is enabled on the transformer: call its disable_cache() before HSA is applied."
+        )
+
+
+def _kind_or_none(scheduler: Any) -> str | None:
+    """Return the scheduler's kind, None for one that HSA cannot work with (and the config replaces)."""
+    try:
+        return kind_of(scheduler)
+    except ConfigError:
+        return None

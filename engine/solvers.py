@@ -1,0 +1,85 @@
+"""The schedulers HSA works with, and what each implies for the velocity forecast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+from ..errors import ConfigError
+from ..hsa.config import HSAConfig
+
+_KINDS: dict[str, Any] = {
+    "euler": FlowMatchEulerDiscreteScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+}
+
+
+def kind_of(scheduler: Any) -> str:
+    """Return "euler", "unipc" or "dpm++".
+
+    Raises:
+        ConfigError: another scheduler, or one that does not integrate flow velocities.
+    """
+    for kind, cls in _KINDS.items():
+        if isinstance(scheduler, cls):
+            if kind != "euler" and (
+                scheduler.config.prediction_type != "flow_prediction" or not scheduler.config.use_flow_sigmas
+            ):
+                raise ConfigError(
+                    f"{type(scheduler).__name__} predicts {scheduler.config.prediction_type}: HSA needs "
+                    'prediction_type="flow_prediction" with use_flow_sigmas=True, or solver="euler".'
+                )
+            return kind
+    names = ", ".join(cls.__name__ for cls in _KINDS.values())
+    raise ConfigError(
+        f"{type(scheduler).__name__} is not supported: HSA needs one model call per step, as with {names}."
+    )
+
+
+def build_scheduler(kind: str, like: Any) -> Any:
+    """Make a scheduler of `kind` with the training steps and the shift of the scheduler `like`."""
+    config = like.config
+    shift = config.get("flow_shift", config.get("shift", 1.0))
+    steps = config.num_train_timesteps
+    if kind == "euler":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=shift)
+    return _KINDS[kind](
+        num_train_timesteps=steps, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+
+
+def forecast_for(config: HSAConfig, scheduler: Any) -> str:
+    """Return the forecast: the configured one, or Taylor's.
+
+    Taylor's forecasts what the model would have returned, so that it suits one-step and multistep schedulers
+    alike; on a flow between Gaussian mixtures it came nearer to the true solution than holding.
+
+    Raises:
+        ConfigError: ``forecast="ab2"`` with a multistep scheduler, which adds its own second order.
+    """
+    kind = kind_of(scheduler)
+    if config.forecast == "ab2" and kind != "euler" and scheduler.config.solver_order > 1:
+        raise ConfigError(
+            f'forecast="ab2" with {type(scheduler).__name__} would apply the second order twice: '
+            'use forecast="taylor", or solver="euler".'
+        )
+    return config.forecast or "taylor"
+
+
+def correct_for(config: HSAConfig, scheduler: Any) -> bool:
+    """Return whether forecasts are corrected in hindsight.
+
+    Raises:
+        ConfigError: ``correct=True`` with a multistep scheduler, whose history would not know of the correction.
+    """
+    euler = kind_of(scheduler) == "euler"
+    if config.correct and not euler:
+        raise ConfigError(
+            f"correct=True with {type(scheduler).__name__}: a multistep history cannot be corrected afterwards; "
+            'use solver="euler", or leave correct out.'
+        )
+    if config.correct is not None:
+        return config.correct
+    return euler and forecast_for(config, scheduler) != "hold"
