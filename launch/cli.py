@@ -1,0 +1,208 @@
+"""The command `heterostep`: its flags, and what people see when something is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from ..errors import ConfigError, HeterostepError, RequestError
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+_EPILOG = """\
+examples:
+  heterostep generate --prompt "a red disc moves right" --compute 0.5
+  heterostep generate --prompt "a cat on a beach" --model ./Wan2.1-T2V-1.3B-Diffusers --output cat.mp4
+  heterostep info --model demo
+
+`heterostep COMMAND --help` explains the flags of a command.
+"""
+
+_GENERATE_EPILOG = """\
+examples:
+  half of the work, and a picture of where it went:
+    heterostep generate --prompt "a red disc moves right" --compute 0.5 --output v.mp4 --heatmap h.mp4
+  what does it save, and what does it cost?
+    heterostep generate --prompt "a red disc moves right" --compute 0.33 --compare-dense --report r.json
+
+Whatever is left out takes the model's own default; `heterostep info --model M` shows them.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence, without a page of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"heterostep: {message}; see `{self.prog} --help`\n")
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}")
+        return value
+
+    return parse
+
+
+def _share(text: str) -> float:
+    value = _float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1 (1 is dense), not {text!r}")
+    return value
+
+
+def _scale(text: str) -> float:
+    value = _float(text)
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, not {text!r}")
+    return value
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, cross, height = text.lower().partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT in pixels, such as 832x480, not {text!r}")
+    return int(width), int(height)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; it imports nothing heavy, so that `--help` is quick."""
+    parser = _Parser(
+        prog="heterostep",
+        description="Make videos sooner: every token gets its own number of denoising steps.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_generate(commands)
+    _add_info(commands)
+    return parser
+
+
+def _add_command(commands: argparse._SubParsersAction[_Parser], name: str, purpose: str, epilog: str) -> _Parser:
+    return commands.add_parser(
+        name,
+        help=purpose,
+        description=f"{purpose[0].upper()}{purpose[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _add_command(commands, "generate", "make a video from a text", _GENERATE_EPILOG)
+    what = command.add_argument_group("what to make")
+    what.add_argument("--prompt", required=True, metavar="TEXT", help="what the video shows")
+    what.add_argument("--negative-prompt", default="", metavar="TEXT", help="what it should not show")
+    what.add_argument("--size", type=_size, metavar="WxH", help="width and height in pixels, such as 832x480")
+    what.add_argument("--frames", type=_whole(1), metavar="N", help="number of frames (for Wan 4k + 1)")
+    what.add_argument("--fps", type=_whole(1), metavar="N", help="frames per second of the file")
+    what.add_argument("--steps", type=_whole(1), metavar="N", help="denoising steps")
+    what.add_argument("--guidance", type=_scale, metavar="G", help="guidance scale; 1 or less is without guidance")
+    what.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="seed of the initial noise (default 0)")
+
+    how = command.add_argument_group("how to compute it")
+    how.add_argument("--model", default="demo", metavar="M", help="'demo' (default), a folder, or a hub id")
+    how.add_argument(
+        "--compute",
+        type=_share,
+        default=0.5,
+        metavar="C",
+        help="share of dense work, above 0 to 1 (default 0.5)",
+    )
+    how.add_argument("--policy", metavar="P", help="how the share is spent: joint (default), tokens, groups or steps")
+    how.add_argument("--solver", metavar="S", help="euler, unipc or dpm++ (default: the model's own scheduler)")
+    how.add_argument("--dtype", default="auto", metavar="T", help="auto (default), float32, bfloat16 or float16")
+    how.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:N")
+
+    out = command.add_argument_group("what to write")
+    out.add_argument("--output", default="video.mp4", metavar="FILE", help="the video (default video.mp4)")
+    out.add_argument("--heatmap", metavar="FILE", help="mp4: the video beside a map of evaluations per token")
+    out.add_argument("--latents", metavar="FILE", help="safetensors: the final latents")
+    out.add_argument("--report", metavar="FILE", help="json: settings, versions, times, steps, evaluations")
+    out.add_argument(
+        "--scale",
+        type=_whole(1),
+        default=1,
+        metavar="N",
+        help="enlarge the pixels of the video N times (default 1)",
+    )
+    out.add_argument(
+        "--compare-dense",
+        action="store_true",
+        help="make the dense video too; say what was saved and what it cost",
+    )
+    out.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    command.set_defaults(run=_generate)
+
+
+def _add_info(commands: argparse._SubParsersAction[_Parser]) -> None:
+    purpose = "show versions, devices, and the sizes and defaults of a model"
+    command = _add_command(commands, "info", purpose, "No weights are loaded.")
+    command.add_argument("--model", default="demo", metavar="M", help="'demo' (default), a folder, or a hub id")
+    command.add_argument("--size", type=_size, metavar="WxH", help="count tokens for this size")
+    command.add_argument("--frames", type=_whole(1), metavar="N", help="count tokens for this many frames")
+    command.set_defaults(run=_info)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from .generate import generate
+
+    return generate(arguments)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from .info import info
+
+    return info(arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: the arguments without the program's name; None takes those of the process.
+
+    Returns:
+        0 on success, 2 for bad input, 130 after Ctrl-C, 1 for any other foreseen failure; each of these with
+        one sentence on stderr.
+    """
+    try:
+        arguments = build_parser().parse_args(argv)
+        status: int = arguments.run(arguments)
+        return status
+    except (ConfigError, RequestError) as error:
+        return _fail(str(error), EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except (HeterostepError, OSError, MemoryError) as error:
+        return _fail(str(error) or type(error).__name__, EXIT_FAILED)
+    except RuntimeError as error:
+        # torch.OutOfMemoryError, known by name: importing torch for it would slow down every --help.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        return _fail("the device's memory is too small for this request; take a smaller size or fewer frames", 1)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"heterostep: {' '.join(message.split())}", file=sys.stderr)
+    return status

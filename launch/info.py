@@ -1,0 +1,74 @@
+"""`heterostep info`: versions, devices, and what a model's folder says about it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import torch
+
+from ..engine.facts import ModelFacts, read_facts
+from ..engine.record import device_name, versions
+from ..engine.request import GenerateRequest, resolve
+from .logs import silence_libraries
+
+
+def info(arguments: argparse.Namespace) -> int:
+    """Run the command with parsed arguments; returns the exit code."""
+    silence_libraries()
+    facts = read_facts(arguments.model)
+    width, height = arguments.size or (None, None)
+    sized = resolve(GenerateRequest(prompt="-", width=width, height=height, num_frames=arguments.frames), facts)
+    rows = [
+        *(f"{name:16} {number}" for name, number in versions().items()),
+        f"{'devices':16} {', '.join(_devices())}",
+        "",
+        *_model(facts),
+        "",
+        *_tokens(facts, sized.width, sized.height, sized.num_frames),
+    ]
+    print("\n".join(rows))
+    return 0
+
+
+def _devices() -> list[str]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [device_name(torch.device("cuda", index)) for index in range(count)] + [device_name(torch.device("cpu"))]
+
+
+def _model(facts: ModelFacts) -> list[str]:
+    defaults = facts.defaults
+    width_step, height_step = facts.size_step
+    guidance = f"guidance {defaults.guidance_scale:g}"
+    if defaults.guidance_scale_2 is not None:
+        guidance += f" and {defaults.guidance_scale_2:g}"
+    patch = " x ".join(str(n) for n in facts.patch)
+    vae = f"{facts.vae_temporal} x {facts.vae_spatial} x {facts.vae_spatial}"
+    return [
+        f"{'model':16} {facts.name} ({facts.family}, {facts.pipeline})",
+        f"{'transformer':16} {facts.experts} x {facts.num_layers} layers, {facts.num_heads} heads of {facts.head_dim}",
+        f"{'token':16} {patch} latent pixels; VAE {vae}",
+        f"{'valid sizes':16} width a multiple of {width_step}, height of {height_step}; "
+        f"frames a multiple of {facts.frame_step}, plus 1",
+        f"{'defaults':16} {defaults.width}x{defaults.height}, {defaults.num_frames} frames at "
+        f"{defaults.fps} per second, {defaults.num_inference_steps} steps, {guidance}",
+    ]
+
+
+def _tokens(facts: ModelFacts, width: int, height: int, num_frames: int) -> list[str]:
+    grid = facts.grid(width, height, num_frames)
+    num_tokens = math.prod(grid)
+    return [
+        f"{'size':16} {width}x{height}, {num_frames} frames",
+        f"{'tokens':16} {num_tokens:,} = {grid[0]} x {grid[1]} x {grid[2]} (frames, rows, columns)",
+        f"{'K/V cache':16} {_bytes(facts.cache_bytes(num_tokens))} in bfloat16 for each guidance branch",
+    ]
+
+
+def _bytes(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
