@@ -1,0 +1,74 @@
+"""Complete diffusers folders of tiny random Wan models, built offline, and folders with something wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import WanPipeline
+from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
+
+from tiny import TEXT_WIDTH
+from tiny import tiny_pipeline as denoiser
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?-"
+
+
+def _tokenizer() -> T5TokenizerFast:
+    # One piece a letter: nothing is trained, so every process gets the same vocabulary.
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *_LETTERS]
+    return T5TokenizerFast(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0, model_max_length=512)
+
+
+def complete_pipeline(kind: str = "unipc") -> WanPipeline:
+    """A tiny random WanPipeline with tokenizer and text encoder; kinds as in `tiny.KINDS`."""
+    pipe = denoiser(kind)
+    parts = pipe.components
+    tokenizer = _tokenizer()
+    torch.manual_seed(3)
+    config = UMT5Config(
+        vocab_size=len(tokenizer),
+        d_model=TEXT_WIDTH,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    # Statistics other than 0 and 1, so that forgetting them would show.
+    parts["vae"].register_to_config(latents_mean=[0.1] * 16, latents_std=[1.5] * 16)
+    parts |= {"tokenizer": tokenizer, "text_encoder": UMT5EncoderModel(config).eval()}
+    options = {name: pipe.config[name] for name in ("boundary_ratio", "expand_timesteps")}
+    return WanPipeline(**parts, **options)
+
+
+def broken_copies(model: Path, folder: Path) -> dict[str, Path]:
+    """Copies of a model's folder, each with one thing wrong; by a name that says what."""
+    copies = {}
+    for name in (
+        "truncated weights",
+        "truncated json",
+        "no vae",
+        "foreign",
+        "no index",
+        "bad sizes",
+        "no weights",
+    ):
+        copies[name] = folder / name.replace(" ", "-")
+        shutil.copytree(model, copies[name])
+    weights = copies["truncated weights"] / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    index = copies["truncated json"] / "model_index.json"
+    index.write_text(index.read_text()[:40])
+    shutil.rmtree(copies["no vae"] / "vae")
+    foreign = copies["foreign"] / "model_index.json"
+    foreign.write_text(json.dumps({**json.loads(foreign.read_text()), "_class_name": "FluxPipeline"}))
+    (copies["no index"] / "model_index.json").unlink()
+    sizes = copies["bad sizes"] / "transformer" / "config.json"
+    sizes.write_text(json.dumps({**json.loads(sizes.read_text()), "ffn_dim": 100}))
+    (copies["no weights"] / "text_encoder" / "model.safetensors").unlink()
+    return copies

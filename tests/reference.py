@@ -1,0 +1,197 @@
+"""An independent reference of HSA: it recomputes every token at every step and masks in stale keys and
+values.
+
+Nothing is imported from heterostep. Attention is a plain einsum; packing, gathering and caches do not occur.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from torch import Tensor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding by complex numbers."""
+    z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    turn = torch.complex(cos[..., 0::2].float(), sin[..., 1::2].float())
+    return torch.view_as_real(z * turn).flatten(-2).type_as(x)
+
+
+@dataclass
+class History:
+    """The last two evaluations of every token of one branch."""
+
+    last: dict[str, Tensor] = field(default_factory=dict)
+    prev: dict[str, Tensor] = field(default_factory=dict)
+    sigma_last: Tensor | None = None
+    sigma_prev: Tensor | None = None
+
+    def mix(self, name: str, fresh: Tensor, mask: Tensor) -> Tensor:
+        """Rows of `mask` [B, N] from `fresh`, the others from the last evaluation; moves the history on."""
+        m = mask.reshape(*mask.shape, *[1] * (fresh.ndim - 2))
+        old = self.last.get(name, fresh)
+        self.prev[name] = torch.where(m, old, self.prev.get(name, old))
+        self.last[name] = torch.where(m, fresh, old)
+        return self.last[name]
+
+    def tick(self, sigma: float, mask: Tensor) -> None:
+        if self.sigma_last is None:
+            self.sigma_last = torch.full(mask.shape, sigma)
+            self.sigma_prev = torch.full(mask.shape, float("inf"))  # one evaluation only: no slope
+            return
+        self.sigma_prev = torch.where(mask, self.sigma_last, self.sigma_prev)
+        self.sigma_last = torch.where(mask, torch.full(mask.shape, sigma), self.sigma_last)
+
+    def at(self, name: str, sigma: float, damp: float = 1.0) -> Tensor:
+        """Linear forecast of rows at `sigma`."""
+        slope_time = (sigma - self.sigma_last) / (self.sigma_last - self.sigma_prev)
+        slope_time = torch.where(self.sigma_prev.isinf(), torch.zeros_like(slope_time), slope_time)
+        w = slope_time.reshape(*slope_time.shape, *[1] * (self.last[name].ndim - 2)) * damp
+        return self.last[name] + w * (self.last[name] - self.prev[name])
+
+
+@dataclass
+class Hindsight:
+    """Corrects forecasts token by token: a polynomial through the known velocities against what was applied."""
+
+    sigmas: list[float]
+    forecast: str
+    known: dict[tuple[int, int], list[tuple[int, Tensor]]] = field(default_factory=dict)
+    applied: list[Tensor] = field(default_factory=list)
+
+    def owed(self, step: int, fresh: Tensor, mask: Tensor) -> Tensor:
+        """Displacement [B, N, D] of every token evaluated at `step`, and remember its velocity."""
+        out = torch.zeros_like(fresh)
+        for b, n in mask.nonzero().tolist():
+            known = self.known.setdefault((b, n), [])
+            if known:
+                begin = known[-1][0]
+                knots = (
+                    [*known[-2:], (step, fresh[b, n])] if self.forecast != "hold" else [known[-1], (step, fresh[b, n])]
+                )
+                out[b, n] = self._true(knots, begin, step) - self._moved(b, n, begin, step)
+            known.append((step, fresh[b, n].clone()))
+        return out
+
+    def _moved(self, b: int, n: int, begin: int, step: int) -> Tensor:
+        first = begin if self.forecast == "ab2" else begin + 1
+        h = [self.sigmas[j + 1] - self.sigmas[j] for j in range(len(self.sigmas) - 1)]
+        return sum((h[j] * self.applied[j][b, n] for j in range(first, step)), torch.tensor(0.0))
+
+    def _true(self, knots: list[tuple[int, Tensor]], begin: int, step: int) -> Tensor:
+        s = self.sigmas
+
+        def u(sigma: float) -> Tensor:
+            total = torch.tensor(0.0)
+            for i, (a, v) in enumerate(knots):
+                basis = 1.0
+                for j, (c, _) in enumerate(knots):
+                    if i != j:
+                        basis *= (sigma - s[c]) / (s[a] - s[c])
+                total = total + basis * v
+            return total
+
+        if self.forecast == "ab2":  # Simpson's rule is exact for parabolas
+            return (s[step] - s[begin]) * (u(s[begin]) + 4 * u((s[begin] + s[step]) / 2) + u(s[step])) / 6
+        return sum(((s[j + 1] - s[j]) * u(s[j]) for j in range(begin + 1, step)), torch.tensor(0.0))
+
+
+class MaskedProcessor(WanAttnProcessor):
+    """All tokens are computed; keys and values of inactive ones are replaced by those of their last
+    evaluation."""
+
+    def __init__(self, layer: int, reference: Reference) -> None:
+        super().__init__()
+        self.layer, self.reference = layer, reference
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        r, layer = self.reference, self.layer
+        q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        k = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
+        v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+        q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
+        mixed = []
+        for name, fresh in ((f"k{layer}", k), (f"v{layer}", v)):
+            stale = r.history.at(name, r.sigma, r.damp) if r.damp and name in r.history.last else None
+            rows = r.history.mix(name, fresh, r.mask)
+            mixed.append(rows if stale is None else torch.where(r.mask[:, :, None, None], fresh, stale))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, mixed[0]) * q.shape[-1] ** -0.5
+        out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), mixed[1]).flatten(2, 3)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+class Reference:
+    """Runs the denoising loop of a tiny pipeline under a given plan."""
+
+    def __init__(self, pipe: Any, forecast: str, damp: float = 0.0, correct: bool = False) -> None:
+        self.models = [copy.deepcopy(m) for m in (pipe.transformer, pipe.transformer_2) if m is not None]
+        self.scheduler = copy.deepcopy(pipe.scheduler)
+        self.boundary = pipe.config.boundary_ratio
+        self.per_token = pipe.config.expand_timesteps
+        self.forecast, self.damp, self.correct = forecast, damp, correct
+        for model in self.models:
+            for i, block in enumerate(model.blocks):
+                block.attn1.set_processor(MaskedProcessor(i, self))
+
+    @torch.no_grad()
+    def run(self, latents: Tensor, plans: list[Tensor | None], text: Tensor, negative: Tensor | None, scale: float):
+        """Return the final latents; `plans` holds None, [0], [A] or [B, A] per step."""
+        scheduler = self.scheduler
+        scheduler.set_timesteps(len(plans))
+        scheduler.set_begin_index(0)
+        sigmas = [float(s) for s in scheduler.sigmas]
+        texts = {"cond": text} if negative is None else {"cond": text, "uncond": negative}
+        histories = {name: History() for name in texts}
+        hindsight = {name: Hindsight(sigmas, self.forecast) for name in texts}
+        b, _, f, y, x = latents.shape
+        n, before = f * (y // 2) * (x // 2), 0
+        for i, t in enumerate(scheduler.timesteps):
+            expert = int(self.boundary is not None and float(t) < self.boundary * 1000)
+            if expert != before:
+                histories, before = {name: History() for name in texts}, expert
+                for corrector in hindsight.values():
+                    corrector.known.clear()
+            self.mask = torch.zeros(b, n, dtype=torch.bool)
+            for s in range(b):
+                chosen = plans[i]
+                self.mask[s, slice(None) if chosen is None else (chosen[s] if chosen.ndim == 2 else chosen)] = True
+            self.sigma = sigmas[i]
+            out = {}
+            for name, embeds in texts.items():
+                self.history = histories[name]
+                if self.mask.any():
+                    step = t.expand(b, n) if self.per_token else t.expand(b)
+                    v = self.models[expert](latents, step, embeds, return_dict=False)[0]
+                    self.history.mix("velocity", self.rows(v), self.mask)
+                    self.history.tick(self.sigma, self.mask)
+                where = {"hold": None, "taylor": sigmas[i], "ab2": (sigmas[i] + sigmas[i + 1]) / 2}[self.forecast]
+                last = self.history.last["velocity"]
+                rows = last if where is None else self.history.at("velocity", where)
+                hindsight[name].applied.append(rows)
+                if self.correct and self.mask.any():
+                    rows = rows + hindsight[name].owed(i, last, self.mask) / (sigmas[i + 1] - sigmas[i])
+                out[name] = self.video(rows, (f, y, x))
+            v = out["cond"] if negative is None else out["uncond"] + scale * (out["cond"] - out["uncond"])
+            latents = scheduler.step(v, t, latents, return_dict=False)[0]
+        return latents
+
+    @staticmethod
+    def rows(video: Tensor) -> Tensor:
+        """[B, C, F, Y, X] -> [B, N, C * 4] by unfolding, patch (1, 2, 2)."""
+        cells = video.unfold(3, 2, 2).unfold(4, 2, 2)
+        return cells.permute(0, 2, 3, 4, 1, 5, 6).flatten(4).flatten(1, 3)
+
+    @staticmethod
+    def video(rows: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        f, y, x = shape
+        out = rows.new_zeros(rows.shape[0], rows.shape[2] // 4, f, y, x)
+        cells = rows.unflatten(1, (f, y // 2, x // 2)).unflatten(-1, (-1, 2, 2))
+        for dy in range(2):
+            for dx in range(2):
+                out[:, :, :, dy::2, dx::2] = cells[..., dy, dx].permute(0, 4, 1, 2, 3)
+        return out

@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import math
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+
+import heterostep as hs
+from folders import complete_pipeline
+from heterostep.engine.engine import Cancelled, Decoding, Started, StepDone
+from heterostep.engine.facts import DEFAULTS, read_facts
+from heterostep.engine.record import compare, run_record
+from heterostep.engine.request import resolve
+
+PROMPT = "a red disc moves right"
+SMALL = {"prompt": PROMPT, "negative_prompt": "blurry", "width": 64, "height": 48, "num_frames": 9, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model):
+    return hs.Engine(hs.EngineConfig(model=str(tiny_model), device="cpu"))
+
+
+def request(**changes):
+    return hs.GenerateRequest(**{**SMALL, "num_inference_steps": 6, **changes})
+
+
+def stock(folder, **changes):
+    """What diffusers alone makes of the same request, uint8 [F, H, W, 3], and its latents."""
+    pipe = WanPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {k: v for k, v in {**SMALL, "num_inference_steps": 6, **changes}.items() if k != "seed"}
+    arguments.setdefault("guidance_scale", 3.0)
+
+    def run(output_type):
+        generator = torch.Generator("cpu").manual_seed(SMALL["seed"])
+        return pipe(**arguments, generator=generator, output_type=output_type).frames
+
+    return (run("np")[0] * 255).round().astype(np.uint8), run("latent")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("unipc", {}),
+        ("euler", {"guidance_scale": 1.0}),
+        ("wan22", {"guidance_scale": 4.0, "guidance_scale_2": 3.0}),
+        ("ti2v5b", {"num_frames": 5}),
+    ],
+)
+def test_dense_is_the_stock_pipeline(tmp_path, kind, changes):
+    complete_pipeline(kind).save_pretrained(tmp_path)
+    frames, latents = stock(tmp_path, **changes)
+    engine = hs.Engine(hs.EngineConfig(model=str(tmp_path), device="cpu"))
+    output = engine.generate(request(compute=1.0, **changes))
+    assert torch.equal(output.latents, latents)
+    assert (output.frames == frames).all()
+    assert output.frames.dtype == np.uint8
+    assert output.report.compute == 1.0
+    assert output.report.evaluations.unique().tolist() == [6]
+    assert output.hsa is None
+
+
+def test_hsa_is_apply_on_the_stock_pipeline(engine, tiny_model):
+    pipe = WanPipeline.from_pretrained(tiny_model)
+    session = hs.apply(pipe, hs.HSAConfig(compute=0.5))
+    generator = torch.Generator("cpu").manual_seed(3)
+    arguments = {k: v for k, v in SMALL.items() if k != "seed"}
+    latents = pipe(
+        **arguments, num_inference_steps=20, guidance_scale=3.0, generator=generator, output_type="latent"
+    ).frames
+    output = engine.generate(request(num_inference_steps=20, compute=0.5))
+    assert torch.equal(output.latents, latents)
+    assert output.report.compute == session.report.compute == pytest.approx(0.5, abs=0.02)
+    assert torch.equal(output.report.evaluations, session.report.evaluations)
+    assert output.hsa.compute == 0.5
+    # The engine's pipeline is the stock one again.
+    assert torch.equal(engine.generate(request(compute=1.0)).latents, stock(tiny_model)[1])
+
+
+def test_events_tell_the_story(engine):
+    events = list(engine.stream(request(num_inference_steps=20, compute=0.4)))
+    started, *steps, decoding, output = events
+    assert isinstance(started, Started) and started.num_tokens == 3 * 3 * 4
+    assert started.request.guidance_scale == 3.0
+    assert isinstance(decoding, Decoding) and isinstance(output, hs.VideoOutput)
+    assert all(isinstance(step, StepDone) for step in steps)
+    assert [step.step for step in steps] == list(range(20))
+    assert [step.active for step in steps] == [record.active for record in output.report.steps]
+    assert [step.sigma for step in steps] == sorted((step.sigma for step in steps), reverse=True)
+    assert all(step.total == 36 and step.num_steps == 20 and step.seconds > 0 for step in steps)
+    assert all(step.eta_seconds >= 0 for step in steps) and steps[-1].eta_seconds == 0
+    stages = output.seconds
+    assert stages["total"] == pytest.approx(sum(stages[s] for s in ("encode_text", "denoise", "decode")))
+    assert decoding.seconds == stages["denoise"] > 0
+    assert output.frames.shape == (9, 48, 64, 3)
+    assert output.latents.shape == (1, 16, 3, 6, 8)
+
+
+def test_steps_come_out_while_the_pipeline_runs(engine):
+    stream = engine.stream(request(num_inference_steps=50))
+    assert isinstance(next(stream), Started)
+    first = next(stream)
+    assert isinstance(first, StepDone)
+    assert any(thread.name == "heterostep-engine" for thread in threading.enumerate())
+    stream.close()
+    assert not any(thread.name == "heterostep-engine" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("how", ["close", "drop", "exception"])
+def test_an_abandoned_stream_stops_the_run(engine, how):
+    decoded = []
+    original = engine.pipeline.vae.decode
+    engine.pipeline.vae.decode = lambda *args, **kwargs: decoded.append(1) or original(*args, **kwargs)
+    try:
+        stream = engine.stream(request(num_inference_steps=200))
+        next(stream), next(stream)
+        if how == "close":
+            stream.close()
+        elif how == "drop":
+            del stream
+            gc.collect()
+        else:
+            with pytest.raises(RuntimeError, match="mine"):
+                stream.throw(RuntimeError("mine"))
+    finally:
+        del engine.pipeline.vae.decode
+    assert not decoded
+    assert engine.generate(request()).frames.shape[0] == 9
+
+
+def test_cancel_between_steps(engine):
+    engine.cancel()  # nothing runs: no effect on the next request
+    with pytest.raises(Cancelled, match=r"cancelled after step \d+ of 300"):
+        for event in engine.stream(request(num_inference_steps=300)):
+            if isinstance(event, StepDone) and event.step == 2:
+                engine.cancel()
+    assert isinstance(engine.generate(request()), hs.VideoOutput)
+
+
+def test_one_video_at_a_time(engine):
+    stream = engine.stream(request(num_inference_steps=100))
+    next(stream)
+    with pytest.raises(hs.RequestError, match="already"):
+        engine.generate(request())
+    stream.close()
+    engine.generate(request())
+
+
+def test_an_error_inside_the_pipeline_reaches_the_caller(engine):
+    engine.pipeline.scheduler.step, original = None, engine.pipeline.scheduler.step
+    try:
+        with pytest.raises(TypeError):
+            engine.generate(request(compute=0.5))
+    finally:
+        engine.pipeline.scheduler.step = original
+    first = engine.generate(request(num_inference_steps=20, compute=0.5))
+    assert torch.equal(first.latents, engine.generate(request(num_inference_steps=20, compute=0.5)).latents)
+
+
+def test_seeds(engine):
+    same = [engine.generate(request(seed=7)).frames for _ in range(2)]
+    assert (same[0] == same[1]).all()
+    assert (same[0] != engine.generate(request(seed=8)).frames).any()
+
+
+def test_engine_without_hsa(tiny_model):
+    engine = hs.Engine(hs.EngineConfig(model=str(tiny_model), hsa=None, device="cpu"))
+    assert engine.generate(request()).report.compute == 1.0
+    assert engine.generate(request(num_inference_steps=20, compute=0.5)).report.compute == pytest.approx(0.5, abs=0.02)
+
+
+def test_dtypes(tiny_model):
+    engine = hs.Engine(hs.EngineConfig(model=str(tiny_model), dtype="bfloat16", device="cpu"))
+    assert engine.pipeline.transformer.patch_embedding.weight.dtype == torch.bfloat16
+    assert engine.pipeline.vae.dtype == torch.float32
+    assert engine.generate(request(compute=0.5, num_inference_steps=20)).frames.shape == (9, 48, 64, 3)
+
+
+def test_record_and_comparison(engine):
+    dense = engine.generate(request(num_inference_steps=20, compute=1.0))
+    output = engine.generate(request(num_inference_steps=20, compute=0.5))
+    record = json.loads(json.dumps(run_record(engine, output, dense), allow_nan=False))
+    assert record["compute"] == pytest.approx(0.5, abs=0.02)
+    assert {"load", "encode_text", "denoise", "decode", "total"} <= record["seconds"].keys()
+    assert len(record["steps"]) == 20 and {"sigma", "active", "reason", "seconds"} <= record["steps"][3].keys()
+    assert sum(record["evaluations"]["histogram"].values()) == math.prod(record["evaluations"]["grid"]) == 36
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["request"]["seed"] == 3 and record["hsa"]["compute"] == 0.5
+    against = record["against_dense"]
+    assert against["psnr"] > 10 and 0 < against["ssim"] <= 1 and against["speedup"] > 0
+    assert compare(dense, dense)["psnr"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": " \n"}, "prompt is empty"),
+        ({"prompt": None}, "prompt is empty"),
+        ({"negative_prompt": None}, "must be a text"),
+        ({"compute": 0}, "above 0 and at most 1"),
+        ({"compute": 1.5}, "above 0 and at most 1"),
+        ({"compute": math.nan}, "above 0 and at most 1"),
+        ({"compute": "half"}, "above 0 and at most 1"),
+        ({"num_inference_steps": 0}, "at least 1"),
+        ({"num_frames": 0}, "at least 1"),
+        ({"num_frames": 4.5}, "whole number"),
+        ({"width": -16}, "at least 1"),
+        ({"fps": True}, "whole number"),
+        ({"guidance_scale": math.inf}, "finite"),
+        ({"guidance_scale_2": -1.0}, "at least 0"),
+        ({"seed": -1}, "from 0"),
+        ({"seed": 2**63}, "from 0"),
+    ],
+)
+def test_requests_that_no_model_can_honour(changes, rule):
+    with pytest.raises(hs.RequestError, match=rule):
+        request(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"width": 17, "height": 13}, "nearest size is 16x16"),
+        ({"width": 40, "height": 48}, "nearest size is 48x48"),
+        ({"num_frames": 8}, "nearest is 9"),
+        ({"num_frames": 2}, "nearest is 1"),
+        ({"width": 2048}, "at most 64 along each axis"),
+        ({"guidance_scale_2": 3.0}, "has one"),
+    ],
+)
+def test_requests_that_this_model_cannot_honour(engine, changes, rule):
+    with pytest.raises(hs.RequestError, match=rule):
+        engine.stream(request(**changes))
+
+
+def test_defaults_come_from_the_model(engine):
+    resolved = resolve(hs.GenerateRequest(prompt=PROMPT, fps=5), engine.facts)
+    defaults = DEFAULTS["Wan small"]
+    assert resolved == dataclasses.replace(
+        resolved, width=defaults.width, num_frames=defaults.num_frames, fps=5, guidance_scale=3.0
+    )
+
+
+def folder_of(tmp_path, transformer, vae=None, **index):
+    for name, content in (
+        ("model_index.json", {"_class_name": "WanPipeline", **index}),
+        ("transformer/config.json", transformer),
+        ("vae/config.json", vae or {}),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "vae", "index", "family", "gibibytes"),
+    [
+        ((12, 128, 30), {}, {}, "Wan 1.3B", 5.6),
+        ((40, 128, 40), {}, {}, "Wan 14B", 25.0),
+        (
+            (40, 128, 40),
+            {},
+            {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875},
+            "Wan 2.2 A14B",
+            57.7,
+        ),
+        ((24, 128, 30), {"scale_factor_spatial": 16}, {"expand_timesteps": True}, "Wan 2.2 TI2V 5B", 9.4),
+    ],
+)
+def test_published_models_are_known_by_their_configs(tmp_path, sizes, vae, index, family, gibibytes):
+    heads, head_dim, layers = sizes
+    transformer = {
+        "num_attention_heads": heads,
+        "attention_head_dim": head_dim,
+        "num_layers": layers,
+        "patch_size": [1, 2, 2],
+    }
+    facts = read_facts(folder_of(tmp_path, transformer, vae, **index))
+    assert facts.family == family
+    resolved = resolve(hs.GenerateRequest(prompt=PROMPT), facts)  # the defaults fit the model
+    tokens = math.prod(facts.grid(resolved.width, resolved.height, resolved.num_frames))
+    assert facts.cache_bytes(tokens) / 2**30 == pytest.approx(gibibytes, abs=0.05)
+
+
+def test_configs_that_lack_something(tmp_path):
+    with pytest.raises(hs.ConfigError, match="num_attention_heads"):
+        read_facts(folder_of(tmp_path, {}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"device": "tpu"}, "device must be"),
+        ({"device": "mps"}, "device must be"),
+        ({"device": "cuda:99"}, "not there"),
+        ({"device": ""}, "device must be"),
+        ({"model": ""}, "empty name"),
+    ],
+)
+def test_wrong_settings(tiny_model, changes, rule):
+    with pytest.raises(hs.ConfigError, match=rule):
+        hs.Engine(hs.EngineConfig(**{"model": str(tiny_model), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("truncated weights", "cannot be loaded"),
+        ("truncated json", "model_index.json cannot be read"),
+        ("no vae", "vae/config.json"),
+        ("foreign", "FluxPipeline"),
+        ("no index", "no model_index.json"),
+        ("bad sizes", "cannot be loaded"),
+        ("no weights", "cannot be loaded"),
+    ],
+)
+def test_models_that_cannot_be_loaded(broken_models, name, rule):
+    with pytest.raises(hs.ConfigError, match=rule) as caught, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hs.Engine(hs.EngineConfig(model=str(broken_models[name]), device="cpu"))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["./absent", "absent", "/absent/folder", "a/b/c", "no.such/", "~/absent-model"])
+def test_models_that_are_not_there(name):
+    with pytest.raises(hs.ConfigError, match="neither 'demo', nor an existing folder"):
+        read_facts(name)

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import math
+
+import av
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import correlate1d
+
+from heterostep import ConfigError, RequestError
+from heterostep.engine.files import check_writable, replacing, write_json
+from heterostep.engine.quality import psnr, relative_l2, ssim
+from heterostep.engine.video import heatmap_frames, scale_for, spread_tokens, write_mp4
+
+
+def clip(num_frames=5, height=32, width=48):
+    """A smooth gradient with a moving red square."""
+    y, x = np.mgrid[:height, :width]
+    frames = np.zeros((num_frames, height, width, 3), np.uint8)
+    frames[..., 1] = (x * 3 + y) % 200
+    for k in range(num_frames):
+        frames[k, 8:20, 4 + 3 * k : 16 + 3 * k] = (220, 40, 30)
+    return frames
+
+
+def read(path):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+        return frames, float(stream.average_rate), stream.codec_context.name, stream.codec_context.pix_fmt
+
+
+def test_mp4_is_h264_and_shows_the_frames(tmp_path):
+    frames = clip()
+    write_mp4(tmp_path / "v.mp4", frames, 8)
+    back, fps, codec, pix_fmt = read(tmp_path / "v.mp4")
+    assert (back.shape, fps, codec, pix_fmt) == (frames.shape, 8.0, "h264", "yuv420p")
+    assert psnr(back, frames) > 28  # chroma is halved
+    # The colour of a flat area survives: RGB -> BT.709 -> RGB, with the file saying so.
+    assert np.abs(back[0, 10:18, 7:13].mean((0, 1)) - (220, 40, 30)).max() < 6
+    assert [p.name for p in tmp_path.iterdir()] == ["v.mp4"]
+
+
+@pytest.mark.parametrize(("height", "width"), [(15, 17), (16, 31), (33, 32)])
+def test_odd_sizes_are_padded_to_even(tmp_path, height, width):
+    write_mp4(tmp_path / "v.mp4", clip(2, 48, 48)[:, :height, :width], 8)
+    back, *_ = read(tmp_path / "v.mp4")
+    assert back.shape == (2, height + height % 2, width + width % 2, 3)
+
+
+def test_scale_enlarges_pixels(tmp_path):
+    write_mp4(tmp_path / "v.mp4", clip(2, 16, 16), 8, scale=4)
+    assert read(tmp_path / "v.mp4")[0].shape == (2, 64, 64, 3)
+
+
+def test_a_single_frame_is_a_video_too(tmp_path):
+    write_mp4(tmp_path / "v.mp4", clip(1), 24)
+    assert len(read(tmp_path / "v.mp4")[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "scale"),
+    [
+        (np.zeros((2, 8, 8, 3), np.float32), 8, 1),
+        (np.zeros((8, 8, 3), np.uint8), 8, 1),
+        (np.zeros((0, 8, 8, 3), np.uint8), 8, 1),
+        (np.zeros((2, 8, 8, 3), np.uint8), 0, 1),
+        (np.zeros((2, 8, 8, 3), np.uint8), 8, 0),
+    ],
+)
+def test_wrong_frames_are_refused(tmp_path, frames, fps, scale):
+    with pytest.raises(RequestError, match="must be"):
+        write_mp4(tmp_path / "v.mp4", frames, fps, scale=scale)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    target = tmp_path / "r.json"
+    target.write_text("old")
+    with pytest.raises(RuntimeError, match="midway"), replacing(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("midway")
+    with pytest.raises(ValueError, match="nan"):
+        write_json(target, {"x": math.nan})
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_output_checks(tmp_path):
+    assert check_writable(tmp_path / "v.MP4", ".mp4").name == "v.MP4"
+    (tmp_path / "d.mp4").mkdir()
+    for path, rule in [
+        (tmp_path / "v.avi", "must end in .mp4"),
+        (tmp_path / "absent" / "v.mp4", "does not exist"),
+        (tmp_path / "d.mp4", "is a folder"),
+    ]:
+        with pytest.raises(ConfigError, match=rule):
+            check_writable(path, ".mp4")
+
+
+def test_tokens_are_spread_over_their_pixels():
+    values = np.arange(3 * 2 * 2).reshape(3, 2, 2)
+    spread = spread_tokens(values, 9, 4, 6)
+    assert spread.shape == (9, 4, 6)
+    # Causal VAE: latent frame 0 is video frame 0, latent frame 1 is 1..4, latent frame 2 is 5..8.
+    assert [int(frame[0, 0]) for frame in spread] == [0, 4, 4, 4, 4, 8, 8, 8, 8]
+    assert spread[0].tolist() == [[0, 0, 0, 1, 1, 1]] * 2 + [[2, 2, 2, 3, 3, 3]] * 2
+    assert spread_tokens(values, 3, 2, 2).tolist() == values.tolist()
+    assert spread_tokens(values[:1], 1, 2, 2).tolist() == values[:1].tolist()
+
+
+def test_heatmap_shows_the_video_and_marks_the_busy_tokens():
+    frames = clip(5, 32, 48)
+    evaluations = np.full((2, 2, 3), 5)
+    evaluations[:, 0, 0] = 20
+    picture = heatmap_frames(frames, evaluations, 20)
+    assert picture.dtype == np.uint8 and len(picture) == 5
+    assert picture.shape[1] % 2 == 0 and picture.shape[2] % 2 == 0
+    scale = scale_for(32, 48)
+    large = frames.repeat(scale, 1).repeat(scale, 2)
+    unit = max(20, 32 * scale // 16)
+    height, width = large.shape[1:3]
+    left = picture[:, 2 * unit : 2 * unit + height, unit : unit + width]
+    assert (left == large).all()
+    right = picture[:, 2 * unit : 2 * unit + height, 2 * unit + width : 2 * unit + 2 * width].astype(int)
+    busy, idle = right[:, : height // 2, : width // 3], right[:, height // 2 :, width // 3 :]
+    assert busy.mean() > idle.mean() + 40
+
+
+def test_heatmap_of_equal_counts():
+    assert heatmap_frames(clip(1, 16, 16), np.full((1, 1, 1), 7), 7).shape[0] == 1
+
+
+def test_psnr():
+    a = clip()
+    assert psnr(a, a) == math.inf
+    assert psnr(np.zeros((1, 4, 4, 3)), np.full((1, 4, 4, 3), 0.1)) == pytest.approx(20.0)
+    assert psnr(a, 255 - a) == pytest.approx(psnr(a / 255.0, 1 - a / 255.0))
+    with pytest.raises(ValueError, match="one shape"):
+        psnr(a, a[:1])
+    with pytest.raises(ValueError, match="uint8 or float"):
+        psnr(a.astype(np.int32), a.astype(np.int32))
+
+
+def test_ssim_equals_a_plain_implementation():
+    a = clip().astype(np.float64) / 255
+    b = np.clip(a + np.random.default_rng(0).normal(0, 0.1, a.shape), 0, 1)
+    weights = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    weights /= weights.sum()
+
+    def blur(x):
+        x = correlate1d(correlate1d(x, weights, axis=1), weights, axis=2)
+        return x[:, 5:-5, 5:-5]
+
+    ma, mb = blur(a), blur(b)
+    va, vb, cov = blur(a * a) - ma**2, blur(b * b) - mb**2, blur(a * b) - ma * mb
+    expected = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
+    assert ssim(a, b) == pytest.approx(expected.mean(), abs=1e-9)
+    assert ssim(a, a) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="at least 11"):
+        ssim(a[:, :10], b[:, :10])
+
+
+def test_relative_l2():
+    x = torch.randn(1, 4, 3, 5, 5)
+    assert relative_l2(x, x) == 0.0
+    assert relative_l2(1.1 * x, x) == pytest.approx(0.1, rel=1e-5)
+    with pytest.raises(ValueError, match="one shape"):
+        relative_l2(x, x[:, :2])
