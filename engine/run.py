@@ -42,6 +42,7 @@ class Step:
     reason: str
     started: float
     entered: set[str] = field(default_factory=set)
+    left: int = 0
     seconds: float = 0.0
     recorded: bool = False
 
@@ -96,6 +97,7 @@ class Run:
     def leave(self, step: Step) -> None:
         """Say that a branch's call returned; completes the step when it was the last one expected."""
         step.seconds = time.perf_counter() - step.started
+        step.left += 1
         if len(step.entered) >= self.adapter.num_branches(self.pipe):
             self._finish(step)
 
@@ -132,9 +134,10 @@ class Run:
 
     def end(self) -> None:
         """Complete the last step: diffusers calls this after a pipeline call. Caches keep their memory."""
-        if self.step is not None:
-            self._finish(self.step)
-        self.step = None
+        step, self.step = self.step, None
+        # A step that an exception broke off has no velocities to show.
+        if step is not None and step.left == len(step.entered):
+            self._finish(step)
 
     def release(self) -> None:
         """Free all caches."""

@@ -146,7 +146,9 @@ class JointPolicy(_Ranked):
 def _gap_costs(schedule: Schedule, config: HSAConfig, count: int) -> GapCosts:
     """Costs of the gaps of a plan with `count` whole steps, none more than some times longer than the average one."""
     longest = max(12, math.ceil(3 * schedule.num_steps / count))
-    return GapCosts(schedule.sigmas, config.forecast or "taylor", bool(config.correct), longest)
+    forecast = config.forecast or "taylor"
+    correct = forecast != "hold" if config.correct is None else config.correct
+    return GapCosts(schedule.sigmas, forecast, correct, longest)
 
 
 @dataclass(kw_only=True)

@@ -191,6 +191,25 @@ def test_exception_inside_the_model_leaves_the_pipeline_usable(nth):
     hs.remove(pipe)
 
 
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_remove_works_right_after_an_exception_inside_the_model(nth):
+    pipe = tiny_pipeline()
+    stock, calls = generate(pipe, steps=10), []
+    hs.apply(pipe, hs.HSAConfig(compute=0.8))
+
+    def broken(module, args):
+        calls.append(1)
+        if len(calls) == nth:
+            raise RuntimeError("out of memory")
+
+    handle = pipe.transformer.blocks[1].register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generate(pipe, steps=10)
+    handle.remove()
+    hs.remove(pipe)
+    assert torch.equal(generate(pipe, steps=10), stock)
+
+
 def test_callback_on_step_end_sees_the_report_grow_and_may_change_latents():
     pipe, seen = tiny_pipeline(), []
     session = hs.apply(pipe, hs.HSAConfig(compute=0.5))

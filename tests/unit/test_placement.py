@@ -14,7 +14,7 @@ from tiny import shifted
 
 def written_out(costs: GapCosts, before: int | None, left: int, right: int) -> float:
     """Cost of one gap by moving every component along by hand."""
-    sigma, v = costs.sigmas, costs._velocities()
+    sigma, v = costs.sigmas, costs.velocities
     slope = 0.0
     if before is not None and costs.forecast == "taylor":
         slope = (v[:, left] - v[:, before]) / (sigma[left] - sigma[before])
@@ -30,7 +30,7 @@ def written_out(costs: GapCosts, before: int | None, left: int, right: int) -> f
         else:
             u = v[:, left] + slope * (sigma[j] - sigma[left])
         error += (sigma[j + 1] - sigma[j]) * (true - u)
-    return float(error.square().sum())
+    return float((error * costs.growth[:, right]).square().sum())
 
 
 @pytest.mark.parametrize("forecast", ["hold", "taylor"])
