@@ -1,17 +1,17 @@
 """Where to put whole evaluations on a schedule: the placement with the least expected error.
 
-Between two evaluations the sampler moves on forecast velocities. How wrong that is at a noise level, and what the error
-has grown to at the end, can be said without data for Gaussian components: one whose clean values have standard deviation
-s, in units of the noise, moves along x(sigma) = z r(sigma), r = sqrt((1 - sigma)^2 s^2 + sigma^2), so that
+Between two evaluations the sampler moves on forecast velocities. How wrong that is at a noise level, and what the
+error has grown to at the end, can be said without data for Gaussian components: one whose clean values have standard
+deviation s, in units of the noise, moves along x(sigma) = z r(sigma), r = sqrt((1 - sigma)^2 s^2 + sigma^2), so that
 
     v_s(sigma) = r'(sigma) = (sigma - (1 - sigma) s^2) / r(sigma)      is its velocity (times a constant z), and
     dx(0) = dx(sigma) * s / r(sigma)                                   is what becomes of an error made at sigma.
 
 Detail (s < 1) bends late and forgets errors; what is decided early, such as where an object is, acts like a component
-far above the noise (s >> 1): it bends early and multiplies errors. On the demo model with guidance an error made at sigma
-.95 grows 30-fold, one at .8 3.5-fold, one at .2 shrinks to .8: the curve of s = 30. The squared final error of every gap,
-summed over a spectrum of s, is the gap's cost, and dynamic programming over pairs of successive evaluations (a
-forecast's slope needs two) finds the cheapest path from the first step to the end of sampling.
+far above the noise (s >> 1): it bends early and multiplies errors. On the demo model with guidance an error made at
+sigma .95 grows 30-fold, one at .8 3.5-fold, one at .2 shrinks to .8: the curve of s = 30. The squared final error of
+every gap, summed over a spectrum of s, is the gap's cost, and dynamic programming over pairs of successive evaluations
+(a forecast's slope needs two) finds the cheapest path from the first step to the end of sampling.
 """
 
 from __future__ import annotations
@@ -54,17 +54,22 @@ class GapCosts:
 
     @cached_property
     def _radius(self) -> tuple[Tensor, Tensor]:
-        """s [components, 1] and r(sigma_j) [components, T + 1]."""
+        """Sizes s [components, 1] and r(sigma_j) [components, T + 1]."""
         low, high = (math.log10(x) for x in SPECTRUM)
         s = torch.logspace(low, high, COMPONENTS, dtype=torch.float64)[:, None]
         return s, torch.sqrt(((1 - self.sigmas) * s) ** 2 + self.sigmas**2).clamp_min(1e-9)
 
     @cached_property
+    def _amplitude(self) -> Tensor:
+        """How much of each component there is: [components, 1]."""
+        s = self._radius[0]
+        return s.clamp_max(1.0) ** DETAIL * s.clamp_min(1.0) ** DECISION
+
+    @cached_property
     def velocities(self) -> Tensor:
         """v_s(sigma_j) times the components' amplitudes: [components, T + 1]."""
         s, radius = self._radius
-        amplitude = s.clamp_max(1.0) ** DETAIL * s.clamp_min(1.0) ** DECISION
-        return amplitude * (self.sigmas - (1 - self.sigmas) * s**2) / radius
+        return self._amplitude * (self.sigmas - (1 - self.sigmas) * s**2) / radius
 
     @cached_property
     def growth(self) -> Tensor:
@@ -73,41 +78,52 @@ class GapCosts:
         return s / radius
 
     @cached_property
+    def _gaps(self) -> tuple[Tensor, Tensor]:
+        """Left ends [T, 1] and right ends [T, longest] of all gaps, those beyond the end clamped to T."""
+        left = torch.arange(self.num_steps)[:, None]
+        return left, (left + 1 + torch.arange(self.longest)).clamp_max(self.num_steps)
+
+    def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What is to be forecast over each gap, as in `velocity.VelocityCache`.
+
+        Returns:
+            The true displacement less that of holding v_l, [components, T, longest], and the moments M1 and M2,
+            [T, longest].
+        """
+        (left, right), sigma, v = self._gaps, self.sigmas, self.velocities
+        s_l, s_i = sigma[left], sigma[right]
+        if self.forecast == "ab2":  # integrals over the whole gap; that of v_s is r
+            radius, span = self._amplitude * self._radius[1], s_i - s_l
+            moved = radius[:, right] - radius[:, left] - v[:, left] * span
+            return moved, span**2 / 2, -(span**3) / 6
+        h = sigma.diff()
+        sums = torch.cat(
+            [torch.zeros(3, 1, dtype=h.dtype), (torch.stack([h * sigma[:-1] ** p for p in range(3)])).cumsum(1)], 1
+        )
+        flow = torch.cat([torch.zeros_like(v[:, :1]), (h * v[:, :-1]).cumsum(1)], 1)
+        m0, m1, m2 = sums[:, right] - sums[:, left + 1]
+        moved = flow[:, right] - flow[:, left + 1] - v[:, left] * m0
+        return moved, m1 - s_l * m0, m2 - (s_l + s_i) * m1 + s_l * s_i * m0
+
+    @cached_property
     def table(self) -> Tensor:
         """The costs [longest + 1, T, longest], `UNREACHABLE` where a step would lie outside of the schedule."""
-        t, longest, sigma = self.num_steps, self.longest, self.sigmas
-        v = self.velocities
-        h = sigma[1:] - sigma[:-1]
-        zero = torch.zeros(1, dtype=torch.float64)
-        sums = [torch.cat([zero, torch.cumsum(h * sigma[:-1] ** power, 0)]) for power in range(3)]
-        flow = torch.cat([torch.zeros_like(v[:, :1]), torch.cumsum(h * v[:, :-1], 1)], 1)
-        left = torch.arange(t)
-        right = (left[:, None] + 1 + torch.arange(longest)[None]).clamp_max(t)  # [T, longest]
-        after = left[:, None] + 1
-        # Moments over the skipped steps l < j < i: sum h_j, sum h_j (s_j - s_l), sum h_j (s_j - s_l)(s_j - s_i).
-        s_l, s_i = sigma[left][:, None], sigma[right]
-        m0, m1, m2 = (total[right] - total[after] for total in sums)
-        first = m1 - s_l * m0
-        second = m2 - (s_l + s_i) * m1 + s_l * s_i * m0
-        moved = flow[:, right] - flow[:, after] - v[:, left][:, :, None] * m0  # [S, T, longest]
-        chord = (v[:, right] - v[:, left][:, :, None]) / (s_i - s_l)
-        ends = (left[:, None] + 1 + torch.arange(longest)[None]) > t
-        corrected = (right < t) if self.correct else torch.zeros_like(ends)
+        (left, right), sigma, v = self._gaps, self.sigmas, self.velocities
+        moved, first, second = self._moments()
+        chord = (v[:, right] - v[:, left]) / (sigma[right] - sigma[left])
+        outside = left + torch.arange(self.longest) >= self.num_steps
+        corrected = (right < self.num_steps) & self.correct
         costs = []
-        for d in range(longest + 1):
+        for d in range(self.longest + 1):
             before = (left - d).clamp_min(0)
-            span = sigma[left] - sigma[before]
-            slope = torch.where(
-                span != 0, (v[:, left] - v[:, before]) / span.where(span != 0, torch.ones_like(span)), 0.0
-            )
-            slope = torch.zeros_like(slope) if d == 0 or self.forecast == "hold" else slope
-            error = moved - slope[:, :, None] * first
-            bend = (
-                second / (s_i - sigma[before][:, None]) if d and self.forecast != "hold" else torch.zeros_like(second)
-            )
-            error = error - corrected * (chord - slope[:, :, None]) * (first + bend)
+            slope, bend = torch.zeros_like(v[:, left]), torch.zeros_like(first)
+            if d and self.forecast != "hold":
+                span = (sigma[left] - sigma[before]).masked_fill(left == before, 1.0)
+                slope = (v[:, left] - v[:, before]) / span
+                bend = second / (sigma[right] - sigma[before])
+            error = moved - slope * first - corrected * (chord - slope) * (first + bend)
             cost = (error * self.growth[:, right]).square().sum(0)
-            impossible = ends | ((left < d)[:, None] if d else (left > 0)[:, None])
+            impossible = outside | ((left < d) if d else (left > 0))
             costs.append(cost.masked_fill(impossible, UNREACHABLE))
         return torch.stack(costs)
 

@@ -1,0 +1,33 @@
+"""Whole-step accelerations of a stock `WanPipeline`: what heterostep is measured against.
+
+All have one interface: ``with baseline.applied(pipe): pipe(..., num_inference_steps=baseline.steps)``,
+afterwards ``baseline.compute`` is the share of the dense transformer work that was evaluated. Outside of the
+context the pipeline is the stock one.
+"""
+
+from .baseline import Baseline, WorkCounter
+from .easycache import EasyCache
+from .fewer_steps import FewerSteps
+from .first_block import FirstBlock
+from .magcache import MagCache, magnitude_ratios
+from .taylorseer import TaylorSeer
+from .teacache import TeaCache, fit_polynomial
+from .tuning import KINDS, Trial, bisect_thresholds, build, tune
+
+__all__ = [
+    "KINDS",
+    "Baseline",
+    "EasyCache",
+    "FewerSteps",
+    "FirstBlock",
+    "MagCache",
+    "TaylorSeer",
+    "TeaCache",
+    "Trial",
+    "WorkCounter",
+    "bisect_thresholds",
+    "build",
+    "fit_polynomial",
+    "magnitude_ratios",
+    "tune",
+]

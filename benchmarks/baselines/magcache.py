@@ -1,0 +1,89 @@
+"""MagCache as diffusers has it, with a calibration run on the model at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from diffusers import MagCacheConfig
+
+from .baseline import DiffusersCache
+
+_BLOCK_HOOK = "mag_cache_block_hook"
+
+
+class MagCache(DiffusersCache):
+    """Skips steps as long as the error that calibrated residual magnitudes imply stays below `threshold`.
+
+    Args:
+        dense_steps: as in `Baseline`.
+        threshold: bound on the accumulated error.
+        ratios: calibrated magnitude ratio of every step; see `magnitude_ratios`.
+        max_skip: consecutive steps that may be skipped (K).
+        retention: share of first steps that are never skipped.
+    """
+
+    name = "magcache"
+
+    def __init__(
+        self,
+        dense_steps: int,
+        *,
+        threshold: float,
+        ratios: Sequence[float],
+        max_skip: int = 3,
+        retention: float = 0.2,
+    ) -> None:
+        super().__init__(dense_steps, threshold=threshold, ratios=list(ratios), max_skip=max_skip, retention=retention)
+
+    def _config(self) -> MagCacheConfig:
+        s = self.settings
+        return MagCacheConfig(
+            threshold=s["threshold"],
+            max_skip_steps=s["max_skip"],
+            retention_ratio=s["retention"],
+            num_inference_steps=self.dense_steps,
+            mag_ratios=list(s["ratios"]),
+        )
+
+    def predicted_compute(self) -> float:
+        """The share of steps that will be evaluated: the rule reads the ratios alone, so it needs no run."""
+        s = self.settings
+        evaluated, ratio, error, skipped = 0, 1.0, 0.0, 0
+        for step, scale in enumerate(s["ratios"]):
+            if step >= int(s["retention"] * self.dense_steps + 0.5):
+                ratio, skipped = ratio * scale, skipped + 1
+                error += abs(1.0 - ratio)
+                if step and error <= s["threshold"] and skipped <= s["max_skip"]:
+                    continue
+                ratio, error, skipped = 1.0, 0.0, 0
+            evaluated += 1
+        return evaluated / self.dense_steps
+
+
+def magnitude_ratios(pipe: Any, run: Callable[[], Any], steps: int) -> dict[str, list[float]]:
+    """Calibrate: one dense run, in which diffusers measures the residuals' magnitudes.
+
+    Args:
+        pipe: the pipeline.
+        run: calls it once with `steps` steps.
+        steps: denoising steps.
+
+    Returns:
+        Guidance branch -> ratio |residual_i| / |residual_{i-1}| for every step (the first is 1).
+    """
+    transformer, found = pipe.transformer, {}
+    # At the last step it knows of, the hook prints its ratios and forgets them: it is told of one step more.
+    transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=steps + 1))
+    states = transformer.blocks[-1]._diffusers_hook.get_hook(_BLOCK_HOOK).state_manager
+
+    def copy_ratios(*_: Any) -> None:
+        found[states.context.name] = list(states.get_state().calibration_ratios)
+
+    handle = transformer.register_forward_hook(copy_ratios)
+    try:
+        run()
+    finally:
+        handle.remove()
+        transformer.disable_cache()
+    return found

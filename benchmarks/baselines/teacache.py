@@ -1,0 +1,163 @@
+"""TeaCache (arXiv 2411.19108) for a stock Wan transformer, by hooks of our own: diffusers has none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.hooks import ModelHook
+from diffusers.hooks.hooks import BaseState, StateManager
+from torch import Tensor
+
+from .baseline import Baseline, hooked, relative_change
+
+_HOOK = "teacache"
+
+
+class TeaCache(Baseline):
+    """Skips all blocks while the modulated input of the first one has changed little since the last
+    evaluation.
+
+    The relative L1 change of that input from step to step, after a polynomial that estimates the change of
+    the output from it, is summed up; below `threshold` the step adds the last residual of the block stack
+    instead of running it. Every guidance branch decides for itself. The first step and the last one are
+    always evaluated.
+
+    Args:
+        dense_steps: as in `Baseline`.
+        threshold: bound on the accumulated change.
+        polynomial: coefficients, highest power first (`fit_polynomial`); None is the identity.
+    """
+
+    name = "teacache"
+
+    def __init__(self, dense_steps: int, *, threshold: float, polynomial: Sequence[float] | None = None) -> None:
+        polynomial = None if polynomial is None else [float(c) for c in polynomial]
+        super().__init__(dense_steps, threshold=threshold, polynomial=polynomial)
+        self.changes: list[tuple[float, float]] = []
+
+    @contextmanager
+    def _attached(self, pipe: Any) -> Iterator[None]:
+        blocks = pipe.transformer.blocks
+        if len(blocks) < 2:
+            raise ValueError("TeaCache needs at least two blocks.")
+        states = StateManager(_State)
+        self.changes = []
+        hooks: list[tuple[torch.nn.Module, ModelHook]] = [(blocks[0], _FirstBlock(states, self))]
+        hooks += [(block, _LaterBlock(states, self, last=block is blocks[-1])) for block in blocks[1:]]
+        with hooked(pipe.transformer, hooks, _HOOK):
+            yield
+
+    def estimate(self, change: float) -> float:
+        """Change of the output that a change of the input announces."""
+        polynomial = self.settings["polynomial"]
+        # A fitted polynomial may dip below zero where it saw few points; a negative change makes no sense.
+        return change if polynomial is None else max(float(np.polyval(polynomial, change)), 0.0)
+
+
+class _State(BaseState):
+    """One guidance branch."""
+
+    def __init__(self) -> None:
+        self.signal: Tensor | None = None
+        self.entering: Tensor | None = None
+        self.residual: Tensor | None = None
+        self.output: Tensor | None = None
+        self.change = 0.0
+        self.accumulated = 0.0
+        self.evaluate = True
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.__init__()  # type: ignore[misc]
+
+
+class _BlockHook(ModelHook):
+    """Common to all blocks: the states of the branches, which diffusers resets at the end of a run."""
+
+    _is_stateful = True
+
+    def __init__(self, states: StateManager, cache: TeaCache) -> None:
+        super().__init__()
+        self.states, self.cache = states, cache
+
+    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        self.states.reset()
+        return module
+
+
+class _FirstBlock(_BlockHook):
+    """Decides, and stands in for the whole stack where the step is skipped."""
+
+    def new_forward(
+        self, module: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any
+    ) -> Tensor:
+        state, context = self.states.get_state(), self.states.context
+        signal = modulated_input(module, hidden_states, temb)
+        if state.signal is None:
+            state.evaluate = True
+        else:
+            state.change = relative_change(signal, state.signal)
+            state.accumulated += self.cache.estimate(state.change)
+            last = context.step_index == context.num_inference_steps - 1
+            state.evaluate = last or state.accumulated >= self.cache.settings["threshold"]
+        state.signal = signal
+        if not state.evaluate:
+            return hidden_states + state.residual
+        state.accumulated, state.entering = 0.0, hidden_states
+        return self.fn_ref.original_forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+
+
+class _LaterBlock(_BlockHook):
+    """Runs or passes through; the last one keeps the residual of the stack."""
+
+    def __init__(self, states: StateManager, cache: TeaCache, last: bool) -> None:
+        super().__init__(states, cache)
+        self.last = last
+
+    def new_forward(
+        self, module: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any
+    ) -> Tensor:
+        state = self.states.get_state()
+        if not state.evaluate:
+            return hidden_states
+        out = self.fn_ref.original_forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+        if self.last:
+            if state.output is not None:
+                self.cache.changes.append((state.change, relative_change(out, state.output)))
+            state.output, state.residual = out, out - state.entering
+        return out
+
+
+def modulated_input(block: Any, hidden_states: Tensor, temb: Tensor) -> Tensor:
+    """What the first self-attention sees: the normalised hidden states, shifted and scaled by the timestep
+    embedding.
+
+    Args:
+        block: a WanTransformerBlock.
+        hidden_states: [B, N, d].
+        temb: projected timestep embedding [B, 6, d], or [B, N, 6, d] with per-token timesteps.
+
+    Returns:
+        float32 [B, N, d].
+    """
+    shift, scale = (block.scale_shift_table + temb.float()).unbind(-2)[:2]
+    if temb.ndim == 3:
+        shift, scale = shift[:, None], scale[:, None]
+    return block.norm1(hidden_states.float()) * (1 + scale) + shift
+
+
+def fit_polynomial(pipe: Any, runs: Sequence[Callable[[], Any]], steps: int, degree: int = 4) -> list[float]:
+    """Calibrate: dense runs, then a polynomial from the change of the stack's input to that of its output."""
+    points: list[tuple[float, float]] = []
+    for run in runs:
+        # Threshold 0: every step is evaluated.
+        cache = TeaCache(steps, threshold=0.0)
+        with cache.applied(pipe):
+            run()
+        points += cache.changes
+    change, outcome = np.array(points).T
+    return [float(c) for c in np.polyfit(change, outcome, degree)]

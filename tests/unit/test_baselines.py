@@ -1,0 +1,233 @@
+"""The baselines run on a stock pipeline, save work, and leave it as it was; results are rendered."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny import generate, tiny_pipeline
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import pareto_report
+from baselines import (
+    EasyCache,
+    FewerSteps,
+    FirstBlock,
+    MagCache,
+    TaylorSeer,
+    TeaCache,
+    Trial,
+    WorkCounter,
+    bisect_thresholds,
+    build,
+    fit_polynomial,
+    magnitude_ratios,
+    tune,
+)
+
+import heterostep as hs
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline(layers=3)
+
+
+@pytest.fixture(scope="module")
+def dense(pipe):
+    return generate(pipe, steps=STEPS)
+
+
+BASELINES = [
+    FewerSteps(STEPS, evaluated=5),
+    FewerSteps(STEPS, evaluated=5, solver="unipc"),
+    FirstBlock(STEPS, threshold=100.0),
+    MagCache(STEPS, threshold=100.0, ratios=[1.0] * STEPS, max_skip=2),
+    TaylorSeer(STEPS, interval=3, warmup=2),
+    TeaCache(STEPS, threshold=100.0),
+    EasyCache(STEPS, threshold=100.0),
+]
+
+
+@pytest.mark.parametrize("baseline", BASELINES, ids=lambda b: b.name)
+def test_saves_work_and_leaves_the_pipeline_stock(pipe, dense, baseline):
+    with baseline.applied(pipe):
+        out = generate(pipe, steps=baseline.steps)
+    assert 0.0 < baseline.compute < 1.0
+    assert torch.isfinite(out).all()
+    assert not torch.equal(out, dense)
+    assert torch.equal(generate(pipe, steps=STEPS), dense)
+    assert json.dumps(baseline.settings)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "expected"),
+    [
+        (BASELINES[0], 0.5),
+        # The first block always runs; the others only at the first step.
+        (BASELINES[2], (STEPS + 2) / (3 * STEPS)),
+        (BASELINES[3], 4 / STEPS),
+        (BASELINES[4], 5 / STEPS),
+        (BASELINES[5], 2 / STEPS),
+        (BASELINES[6], 4 / STEPS),
+    ],
+    ids=lambda v: getattr(v, "name", ""),
+)
+def test_compute_is_what_the_rule_implies(pipe, baseline, expected):
+    with baseline.applied(pipe):
+        generate(pipe, steps=baseline.steps)
+    assert baseline.compute == pytest.approx(expected)
+    if hasattr(baseline, "predicted_compute"):
+        assert baseline.predicted_compute() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("make", [FirstBlock, TeaCache, EasyCache], ids=lambda c: c.name)
+def test_threshold_zero_is_dense(pipe, dense, make):
+    baseline = make(STEPS, threshold=0.0)
+    with baseline.applied(pipe):
+        out = generate(pipe, steps=STEPS)
+    assert baseline.compute == 1.0
+    assert (out - dense).abs().max() < 1e-5
+
+
+def test_an_exception_inside_restores_the_pipeline(pipe, dense):
+    baseline = TeaCache(STEPS, threshold=100.0)
+    with pytest.raises(RuntimeError), baseline.applied(pipe):
+        generate(pipe, steps=2)
+        raise RuntimeError
+    assert torch.equal(generate(pipe, steps=STEPS), dense)
+
+
+def test_refuses_to_work_beside_something_else(pipe):
+    hs.apply(pipe, hs.HSAConfig(compute=0.5))
+    try:
+        with pytest.raises(ValueError, match="hooked"), EasyCache(STEPS, threshold=1.0).applied(pipe):
+            pass
+    finally:
+        hs.remove(pipe)
+
+
+def test_counter_agrees_with_the_report_of_hsa(pipe):
+    counter = WorkCounter(pipe.transformer)
+    session = hs.apply(pipe, hs.HSAConfig(compute=0.6, policy="tokens"))
+    try:
+        generate(pipe, steps=STEPS)
+        assert counter.share == pytest.approx(session.report.compute)
+    finally:
+        hs.remove(pipe)
+        counter.close()
+
+
+def test_magcache_calibration_is_quiet_and_per_branch(pipe, dense, capsys):
+    ratios = magnitude_ratios(pipe, lambda: generate(pipe, steps=STEPS), STEPS)
+    assert set(ratios) == {"cond", "uncond"}
+    assert all(len(r) == STEPS and r[0] == 1.0 for r in ratios.values())
+    assert capsys.readouterr().out == ""
+    assert torch.equal(generate(pipe, steps=STEPS), dense)
+
+
+def test_magcache_prediction_counts_what_is_run(pipe):
+    ratios = magnitude_ratios(pipe, lambda: generate(pipe, steps=STEPS), STEPS)["cond"]
+    for threshold in (0.01, 0.1, 1.0):
+        baseline = MagCache(STEPS, threshold=threshold, ratios=ratios, max_skip=3)
+        with baseline.applied(pipe):
+            generate(pipe, steps=STEPS)
+        assert baseline.compute == pytest.approx(baseline.predicted_compute())
+
+
+def test_teacache_polynomial_is_fitted_to_dense_runs(pipe):
+    polynomial = fit_polynomial(pipe, [lambda: generate(pipe, steps=STEPS)], STEPS, degree=2)
+    assert len(polynomial) == 3
+    assert all(math.isfinite(c) for c in polynomial)
+    cache = TeaCache(STEPS, threshold=1.0, polynomial=polynomial)
+    assert cache.estimate(0.1) >= 0.0
+
+
+def test_bisection_shares_measurements():
+    calls = []
+
+    def measure(threshold):
+        calls.append(threshold)
+        return 1.0 / (1.0 + threshold)
+
+    found = bisect_thresholds(measure, [0.75, 0.5, 0.25])
+    for wanted, threshold in found.items():
+        assert 1.0 / (1.0 + threshold) == pytest.approx(wanted, abs=0.01)
+    assert len(calls) == len(set(calls)) < 27
+
+
+@pytest.mark.parametrize("kind", ["euler", "first-block", "magcache", "taylorseer", "teacache", "easycache"])
+def test_tuning_meets_the_compute(pipe, dense, kind):
+    def run(steps):
+        return generate(pipe, steps=steps)
+
+    settings = tune(kind, pipe, STEPS, [0.6], [Trial(run, dense)])[0.6]
+    baseline = build(kind, STEPS, settings)
+    with baseline.applied(pipe):
+        run(baseline.steps)
+    assert baseline.compute == pytest.approx(0.6, abs=0.11)
+
+
+def fake_result(clip, method, target, seconds, decibels):
+    against = {"psnr": decibels, "ssim": 0.9, "relative_l2": 0.1, "latent_psnr": decibels - 5}
+    return {
+        "clip": clip,
+        "key": f"{method}{target}",
+        "method": method,
+        "target": target,
+        "settings": {},
+        "compute": target,
+        "seconds": seconds,
+        "cpu_seconds": seconds,
+        "dense_seconds": 10.0,
+        "dense_cpu_seconds": 10.0,
+        "against": {"dense": against, "ode": {**against, "psnr": decibels - 1}},
+        "score": {"colour": True, "size": True, "direction": clip == "a", "single": True},
+    }
+
+
+@pytest.fixture
+def results():
+    found = []
+    for clip, extra in (("a", 0.0), ("b", 2.0)):
+        for target in (0.5, 0.25):
+            found.append(fake_result(clip, "joint", target, 10 * target, 40 * target + 20 + extra))
+            found.append(fake_result(clip, "euler", target, 10 * target + 1, 40 * target + 18 + 1.5 * extra))
+    return found
+
+
+def test_report_pairs_clips_and_compares_at_equal_time(results):
+    summary = pareto_report.summarise(results)
+    rows = {(r["method"], r["target"]): r for r in summary["rows"]}
+    assert rows["euler", 0.5]["time"] == pytest.approx(0.6)
+    # Differences 2 and 1 on the two clips.
+    difference = rows["euler", 0.5]["dense"]["default_minus_this"]
+    assert difference["mean"] == pytest.approx(1.5)
+    assert difference["error"] == pytest.approx(0.5)
+    assert rows["joint", 0.25]["score"]["direction"] == 0.5
+    equal = {(e["method"], e["target"]): e for e in summary["equal_time"]}
+    # At .25 Euler takes .35 of dense: there the default has 40 * .35 + 20 (+ extra).
+    assert equal["euler", 0.25]["dense"]["mean"] == pytest.approx(34.0 - 28.0 - 0.5)
+    # Slower than the default at its largest compute: that one stands in.
+    assert equal["euler", 0.5]["dense"]["mean"] == pytest.approx(1.5)
+
+
+def test_report_writes_three_files(results, tmp_path):
+    environment = {"date": "today", "device": "CPU", "threads": 1, "git": "0", "versions": {}}
+    environment["versions"] = {"torch": "2", "diffusers": "0"}
+    facts = {"split": "tune", "steps": 40, "guidance": 3.0, "model": "m", "calibration_clips": 2}
+    paths = pareto_report.write(tmp_path / "report", results, {**facts, "environment": environment})
+    assert [p.suffix for p in paths] == [".json", ".md", ".png"]
+    assert all(p.stat().st_size for p in paths)
+    text = paths[1].read_text()
+    assert "## compute 0.5" in text
+    assert "+1.50 ± 0.50" in text
+    assert json.loads(paths[0].read_text())["metric"] == "psnr"
