@@ -121,6 +121,12 @@ def render(scenes: list[Scene], *, frames: int = FRAMES, size: int = SIZE) -> to
     return video * 2 - 1
 
 
+def swept(scenes: list[Scene], *, frames: int = FRAMES, size: int = SIZE, cell: int = 4) -> torch.Tensor:
+    """Where the subjects ever are: float [B, size / cell, size / cell], 1 for cells that one touches in any frame."""
+    covers = [_coverage(scene.objects[0], frames, size).amax(1) for scene in scenes]
+    return (torch.nn.functional.max_pool2d(torch.stack(covers), cell)[:, 0] > 0.1).float()
+
+
 def _background(seed: int, size: int) -> torch.Tensor:
     """A muted base colour, a slope and three plane waves: [3, size, size] in [0, 1]."""
     g = torch.Generator().manual_seed(seed)

@@ -27,6 +27,12 @@ from safetensors.torch import save_file
 
 HEADS, HEAD_DIM, LAYERS, FFN = 4, 32, 6, 512
 SHIFT = 3.0
+SUBJECT_WEIGHT = 8.0
+"""Weight of the loss where the subject ever is, 1 elsewhere: that is where the caption's words must be learned. What
+every token should predict stays the same."""
+SUBJECT_WEIGHT = 8.0
+"""Weight of the loss where the subject ever is, 1 elsewhere: that is where the caption's words must be learned. What
+every token should predict stays the same."""
 
 
 def build_transformer() -> WanTransformer3DModel:
@@ -111,8 +117,8 @@ class Trainer:
         progress = {"step": self.step, "seconds": self.seconds, "history": self.history}
         checkpoints.save(self.out, self.modules, self.optimizers, progress)
 
-    def batch(self, size: int, frames: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
-        """Noisy latents, velocity targets, sigmas and captions of step `self.step`, drawn from the seed alone."""
+    def batch(self, size: int, frames: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
+        """Noisy latents, velocity targets, loss weights, sigmas and captions of step `self.step`, from the seed alone."""
         rng = random.Random(self.seed * 1_000_003 + self.step)
         generator = torch.Generator().manual_seed(rng.getrandbits(40))
         drawn = [scenes.random_scene(rng) for _ in range(size)]
@@ -121,19 +127,21 @@ class Trainer:
         sigmas = sample_sigmas(size, generator)[torch.randperm(size, generator=generator)]
         s = sigmas.view(-1, 1, 1, 1, 1)
         captions = ["" if rng.random() < 0.1 else scene.caption for scene in drawn]
-        tensors = (((1 - s) * clean + s * noise), noise - clean, sigmas)
+        weights = 1 + (SUBJECT_WEIGHT - 1) * scenes.swept(drawn, frames=frames)[:, None, None]
+        tensors = (((1 - s) * clean + s * noise), noise - clean, weights, sigmas)
         return *(t.to(self.device) for t in tensors), captions  # type: ignore[return-value]
 
     def loss(self, forward, size: int, frames: int = scenes.FRAMES) -> torch.Tensor:
         """Mean squared error of the velocity on the batch of this step."""
-        noisy, target, sigmas, captions = self.batch(size, frames)
+        noisy, target, importance, sigmas, captions = self.batch(size, frames)
         embeddings, lengths = text.encode(self.tokenizer, self.encoder, captions)
         padded = F.pad(embeddings, (0, 0, 0, 20 - embeddings.shape[1]))
         keys, weights = lean.text_keys(padded, lengths)
         features = self.model.condition_embedder.timesteps_proj(sigmas * 1000)
         tokens = noisy[0, 0].numel() // 4
         cos, sin = self.cos[:tokens], self.sin[:tokens]
-        return F.mse_loss(forward(self.model, noisy, features, keys, weights, cos, sin), target)
+        error = (forward(self.model, noisy, features, keys, weights, cos, sin) - target).square()
+        return (error * importance).mean() / importance.mean()
 
     def update(self, loss: torch.Tensor, rate: float) -> None:
         """One optimizer step and one step of the moving average."""
@@ -154,7 +162,7 @@ class Trainer:
 
 def check(trainer: Trainer) -> None:
     """Print the largest difference between `lean.forward` and the stock class."""
-    noisy, _, sigmas, captions = trainer.batch(4, scenes.FRAMES)
+    noisy, _, _, sigmas, captions = trainer.batch(4, scenes.FRAMES)
     with torch.no_grad():
         for block in trainer.model.blocks:
             block.attn2.to_out[0].weight.normal_(std=0.1)

@@ -32,7 +32,7 @@ def test_achieved_compute_is_near_the_target(policy, steps, n, forced):
         assert abs(achieved - compute) <= (max(0.02, 0.5 / steps) if policy == "steps" else 0.02) + 1e-9
         assert len(counts) == steps
         assert all(counts[i] == n for i in (0, *forced))
-        if policy != "steps":
+        if policy in ("tokens", "groups"):  # whole steps round, by at most the tolerance
             assert achieved <= compute + 1e-9
 
 

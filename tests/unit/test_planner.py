@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import heterostep as hs
+from heterostep.hsa.policies import JointPolicy
 from tiny import shifted
 
 T, N, D = 20, 320, 8
@@ -48,9 +49,15 @@ def test_plans_have_the_promised_form(policy):
         assert torch.equal(active, active.unique())
 
 
+def partial_planner(policy):
+    """A planner that leaves tokens out; `joint` does so where a part of its budget is set aside for it."""
+    config = hs.HSAConfig(policy=policy)
+    return hs.StepPlanner(config, policy=JointPolicy(token_budget=0.4) if policy == "joint" else None)
+
+
 @pytest.mark.parametrize("policy", ["joint", "tokens", "groups"])
 def test_samples_have_sets_of_their_own(policy):
-    plans = run(hs.StepPlanner(hs.HSAConfig(policy=policy)), batch=3)
+    plans = run(partial_planner(policy), batch=3)
     partial = [p for p in plans if p is not None and p.numel()]
     assert partial
     assert all(p.ndim == 2 and p.shape[0] == 3 for p in partial)
@@ -67,9 +74,19 @@ def test_a_second_run_is_the_same(policy):
 @pytest.mark.parametrize("policy", ["joint", "tokens", "groups"])
 def test_fast_tokens_are_evaluated_more_often(policy):
     counts = torch.zeros(N)
-    for active in run(hs.StepPlanner(hs.HSAConfig(policy=policy))):
+    for active in run(partial_planner(policy)):
         counts[slice(None) if active is None else active] += 1
     assert counts[N // 2 :].mean() > counts[: N // 2].mean()
+
+
+def test_joint_meets_every_target_and_is_whole_where_that_does():
+    for steps in range(20, 61):
+        for compute in (0.21, 0.25, 0.33, 0.5, 0.66, 0.75):
+            planner = hs.StepPlanner(hs.HSAConfig(compute=compute))
+            planner.begin(shifted(steps), 576)
+            assert abs(sum(planner.counts) / (576 * steps) - compute) <= 0.02 + 1e-9
+            if steps >= 25:
+                assert set(planner.counts) == {0, 576}
 
 
 def test_old_tokens_are_forced():
