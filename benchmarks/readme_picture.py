@@ -27,7 +27,8 @@ def main() -> None:
     args = parser.parse_args()
     config = hs.EngineConfig(model=args.model, hsa=hs.HSAConfig(compute=args.compute, policy=args.policy))
     video = hs.Engine(config).generate(hs.GenerateRequest(prompt=args.prompt, seed=args.seed))
-    pages = heatmap_frames(video.frames, video.report.evaluations.numpy(), video.report.num_steps)
+    shares = [step.active / step.total for step in video.report.steps]
+    pages = heatmap_frames(video.frames, video.report.evaluations.numpy(), shares)
     # Three moments one below the other would be tall: the middle of the clip is enough.
     args.output.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pages[len(pages) // 2]).save(args.output, optimize=True)

@@ -134,8 +134,8 @@ class Engine:
 
         # A daemon, so that a second Ctrl-C ends the process even inside a step that takes minutes.
         worker = threading.Thread(target=work, name="heterostep-engine", daemon=True)
-        worker.start()
         try:
+            worker.start()
             while True:
                 event = events.get()
                 if isinstance(event, BaseException):
@@ -145,7 +145,8 @@ class Engine:
                     return
         finally:
             cancel.set()
-            worker.join()
+            if worker.ident is not None:  # else the system had no thread to give
+                worker.join()
             self._busy.release()
 
     def _run(self, request: ResolvedRequest, emit: Callable[[Event], None], cancel: threading.Event) -> VideoOutput:

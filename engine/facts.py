@@ -122,8 +122,8 @@ def read_facts(model: str) -> ModelFacts:
         )
     transformer = _read_json(model, location, "transformer/config.json")
     vae = _read_json(model, location, "vae/config.json")
-    experts = 2 if (index.get("transformer_2") or [None, None])[1] else 1
     try:
+        experts = 2 if (index.get("transformer_2") or [None, None])[1] else 1
         heads, head_dim = int(transformer["num_attention_heads"]), int(transformer["attention_head_dim"])
         frames, rows, columns = (int(n) for n in transformer["patch_size"])
         facts = ModelFacts(
@@ -140,8 +140,20 @@ def read_facts(model: str) -> ModelFacts:
             vae_spatial=int(vae.get("scale_factor_spatial", 8)),
             rope_max=int(transformer.get("rope_max_seq_len", 1024)),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"model {model!r}: its transformer or VAE config lacks or misstates {error}") from error
+    sizes = {
+        "num_layers": facts.num_layers,
+        "num_attention_heads": heads,
+        "attention_head_dim": head_dim,
+        "patch_size": min(facts.patch),
+        "scale_factor_temporal": facts.vae_temporal,
+        "scale_factor_spatial": facts.vae_spatial,
+        "rope_max_seq_len": facts.rope_max,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"model {model!r}: its config says {name} {size}, but sizes are at least 1")
     return facts
 
 
@@ -161,13 +173,17 @@ def locate(model: str) -> str:
         if not (DEMO_MODEL / "model_index.json").is_file():
             raise ConfigError("the demo model is not part of this installation; name a model folder instead")
         return str(DEMO_MODEL)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(model).expanduser()
+        found, is_folder = folder.exists(), folder.is_dir()
+    except (OSError, RuntimeError) as error:  # a name that is too long; the home of nobody
+        raise ConfigError(f"model {model[:80]!r} is no usable name of a folder ({first_line(error)})") from error
+    if is_folder:
         if not (folder / "model_index.json").is_file():
             raise ConfigError(f"model folder {model!r} has no model_index.json, so it is not a diffusers pipeline")
         return str(folder)
     # A hub id is "owner/name"; everything else can only have been meant as a path.
-    if folder.exists() or model.count("/") != 1 or model[0] in "./~" or model.endswith("/"):
+    if found or model.count("/") != 1 or model[0] in "./~" or model.endswith("/"):
         raise ConfigError(f"model {model!r} is neither 'demo', nor an existing folder, nor a hub id (owner/name)")
     return model
 
@@ -178,7 +194,7 @@ def _read_json(model: str, location: str, name: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"model {model!r} has no {name}, so it is not complete") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"model {model!r}: {name} cannot be read ({first_line(error)})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"model {model!r}: {name} does not hold a JSON object")

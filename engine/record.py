@@ -40,17 +40,20 @@ def compare(output: VideoOutput, dense: VideoOutput) -> dict[str, Any]:
 
     Returns:
         Denoising seconds of both, their ratio `speedup`, and `psnr` (dB; None for equal videos), `ssim` (None
-        for videos too small for it), `latents_relative_l2` of this run against the dense one.
+        for videos too small for it), `latents_relative_l2` of this run against the dense one; None too for what
+        is not finite, since JSON has no word for it.
     """
     seconds, dense_seconds = output.seconds["denoise"], dense.seconds["denoise"]
-    decibels = psnr(output.frames, dense.frames)
+    quality = {
+        "psnr": psnr(output.frames, dense.frames),
+        "ssim": ssim(output.frames, dense.frames) if min(output.frames.shape[1:3]) >= 11 else None,
+        "latents_relative_l2": relative_l2(output.latents, dense.latents),
+    }
     return {
         "seconds_denoise": seconds,
         "seconds_denoise_dense": dense_seconds,
         "speedup": dense_seconds / seconds,
-        "psnr": decibels if np.isfinite(decibels) else None,
-        "ssim": ssim(output.frames, dense.frames) if min(output.frames.shape[1:3]) >= 11 else None,
-        "latents_relative_l2": relative_l2(output.latents, dense.latents),
+        **{name: value if value is not None and np.isfinite(value) else None for name, value in quality.items()},
     }
 
 

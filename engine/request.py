@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -21,6 +20,10 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MAX_SEED = 2**63 - 1
+# Far beyond what any model was trained for; at 1e38 float32 overflows.
+_MAX_GUIDANCE = 1000.0
+# Containers count in ticks of 1 / fps seconds, in 32 bits.
+_MAX_FPS = 1000
 
 
 class Cancelled(HeterostepError):
@@ -52,6 +55,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model.strip():
             raise ConfigError("model must be 'demo', a folder, or a hub id (owner/name), not an empty name")
+        if self.hsa is not None and not isinstance(self.hsa, HSAConfig):
+            raise ConfigError(f"hsa must be an HSAConfig such as HSAConfig(compute=0.5), or None, not {self.hsa!r}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         if not isinstance(self.device, str) or not self.device:
@@ -103,8 +108,10 @@ class GenerateRequest:
                 raise RequestError(f"{name} must be a whole number of at least 1, not {value!r}")
         for name in ("guidance_scale", "guidance_scale_2"):
             value = getattr(self, name)
-            if value is not None and (not _is_number(value) or not math.isfinite(value) or value < 0):
-                raise RequestError(f"{name} must be a finite number of at least 0, not {value!r}")
+            if value is not None and (not _is_number(value) or not 0 <= value <= _MAX_GUIDANCE):
+                raise RequestError(f"{name} must be a finite number from 0 to {_MAX_GUIDANCE:g}, not {value!r}")
+        if self.fps is not None and self.fps > _MAX_FPS:
+            raise RequestError(f"fps must be at most {_MAX_FPS}, not {self.fps}")
         if not _is_int(self.seed) or not 0 <= self.seed <= _MAX_SEED:
             raise RequestError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed!r}")
         if self.compute is not None and (not _is_number(self.compute) or not 0 < self.compute <= 1):

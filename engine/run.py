@@ -127,10 +127,12 @@ class Run:
         return False
 
     def needs_velocity(self, index: int) -> bool:
-        """Whether velocities of step `index` are used again: by a step that skips tokens, or by AB2."""
+        """Whether velocities of step `index` matter beyond it: for a step that skips tokens, a correction, or AB2."""
         if self.forecast == "ab2":
             return True
-        return any(self._count(later) != self.grid.num_tokens for later in range(index, self.num_steps))
+        # What a step skipped is corrected by the next one, even if all from there on are full.
+        first = max(index - 1, 0) if self.correct else index
+        return any(self._count(other) != self.grid.num_tokens for other in range(first, self.num_steps))
 
     def end(self) -> None:
         """Complete the last step: diffusers calls this after a pipeline call. Caches keep their memory."""
@@ -184,6 +186,8 @@ class Run:
             branch.velocity.follow(self.sigmas)
             if branch.velocity.clock is not None:
                 branch.velocity.reset()
+            for cache in branch.layers:
+                cache.reset()
         self.records = []
         self.evaluations = torch.zeros(self.batch_size, grid.num_tokens, dtype=torch.int32, device=latents.device)
         begin = getattr(self.planner, "begin", None)

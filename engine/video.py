@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -94,17 +95,17 @@ def spread_tokens(values: NDArray[Any], num_frames: int, height: int, width: int
 
 
 def heatmap_frames(
-    frames: NDArray[np.uint8], evaluations: NDArray[np.integer[Any]], num_steps: int
+    frames: NDArray[np.uint8], evaluations: NDArray[np.integer[Any]], shares: Sequence[float]
 ) -> NDArray[np.uint8]:
     """Draw a video beside the same video under a map of how often each token was evaluated.
 
     Args:
         frames: uint8 [F, H, W, 3].
         evaluations: [f, y, x], how many of the steps each token went through the transformer.
-        num_steps: T, steps of the run.
+        shares: share of the tokens that each of the T steps evaluated, 0 to 1.
 
     Returns:
-        uint8 [F, H', W', 3]: title, original left and heat map right, and a legend below.
+        uint8 [F, H', W', 3]: title, original left and heat map right; below them the steps and a legend.
     """
     num_frames, height, width = frames.shape[:3]
     scale = scale_for(height, width)
@@ -112,15 +113,14 @@ def heatmap_frames(
     low, high = int(counts.min()), int(counts.max())
     # A map of equal counts is all one colour; the scale then runs from nothing to that count.
     floor = low if high > low else 0
-    shares = (counts - floor) / max(high - floor, 1)
-    colours = matplotlib.colormaps[_COLOUR_MAP](shares)[..., :3] * 255.0
+    heat = (counts - floor) / max(high - floor, 1)
+    colours = matplotlib.colormaps[_COLOUR_MAP](heat)[..., :3] * 255.0
     grey = frames.astype(np.float64) @ np.array([0.2126, 0.7152, 0.0722])
     overlay = (0.7 * colours + 0.3 * grey[..., None]).round().astype(np.uint8)
 
     left, right = _enlarge(frames, scale), _enlarge(overlay, scale)
     panel_height, panel_width = left.shape[1:3]
-    share = float(np.mean(evaluations)) / num_steps
-    frame_of = _canvas(panel_width, panel_height, floor, high, num_steps, share)
+    frame_of = _canvas(panel_width, panel_height, floor, high, shares)
     margin, top = frame_of.margin, frame_of.top
     page = np.repeat(np.asarray(frame_of.image, dtype=np.uint8)[None], num_frames, axis=0)
     page[:, top : top + panel_height, margin : margin + panel_width] = left
@@ -145,21 +145,30 @@ class _Canvas:
         self.draw.text((x, y), text, fill=_TEXT, font=self.font, anchor=anchor)
 
 
-def _canvas(panel_width: int, panel_height: int, low: int, high: int, num_steps: int, share: float) -> _Canvas:
+def _canvas(panel_width: int, panel_height: int, low: int, high: int, shares: Sequence[float]) -> _Canvas:
     unit = max(20, min(panel_width, panel_height) // 16)
     canvas = _Canvas(panel_width, panel_height, unit)
     second = 2 * unit + panel_width
     canvas.text(unit, unit, "video", "lm")
-    canvas.text(second, unit, f"where the work went: {share:.0%} of dense", "lm")
+    canvas.text(second, unit, f"where the work went: {np.mean(shares):.0%} of dense", "lm")
+
+    y = canvas.top + panel_height + unit
+    below = y + unit // 2 + round(0.8 * unit)
+    edges = np.linspace(unit, unit + panel_width, len(shares) + 1)
+    for left, right, share in zip(edges, edges[1:], shares, strict=False):
+        # Steps without work stay visible as dark cells: the strip is the whole schedule.
+        tone = round(45 + 190 * share)
+        canvas.draw.rectangle((left, y, max(right - 2, left), y + unit // 2 - 1), fill=(tone, tone, tone))
+    canvas.text(unit, below, "first", "lm")
+    canvas.text(unit + panel_width, below, "last", "rm")
+    canvas.text(unit + panel_width / 2, below, "steps, by share computed", "mm")
 
     bar = np.linspace(0.0, 1.0, panel_width)[None, :].repeat(unit // 2, axis=0)
     pixels = (matplotlib.colormaps[_COLOUR_MAP](bar)[..., :3] * 255.0).round().astype(np.uint8)
-    y = canvas.top + panel_height + unit
     canvas.image.paste(Image.fromarray(pixels), (second, y))
-    below = y + unit // 2 + round(0.8 * unit)
     canvas.text(second, below, str(low), "lm")
     canvas.text(second + panel_width, below, str(high), "rm")
-    canvas.text(second + panel_width / 2, below, f"evaluations of {num_steps}", "mm")
+    canvas.text(second + panel_width / 2, below, f"evaluations of {len(shares)}", "mm")
     return canvas
 
 

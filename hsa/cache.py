@@ -66,6 +66,13 @@ class KVCache:
         """Bytes held."""
         return sum(t.nbytes for t in (self.k, self.v, self.k_prev, self.v_prev) if t is not None)
 
+    def reset(self) -> None:
+        """Forget the values of an earlier run, which may have ended in NaN; buffers are kept."""
+        # Only the forecast reads rows of before the first write, times 0: NaN would stay NaN.
+        if self.history and self.k is not None and self.v is not None:
+            self.k.zero_()
+            self.v.zero_()
+
     def release(self) -> None:
         """Give the memory back."""
         self.k = self.v = self.k_prev = self.v_prev = None

@@ -7,6 +7,7 @@ dx/dsigma = v.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
@@ -83,6 +84,7 @@ class VelocityCache:
         self.clock: TokenClock | None = None
         self._owed: tuple[Tensor | None, Tensor] | None = None
         self._grid = self._sums = torch.empty(0, dtype=torch.float64)
+        self._levels: list[float] = []
 
     def follow(self, sigmas: Sequence[float]) -> None:
         """Say which schedule the run follows, T + 1 falling noise levels; ``correct`` needs it."""
@@ -94,6 +96,7 @@ class VelocityCache:
             self._sums = torch.cat([torch.zeros(3, 1, dtype=torch.float64), terms.cumsum(1)], dim=1)
         # Rising for searchsorted, and in the clock's precision so that the clock's values are found.
         self._grid = -grid.float()
+        self._levels = self._grid.tolist()
 
     def start(
         self, batch_size: int, num_tokens: int, width: int, dtype: torch.dtype, device: torch.device | str
@@ -106,6 +109,10 @@ class VelocityCache:
             self.last = torch.zeros(shape, dtype=dtype, device=device)
             self.prev = None if self.forecast == "hold" else torch.zeros_like(self.last)
             self.clock = TokenClock(batch_size, num_tokens, device)
+        elif self.prev is not None:
+            # An earlier run may have ended in NaN, and a weight of 0 times NaN is still NaN.
+            self.prev.zero_()
+            last.zero_()
         self.reset()
 
     def reset(self) -> None:
@@ -144,14 +151,15 @@ class VelocityCache:
     def _correction(self, active: Tensor | None, rows: Tensor, sigma: float) -> Tensor:
         """Displacement [B, A, D] that the active tokens are owed for their forecasts; see the class."""
         assert self.last is not None and self.clock is not None
-        grid, sums = self._grid.to(rows.device), self._sums.to(rows.device)
+        if self._grid.device != rows.device:  # once a run: a copy at every step would stall the device's queue
+            self._grid, self._sums = self._grid.to(rows.device), self._sums.to(rows.device)
         last, prev = gather_rows(self.clock.last, active), gather_rows(self.clock.prev, active)
         known, two = ~last.isnan(), ~prev.isnan()
-        here = int(torch.searchsorted(self._grid, torch.tensor(-sigma, dtype=torch.float32)))
-        begin = torch.searchsorted(grid, -last.where(known, torch.full_like(last, sigma)))
+        here = bisect_left(self._levels, float(torch.tensor(-sigma, dtype=torch.float32)))
+        begin = torch.searchsorted(self._grid, -last.where(known, torch.full_like(last, sigma)))
         if self.forecast != "ab2":  # step l itself moved by its exact velocity
             begin = (begin + 1).clamp_max(here)
-        m0, m1, m2 = (total[here] - total[begin] for total in sums)
+        m0, m1, m2 = (total[here] - total[begin] for total in self._sums)
         at, before = last.double(), prev.double()
         weight = m1 - at * m0
         v_l = gather_rows(self.last, active)

@@ -131,6 +131,12 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     how.add_argument("--policy", metavar="P", help="how the share is spent: joint (default), tokens, groups or steps")
     how.add_argument("--solver", metavar="S", help="euler, unipc or dpm++ (default: the model's own scheduler)")
+    how.add_argument(
+        "--forecast",
+        metavar="F",
+        help="what skipped steps assume: taylor (default) follows the dense run, ab2 (with euler) the exact solution, "
+        "hold is the paper's",
+    )
     how.add_argument("--dtype", default="auto", metavar="T", help="auto (default), float32, bfloat16 or float16")
     how.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:N")
 

@@ -29,7 +29,7 @@ def generate(arguments: argparse.Namespace) -> int:
     # Everything that can be wrong is checked before a model is loaded, which may take minutes.
     paths = _paths(arguments)
     policy = {} if arguments.policy is None else {"policy": arguments.policy}
-    hsa = HSAConfig(compute=arguments.compute, solver=arguments.solver, **policy)
+    hsa = HSAConfig(compute=arguments.compute, solver=arguments.solver, forecast=arguments.forecast, **policy)
     config = EngineConfig(model=arguments.model, hsa=hsa, dtype=arguments.dtype, device=arguments.device)
     request = _request(arguments)
     resolve(request, read_facts(config.model))
@@ -119,7 +119,8 @@ def _write(output: VideoOutput, record: dict[str, object], paths: dict[str, Path
     if "heatmap" in paths:
         assert output.report.evaluations is not None, "a finished run has evaluations"
         evaluations = output.report.evaluations.cpu().numpy()
-        picture = heatmap_frames(output.frames, evaluations, output.request.num_inference_steps)
+        shares = [step.active / step.total for step in output.report.steps]
+        picture = heatmap_frames(output.frames, evaluations, shares)
         write_mp4(paths["heatmap"], picture, output.fps)
     if "latents" in paths:
         with replacing(paths["latents"]) as temporary:

@@ -118,7 +118,7 @@ class Trainer:
         checkpoints.save(self.out, self.modules, self.optimizers, progress)
 
     def batch(self, size: int, frames: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
-        """Noisy latents, velocity targets, loss weights, sigmas and captions of step `self.step`, from the seed alone."""
+        """Noisy latents, velocity targets, loss weights, sigmas and captions of this step, from the seed alone."""
         rng = random.Random(self.seed * 1_000_003 + self.step)
         generator = torch.Generator().manual_seed(rng.getrandbits(40))
         drawn = [scenes.random_scene(rng) for _ in range(size)]
@@ -131,12 +131,12 @@ class Trainer:
         tensors = (((1 - s) * clean + s * noise), noise - clean, weights, sigmas)
         return *(t.to(self.device) for t in tensors), captions  # type: ignore[return-value]
 
-    def loss(self, forward, size: int, frames: int = scenes.FRAMES) -> torch.Tensor:
-        """Mean squared error of the velocity on the batch of this step."""
+    def loss(self, forward, size: int, frames: int, positions: float) -> torch.Tensor:
+        """Weighted squared error of the velocity on this step's batch; `positions` as in `lean.text_keys`."""
         noisy, target, importance, sigmas, captions = self.batch(size, frames)
         embeddings, lengths = text.encode(self.tokenizer, self.encoder, captions)
         padded = F.pad(embeddings, (0, 0, 0, 20 - embeddings.shape[1]))
-        keys, weights = lean.text_keys(padded, lengths)
+        keys, weights = lean.text_keys(padded, lengths, positions)
         features = self.model.condition_embedder.timesteps_proj(sigmas * 1000)
         tokens = noisy[0, 0].numel() // 4
         cos, sin = self.cos[:tokens], self.sin[:tokens]
@@ -176,6 +176,17 @@ def check(trainer: Trainer) -> None:
     print(f"largest difference {(ours - stock).abs().max():.2e} of {stock.abs().max():.2f}")
 
 
+def text_positions(args: argparse.Namespace, remaining: float) -> float:
+    """Positions of the text that cross-attention sees, with `remaining` seconds of training to go.
+
+    WanPipeline pads captions to 512. Among so many equal keys a word gets 1 / 512 of the attention and of the gradient,
+    and "left" and "right" stay unlearned for thousands of steps. So most of the training sees few, and their number
+    rises geometrically to 512 while the learning rate falls.
+    """
+    share = min(max((remaining / (args.decay_minutes * 60) - 1 / 3) * 1.5, 0.0), 1.0)
+    return lean.TEXT_POSITIONS * (args.text_positions / lean.TEXT_POSITIONS) ** share
+
+
 def main() -> None:
     """Parse the command line and train until the time is up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -183,6 +194,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=120.0, help="training time in all, earlier calls counted")
     parser.add_argument("--decay-minutes", type=float, default=30.0, help="the last of them, in which the rate falls")
     parser.add_argument("--short-minutes", type=float, default=30.0, help="the first of them, on 9 of the 17 frames")
+    parser.add_argument("--text-positions", type=float, default=12.0, help="few at first, 512 in the end")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -212,7 +224,7 @@ def main() -> None:
         )
         # A clip of 9 frames costs less than half and teaches colour, shape, texture and most of motion.
         frames = 9 if trainer.seconds < args.short_minutes * 60 else scenes.FRAMES
-        loss = trainer.loss(forward, args.batch, frames)
+        loss = trainer.loss(forward, args.batch, frames, text_positions(args, remaining))
         trainer.update(loss, rate)
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         if not math.isfinite(smooth):

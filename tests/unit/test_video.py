@@ -114,7 +114,7 @@ def test_heatmap_shows_the_video_and_marks_the_busy_tokens():
     frames = clip(5, 32, 48)
     evaluations = np.full((2, 2, 3), 5)
     evaluations[:, 0, 0] = 20
-    picture = heatmap_frames(frames, evaluations, 20)
+    picture = heatmap_frames(frames, evaluations, [1.0] + [0.0] * 3 + [0.3] * 16)
     assert picture.dtype == np.uint8 and len(picture) == 5
     assert picture.shape[1] % 2 == 0 and picture.shape[2] % 2 == 0
     scale = scale_for(32, 48)
@@ -126,10 +126,13 @@ def test_heatmap_shows_the_video_and_marks_the_busy_tokens():
     right = picture[:, 2 * unit : 2 * unit + height, 2 * unit + width : 2 * unit + 2 * width].astype(int)
     busy, idle = right[:, : height // 2, : width // 3], right[:, height // 2 :, width // 3 :]
     assert busy.mean() > idle.mean() + 40
+    strip = picture[0, 2 * unit + height + unit + 2, unit : unit + width].astype(int).sum(-1)
+    first, second = strip[width // 40], strip[3 * width // 40]
+    assert first > second > 0  # a full step is brighter than a skipped one, which is still drawn
 
 
 def test_heatmap_of_equal_counts():
-    assert heatmap_frames(clip(1, 16, 16), np.full((1, 1, 1), 7), 7).shape[0] == 1
+    assert heatmap_frames(clip(1, 16, 16), np.full((1, 1, 1), 7), [1.0] * 7).shape[0] == 1
 
 
 def test_psnr():
