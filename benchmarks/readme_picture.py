@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import pathlib
 
+from PIL import Image
+
 import heterostep as hs
 from heterostep.engine.video import heatmap_frames
-from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -29,14 +29,24 @@ def check_writable(path: str | os.PathLike[str], suffix: str) -> Path:
     target = Path(path)
     if target.suffix.lower() != suffix:
         raise ConfigError(f"output {str(path)!r} must end in {suffix}")
-    if target.is_dir():
-        raise ConfigError(f"output {str(path)!r} is a folder; name a file in it")
     folder = target.parent
-    if not folder.is_dir():
-        raise ConfigError(f"output {str(path)!r}: the folder {str(folder)!r} does not exist; create it first")
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"output {str(path)!r}: the folder {str(folder)!r} cannot be written to")
+    try:
+        if target.is_dir():
+            raise ConfigError(f"output {str(path)!r} is a folder; name a file in it")
+        if not folder.is_dir():
+            raise ConfigError(f"output {str(path)!r}: the folder {str(folder)!r} does not exist; create it first")
+        # Tried, not asked: permissions say nothing of read-only disks, nor of what root may do.
+        temporary = _beside(target)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise ConfigError(f"output {str(path)!r} cannot be written ({error.strerror})") from error
     return target
+
+
+def _beside(target: Path) -> Path:
+    # The ending stays last: libraries choose the file format by it. Names have a greatest length.
+    return target.with_name(f".{target.stem[:40]}.{os.getpid()}{target.suffix}")
 
 
 @contextlib.contextmanager
@@ -46,8 +56,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     A reader never sees half a file, and an older file survives a failed run.
     """
     target = Path(path)
-    # The ending stays last: libraries choose the file format by it.
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+    temporary = _beside(target)
     try:
         yield temporary
         os.replace(temporary, target)

@@ -66,12 +66,11 @@ def load_pipeline(facts: ModelFacts, device: torch.device, dtype: torch.dtype) -
             raise ConfigError(f"model {facts.name!r} has no {name}, so it cannot make a video")
     for name, part in pipeline.components.items():
         # diffusers only warns of weights that its files lack, and leaves them without a value.
-        absent = [key for key, weight in part.named_parameters() if weight.is_meta] if _is_module(part) else []
+        parameters = part.named_parameters() if isinstance(part, torch.nn.Module) else ()
+        absent = [key for key, weight in parameters if weight.is_meta]
         if absent:
-            raise ConfigError(f"model {facts.name!r}: the {name}'s files lack {len(absent)} weights, such as {absent[0]}")
+            raise ConfigError(
+                f"model {facts.name!r}: the {name}'s files lack {len(absent)} weights, such as {absent[0]}"
+            )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
-
-
-def _is_module(part: Any) -> bool:
-    return isinstance(part, torch.nn.Module)

@@ -101,7 +101,7 @@ class VelocityCache:
     def start(
         self, batch_size: int, num_tokens: int, width: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        """Begin a run: all tokens unevaluated. Buffers of the same shape are kept."""
+        """Begin a run: all tokens unevaluated. Buffers of the same shape are kept, but not what is in them."""
         shape = (batch_size, num_tokens, width)
         dtype = torch.promote_types(dtype, torch.float32)
         last = self.last

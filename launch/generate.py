@@ -20,6 +20,9 @@ from .logs import silence_libraries
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+MAX_SIDE = 16384
+"""Greatest width and height, in pixels, that libx264 encodes."""
+
 _SUFFIXES = {"output": ".mp4", "heatmap": ".mp4", "latents": ".safetensors", "report": ".json"}
 
 
@@ -32,7 +35,9 @@ def generate(arguments: argparse.Namespace) -> int:
     hsa = HSAConfig(compute=arguments.compute, solver=arguments.solver, forecast=arguments.forecast, **policy)
     config = EngineConfig(model=arguments.model, hsa=hsa, dtype=arguments.dtype, device=arguments.device)
     request = _request(arguments)
-    resolve(request, read_facts(config.model))
+    resolved = resolve(request, read_facts(config.model))
+    if max(resolved.width, resolved.height) * arguments.scale > MAX_SIDE:
+        raise ConfigError(f"scale {arguments.scale} makes the video larger than the {MAX_SIDE} pixels H.264 allows")
 
     say: Callable[[str], None] = (lambda text: None) if arguments.quiet else print
     engine = Engine(config)
@@ -111,7 +116,7 @@ def _bar(num_steps: int, label: str, quiet: bool) -> tqdm:
 
 def _write(output: VideoOutput, record: dict[str, object], paths: dict[str, Path], scale: int) -> None:
     # Imported late: drawing needs matplotlib and Pillow, and a bad request should not wait for them.
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from ..engine.video import heatmap_frames, write_mp4
 
@@ -124,7 +129,8 @@ def _write(output: VideoOutput, record: dict[str, object], paths: dict[str, Path
         write_mp4(paths["heatmap"], picture, output.fps)
     if "latents" in paths:
         with replacing(paths["latents"]) as temporary:
-            save_file({"latents": output.latents.contiguous()}, str(temporary))
+            # Not save_file: that makes a file for its owner alone, and hides a full disk in an error of its own.
+            temporary.write_bytes(save({"latents": output.latents.contiguous()}))
     if "report" in paths:
         write_json(paths["report"], record)
 

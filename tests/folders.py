@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import torch
 from diffusers import WanPipeline
+from safetensors.torch import load_file, save_file
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
 from tiny import TEXT_WIDTH
@@ -57,6 +59,10 @@ def broken_copies(model: Path, folder: Path) -> dict[str, Path]:
         "no index",
         "bad sizes",
         "no weights",
+        "lacking a weight",
+        "zero patch",
+        "endless layers",
+        "odd expert",
     ):
         copies[name] = folder / name.replace(" ", "-")
         shutil.copytree(model, copies[name])
@@ -68,7 +74,18 @@ def broken_copies(model: Path, folder: Path) -> dict[str, Path]:
     foreign = copies["foreign"] / "model_index.json"
     foreign.write_text(json.dumps({**json.loads(foreign.read_text()), "_class_name": "FluxPipeline"}))
     (copies["no index"] / "model_index.json").unlink()
-    sizes = copies["bad sizes"] / "transformer" / "config.json"
-    sizes.write_text(json.dumps({**json.loads(sizes.read_text()), "ffn_dim": 100}))
+    for name, changes in (
+        ("bad sizes", {"ffn_dim": 100}),
+        ("zero patch", {"patch_size": [1, 0, 2]}),
+        ("endless layers", {"num_layers": math.inf}),
+    ):
+        sizes = copies[name] / "transformer" / "config.json"
+        sizes.write_text(json.dumps({**json.loads(sizes.read_text()), **changes}))
+    odd = copies["odd expert"] / "model_index.json"
+    odd.write_text(json.dumps({**json.loads(odd.read_text()), "transformer_2": 5}))
+    weights = copies["lacking a weight"] / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    del tensors["blocks.0.attn1.to_q.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
     (copies["no weights"] / "text_encoder" / "model.safetensors").unlink()
     return copies

@@ -35,7 +35,7 @@ def main() -> None:
     state = latest(args.transformer)
     transformer.load_state_dict(load_file(state / "ema_model.safetensors"))
     encoder.load_state_dict(load_file(state / "ema_encoder.safetensors"))
-    vae = build_vae(PatchPCA(**load_file(args.transformer / "codec.safetensors")))
+    vae = build_vae(PatchPCA.shipped())
     if args.vae:
         vae.load_state_dict(load_file(latest(args.vae) / "ema.safetensors"))
     pipe = WanPipeline(

@@ -8,8 +8,13 @@ to read and to write the same space, so neither has to wait for the other.
 
 from __future__ import annotations
 
-import torch
+import pathlib
 
+import torch
+from safetensors.torch import load_file
+
+CODEC = pathlib.Path(__file__).with_name("codec.safetensors")
+"""The fitted transform. Transformer and VAE belong to it: fitted anew, both would have to be trained anew."""
 CHANNELS = 8
 TEMPORAL, SPATIAL = 2, 4
 # Normalised channels get std (sigma_k / sigma_0) ** FLATTEN: 0 whitens, which would make faint edges weigh as much as
@@ -45,6 +50,11 @@ class PatchPCA:
         std = sigma / (sigma / sigma[0]) ** FLATTEN
         return cls(basis.float(), centre.float(), torch.zeros(CHANNELS), std.float())
 
+    @classmethod
+    def shipped(cls) -> PatchPCA:
+        """The one that the demo model was trained with."""
+        return cls(**load_file(CODEC))
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The four tensors by name, as `PatchPCA(**state)` takes them."""
         return {"basis": self.basis.contiguous(), "centre": self.centre, "mean": self.mean, "std": self.std}
@@ -65,3 +75,19 @@ class PatchPCA:
         t, s = TEMPORAL, SPATIAL
         video = rows.reshape(b, f, h, w, 3, t, s, s).permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(b, 3, f * t, h * s, w * s)
         return video[:, :, t - 1 :]
+
+
+def main() -> None:
+    """Fit the transform to drawn clips and write it: once, before anything is trained on it."""
+    import random
+
+    import scenes
+    from safetensors.torch import save_file
+
+    clips = scenes.render([scenes.random_scene(random.Random(i)) for i in range(256)])
+    save_file(PatchPCA.fit(clips).state_dict(), CODEC)
+    print(f"wrote {CODEC}")
+
+
+if __name__ == "__main__":
+    main()

@@ -50,9 +50,9 @@ def text_keys(
 
     `positions` is how many text positions there are in all; those beyond a caption's length are padding.
     """
-    b, positions, c = embeddings.shape
+    b, rows_given, c = embeddings.shape
     rows = torch.cat([embeddings, embeddings.new_zeros(b, 1, c)], dim=1)
-    index = torch.arange(positions, device=embeddings.device)
+    index = torch.arange(rows_given, device=embeddings.device)
     weights = torch.where(index[None] < lengths[:, None], 0.0, -torch.inf)
     padding = torch.log((positions - lengths.float()).clamp_min(1.0))[:, None]
     return rows, torch.cat([weights, padding], dim=1).to(embeddings.dtype)

@@ -24,7 +24,7 @@ COLOURS = {
 SHAPES = ("disc", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
 RADIUS = (8.5, 10.5)
-TRAVEL = (22.0, 30.0)
+TRAVEL = (28.0, 38.0)
 SYNONYMS = {
     "disc": ("disc", "disc", "disc", "circle", "ball"),
     "square": ("square", "square", "box"),

@@ -101,9 +101,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument(
-        "--linear-codec", type=pathlib.Path, help="decode with this codec.safetensors, not with the VAE"
-    )
+    parser.add_argument("--linear", action="store_true", help="decode with the linear transform instead of the VAE")
     parser.add_argument("--real", action="store_true", help="score drawn clips instead: the scorer's own check")
     parser.add_argument("--output", type=pathlib.Path, help="write the figures here as JSON")
     parser.add_argument("--sheet", type=pathlib.Path, help="write a contact sheet of five frames a clip here (PNG)")
@@ -112,7 +110,7 @@ def main() -> None:
     if args.real:
         clips = [to_uint8(scenes.render([scene]))[0] for scene in chosen]
     else:
-        generate = generator(args.model, args.linear_codec, args.steps, args.guidance)
+        generate = generator(args.model, args.linear, args.steps, args.guidance)
         clips = [generate(scene.caption, seed) for seed, scene in enumerate(chosen)]
     scores = [score(clip, scene) for clip, scene in zip(clips, chosen, strict=True)]
     for scene, found in zip(chosen, scores, strict=True):
@@ -126,25 +124,24 @@ def main() -> None:
         write_sheet(args.sheet, clips)
 
 
-def generator(model: pathlib.Path | None, codec: pathlib.Path | None, steps: int, guidance: float):
+def generator(model: pathlib.Path | None, linear: bool, steps: int, guidance: float):
     """Return a function (caption, seed) -> uint8 frames that runs the stock pipeline."""
     from diffusers import WanPipeline
     from latents import PatchPCA
-    from safetensors.torch import load_file
 
     default = pathlib.Path(__file__).parents[2] / "engine" / "demo_model"
     pipe = WanPipeline.from_pretrained(model or default)
     pipe.set_progress_bar_config(disable=True)
-    linear = PatchPCA(**load_file(codec)) if codec else None
+    codec = PatchPCA.shipped() if linear else None
 
     def generate(caption: str, seed: int) -> np.ndarray:
         out = pipe(
             prompt=caption, negative_prompt="", height=scenes.SIZE, width=scenes.SIZE, num_frames=scenes.FRAMES,
             num_inference_steps=steps, guidance_scale=guidance, generator=torch.Generator().manual_seed(seed),
-            output_type="latent" if linear else "pt",
+            output_type="latent" if codec else "pt",
         ).frames  # fmt: skip
-        if linear:
-            return to_uint8(linear.decode(out))[0]
+        if codec:
+            return to_uint8(codec.decode(out))[0]
         return (out[0].permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().numpy()
 
     return generate

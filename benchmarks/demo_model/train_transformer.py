@@ -23,13 +23,16 @@ import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from latents import CHANNELS, PatchPCA
-from safetensors.torch import save_file
+from safetensors.torch import load_file
+from transformers import UMT5EncoderModel
 
 HEADS, HEAD_DIM, LAYERS, FFN = 4, 32, 6, 512
 SHIFT = 3.0
+DECISIONS = (0.82, 0.98)
 SUBJECT_WEIGHT = 8.0
 """Weight of the loss where the subject ever is, 1 elsewhere: that is where the caption's words must be learned. What
 every token should predict stays the same."""
+DECISIONS = (0.82, 0.98)
 SUBJECT_WEIGHT = 8.0
 """Weight of the loss where the subject ever is, 1 elsewhere: that is where the caption's words must be learned. What
 every token should predict stays the same."""
@@ -63,25 +66,35 @@ def build_transformer() -> WanTransformer3DModel:
     return model
 
 
-def sample_sigmas(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Noise levels [count]: logit-normal, stratified over the batch, then shifted."""
-    quantile = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+def sample_sigmas(count: int, generator: torch.Generator, decisions: float) -> torch.Tensor:
+    """Noise levels [count] in random order.
+
+    A share `decisions` of them is uniform over `DECISIONS`, where it is settled what is where and where it goes; the
+    others are logit-normal with the pipeline's shift. Both are stratified over the batch.
+    """
+    early = round(decisions * count)
+    low, high = DECISIONS
+    spread = (torch.arange(early) + torch.rand(early, generator=generator)) / max(early, 1)
+    quantile = (torch.arange(count - early) + torch.rand(count - early, generator=generator)) / max(count - early, 1)
     u = torch.sigmoid(1.2 * torch.special.ndtri(quantile.clamp(1e-4, 1 - 1e-4)))
-    return SHIFT * u / (1 + (SHIFT - 1) * u)
+    sigmas = torch.cat([low + (high - low) * spread, SHIFT * u / (1 + (SHIFT - 1) * u)])
+    return sigmas[torch.randperm(count, generator=generator)]
 
 
 class Trainer:
     """All state of a run; `save` and `load` move the whole of it to and from a folder."""
 
-    def __init__(self, out: pathlib.Path, *, seed: int, learning_rate: float, device: str) -> None:
+    def __init__(
+        self, out: pathlib.Path, *, seed: int, learning_rate: float, device: str, decisions: float = 0.0
+    ) -> None:
         self.out, self.learning_rate, self.device = out, learning_rate, torch.device(device)
         torch.manual_seed(seed)
         self.tokenizer = text.build_tokenizer()
         self.encoder = text.build_encoder(len(self.tokenizer)).to(device).train()
         self.model = build_transformer().to(device).train()
-        self.step, self.seconds, self.seed = 0, 0.0, seed
+        self.step, self.seconds, self.seed, self.decisions = 0, 0.0, seed, decisions
         self.history: list[list[float]] = []
-        self.codec = PatchPCA.fit(scenes.render([scenes.random_scene(random.Random(i)) for i in range(256)]))
+        self.codec = PatchPCA.shipped()
         self.ema = [copy.deepcopy(m).eval() for m in (self.model, self.encoder)]
         matrices = [p for n, p in self.model.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
         chosen = {id(p) for p in matrices}
@@ -111,9 +124,15 @@ class Trainer:
         if progress is not None:
             self.step, self.seconds, self.history = progress["step"], progress["seconds"], progress["history"]
 
+    def start_from(self, folder: pathlib.Path) -> None:
+        """Take the weights of a pipeline folder; the optimizers start anew."""
+        weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+        words = UMT5EncoderModel.from_pretrained(folder / "text_encoder").state_dict()
+        for module, state in zip((self.model, self.encoder, *self.ema), (weights, words) * 2, strict=True):
+            module.load_state_dict(state)
+
     def save(self) -> None:
-        """Write the whole state, and the latent transform that the weights belong to."""
-        save_file(self.codec.state_dict(), self.out / "codec.safetensors")
+        """Write the whole state."""
         progress = {"step": self.step, "seconds": self.seconds, "history": self.history}
         checkpoints.save(self.out, self.modules, self.optimizers, progress)
 
@@ -124,7 +143,7 @@ class Trainer:
         drawn = [scenes.random_scene(rng) for _ in range(size)]
         clean = self.codec.normalise(self.codec.raw(scenes.render(drawn, frames=frames)))
         noise = torch.randn(clean.shape, generator=generator)
-        sigmas = sample_sigmas(size, generator)[torch.randperm(size, generator=generator)]
+        sigmas = sample_sigmas(size, generator, self.decisions)
         s = sigmas.view(-1, 1, 1, 1, 1)
         captions = ["" if rng.random() < 0.1 else scene.caption for scene in drawn]
         weights = 1 + (SUBJECT_WEIGHT - 1) * scenes.swept(drawn, frames=frames)[:, None, None]
@@ -197,6 +216,8 @@ def main() -> None:
     parser.add_argument("--text-positions", type=float, default=12.0, help="few at first, 512 in the end")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--decisions", type=float, default=0.5, help="share of clips at the noise levels that decide")
+    parser.add_argument("--init", type=pathlib.Path, help="pipeline folder whose weights a new run starts from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -207,9 +228,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(args.out, seed=args.seed, learning_rate=args.learning_rate, device=args.device)
+    trainer = Trainer(
+        args.out, seed=args.seed, learning_rate=args.learning_rate, device=args.device, decisions=args.decisions
+    )
     if args.check:
         return check(trainer)
+    if args.init:
+        trainer.start_from(args.init)
     trainer.load()
     print("starting at step", trainer.step, flush=True)
     forward = lean.forward if args.no_compile else torch.compile(lean.forward, dynamic=False)

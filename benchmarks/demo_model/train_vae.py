@@ -84,7 +84,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    codec = PatchPCA.fit(scenes.render([scenes.random_scene(random.Random(i)) for i in range(256)]))
+    codec = PatchPCA.shipped()
     vae = build_vae(codec)
     # post_quant_conv and decoder on one side, encoder and quant_conv on the other: they share no weight.
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)

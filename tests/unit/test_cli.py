@@ -53,6 +53,7 @@ def test_generate_writes_every_file(capsys, tiny_model, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["h.mp4", "l.safetensors", "r.json", "v.mp4"]
     assert frames_of(tmp_path / "v.mp4") == frames_of(tmp_path / "h.mp4") == 9
     assert load_file(tmp_path / "l.safetensors")["latents"].shape == (1, 16, 3, 6, 8)
+    assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1  # all may be read by the same people
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["compute"] == pytest.approx(0.5, abs=0.02)
     assert report["seconds"]["denoise"] > 0 and len(report["steps"]) == 20
@@ -110,6 +111,9 @@ def test_policies_and_solvers(capsys, tiny_model, tmp_path, policy, solver):
         (["--steps", "0"], "at least 1"),
         (["--steps", "1.5"], "whole number"),
         (["--fps", "0"], "at least 1"),
+        (["--fps", "100000000000"], "at most 1000"),
+        (["--guidance", "1e39"], "from 0 to 1000"),
+        (["--scale", "300"], "larger than the 16384 pixels"),
         (["--guidance", "nan"], "finite"),
         (["--seed", "-1"], "at least 0"),
         (["--seed", "99999999999999999999"], "2**63"),
@@ -139,7 +143,19 @@ def test_bad_flags(capsys, tiny_model, tmp_path, monkeypatch, flags, rule):
 
 @pytest.mark.parametrize(
     "name",
-    ["truncated weights", "truncated json", "no vae", "foreign", "no index", "bad sizes", "no weights"],
+    [
+        "truncated weights",
+        "truncated json",
+        "no vae",
+        "foreign",
+        "no index",
+        "bad sizes",
+        "no weights",
+        "lacking a weight",
+        "zero patch",
+        "endless layers",
+        "odd expert",
+    ],
 )
 def test_bad_model_folders(capsys, broken_models, tmp_path, name):
     status, out, err = run(capsys, "generate", *PROMPT, "--model", broken_models[name], "--output", tmp_path / "v.mp4")

@@ -197,6 +197,8 @@ def test_record_and_comparison(engine):
     against = record["against_dense"]
     assert against["psnr"] > 10 and 0 < against["ssim"] <= 1 and against["speedup"] > 0
     assert compare(dense, dense)["psnr"] is None
+    broken = dataclasses.replace(output, latents=output.latents * math.nan)
+    assert compare(broken, dense)["latents_relative_l2"] is None
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,9 @@ def test_record_and_comparison(engine):
         ({"width": -16}, "at least 1"),
         ({"fps": True}, "whole number"),
         ({"guidance_scale": math.inf}, "finite"),
-        ({"guidance_scale_2": -1.0}, "at least 0"),
+        ({"guidance_scale": 1e39}, "from 0 to 1000"),
+        ({"guidance_scale_2": -1.0}, "from 0"),
+        ({"fps": 10**11}, "at most 1000"),
         ({"seed": -1}, "from 0"),
         ({"seed": 2**63}, "from 0"),
     ],
@@ -305,6 +309,7 @@ def test_configs_that_lack_something(tmp_path):
         ({"device": "cuda:99"}, "not there"),
         ({"device": ""}, "device must be"),
         ({"model": ""}, "empty name"),
+        ({"hsa": 0.5}, "an HSAConfig"),
     ],
 )
 def test_wrong_settings(tiny_model, changes, rule):
@@ -322,6 +327,10 @@ def test_wrong_settings(tiny_model, changes, rule):
         ("no index", "no model_index.json"),
         ("bad sizes", "cannot be loaded"),
         ("no weights", "cannot be loaded"),
+        ("lacking a weight", "the transformer's files lack 1 weights"),
+        ("zero patch", "patch_size 0"),
+        ("endless layers", "misstates"),
+        ("odd expert", "misstates"),
     ],
 )
 def test_models_that_cannot_be_loaded(broken_models, name, rule):
@@ -335,3 +344,20 @@ def test_models_that_cannot_be_loaded(broken_models, name, rule):
 def test_models_that_are_not_there(name):
     with pytest.raises(hs.ConfigError, match="neither 'demo', nor an existing folder"):
         read_facts(name)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/model", "a" * 300])
+def test_models_whose_name_no_folder_can_have(name):
+    with pytest.raises(hs.ConfigError, match="no usable name"):
+        read_facts(name)
+
+
+def test_a_thread_that_cannot_start_leaves_the_engine_free(engine, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            engine.generate(request())
+    assert engine.generate(request(num_inference_steps=2, compute=1.0)).frames.dtype == np.uint8

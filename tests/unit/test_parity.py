@@ -226,6 +226,32 @@ def test_callback_on_step_end_sees_the_report_grow_and_may_change_latents():
     assert [r.step for r in records] == [*range(10), *range(10)]
 
 
+@pytest.mark.parametrize("settings", [{}, {"policy": "tokens", "kv_forecast": 0.5, "warmup": 1}, {"forecast": "ab2"}])
+def test_a_run_that_ended_in_nan_leaves_nothing_behind(settings):
+    config = hs.HSAConfig(compute=0.5, solver="euler", **settings)
+    pipe = tiny_pipeline()
+    hs.apply(pipe, config)
+    fresh = generate(pipe)
+    broken = {name: torch.full_like(t, torch.nan) for name, t in embeddings().items()}
+    hs.apply(pipe, config)
+    assert generate(pipe, **broken).isnan().all()
+    assert torch.equal(generate(pipe), fresh)
+
+
+def test_known_counts_save_work_but_change_nothing():
+    """The evaluation that ends a gap corrects it, also where every step from there on is known to be full."""
+    none = torch.empty(0, dtype=torch.int64)
+    plans = [None, None, none, None, torch.arange(0, N, 2), none, None, None]
+    results = []
+    for counts in (None, [N if p is None else len(p) for p in plans]):
+        pipe, planner = tiny_pipeline("euler"), FixedPlanner(plans)
+        if counts:
+            planner.counts = counts
+        hs.apply(pipe, hs.HSAConfig(), planner=planner)
+        results.append(generate(pipe))
+    assert torch.equal(*results)
+
+
 def test_applying_twice_replaces_cleanly():
     pipe = tiny_pipeline()
     stock = generate(pipe)

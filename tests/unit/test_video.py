@@ -94,9 +94,14 @@ def test_output_checks(tmp_path):
         (tmp_path / "v.avi", "must end in .mp4"),
         (tmp_path / "absent" / "v.mp4", "does not exist"),
         (tmp_path / "d.mp4", "is a folder"),
+        (tmp_path / f"{'v' * 300}.mp4", "cannot be written"),
+        ("/proc/v.mp4", "cannot be written"),
     ]:
         with pytest.raises(ConfigError, match=rule):
             check_writable(path, ".mp4")
+    with replacing(tmp_path / f"{'v' * 248}.mp4") as temporary:  # as long as a name may be
+        temporary.touch()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.mp4", f"{'v' * 248}.mp4"]
 
 
 def test_tokens_are_spread_over_their_pixels():
