@@ -170,6 +170,11 @@ class Engine:
                 remove(self.pipeline)  # frees the K/V caches before the VAE needs the memory
         if cancel.is_set():
             raise Cancelled(f"cancelled after step {len(on_step.events)} of {request.num_inference_steps}")
+        if not bool(torch.isfinite(latents).all()):
+            raise RequestError(
+                f"the model returned values that are no numbers in {str(self.dtype).removeprefix('torch.')}; "
+                "ask for another dtype, such as float32, or a lower guidance"
+            )
         denoised = self._clock()
 
         emit(Decoding(seconds=denoised - encoded))

@@ -21,13 +21,15 @@ class HSAConfig:
     Attributes:
         compute: target share of the dense denoising work, in (0, 1]; .5 means half of the token evaluations
             and so, since every term of the cost is linear in the active tokens, half of the denoising time.
-        policy: how the budget is spent. ``joint`` allocates over time and tokens, ``tokens`` ranks tokens at
-            every evaluated step, ``groups`` is the paper's reading (groups with step divisors 1, 2, 4, 8),
-            ``steps`` evaluates whole steps only.
+        policy: how the budget is spent. ``joint`` puts whole steps where the error that reaches the end is least and
+            adds a partial one where whole ones miss the target; ``tokens`` ranks tokens at every evaluated step;
+            ``groups`` is the paper's reading (groups with step divisors 1, 2, 4, 8); ``steps`` evaluates whole steps
+            only and so meets the target to within half a step.
         warmup: number of first steps at which all tokens are active, at least 1.
         cooldown: number of last steps at which all tokens are active.
-        profile: exponent a; the share of a step's tokens is proportional to (sigma_i - sigma_next)^a, so that
-            a < 0 spends more where the sigma steps are small (early).
+        profile: exponent a; the share of a step's tokens (``tokens``) or the density of evaluated steps (``steps``)
+            is proportional to (sigma_i - sigma_next)^a, so that a < 0 spends more where the sigma steps are small
+            (early). The other policies do without.
         solver: replaces the pipeline's scheduler; ``None`` keeps it.
         forecast: what a skipped token's velocity is taken to be: ``hold`` (its last one, as in the paper),
             ``taylor`` (extrapolated linearly in sigma), ``ab2`` (Adams-Bashforth 2 on each token's own
@@ -37,7 +39,7 @@ class HSAConfig:
         kv_forecast: damping in [0, 1] of the linear forecast of stale keys and values; 0 is off; above 0
             doubles the cache.
         max_age: a token is evaluated again after at most this many evaluated steps, as far as the budget
-            allows.
+            allows; ``groups`` has its divisors instead.
         kv_dtype: data type of the cached keys and values; ``None`` keeps the computed one.
 
     Raises:

@@ -168,6 +168,7 @@ def best_steps(costs: GapCosts, count: int, required: Collection[int] = ()) -> l
         step, gap = step - d, d - 1
         d = int(choice[step, gap])
         steps.append(step)
+    assert steps[-1] == 0 and float(ends.min()) < UNREACHABLE, "`longest` is too short for the required steps"
     return steps[::-1]
 
 

@@ -6,6 +6,7 @@ Every number a policy is tuned by is a field of it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -109,7 +110,7 @@ class StepsPolicy(_Ranked):
         # Halves round down: rather a little below the target than above.
         count = max(math.ceil(config.compute * steps - 0.5 - 1e-9), len(full), 1)
         if config.profile is None:
-            chosen = set(best_steps(_gap_costs(schedule, config, count), count, full))
+            chosen = set(best_steps(_gap_costs(schedule, config, count, full), count, full))
         else:
             chosen = set(place_steps(profile_weights(schedule.gaps(range(steps)), config.profile), count, full))
         return [schedule.num_tokens if i in chosen else 0 for i in range(steps)]
@@ -122,8 +123,8 @@ class JointPolicy(_Ranked):
     ``token_budget`` of the budget buys partial steps of about ``partial_share`` of the tokens, the ones whose velocity
     changes most; each is put where it lowers the expected error most. The rest buys whole steps. It is 0 because that
     is what wins so far (benchmarks/reports/pareto-demo.md): stale keys and values cost more than the tokens that are
-    left out are worth. A partial step then only makes up for what whole ones cannot meet to within ``tolerance``; without
-    one no keys and values are kept at all.
+    left out are worth. A partial step then only makes up for what whole ones cannot meet to within ``tolerance``;
+    without one no keys and values are kept at all.
     """
 
     token_budget: float = 0.0
@@ -137,7 +138,7 @@ class JointPolicy(_Ranked):
         count = max(int((1 - self.token_budget) * budget), len(required), 1)
         if not self.token_budget and budget - count > self.tolerance * steps >= count + 1 - budget:
             count += 1
-        costs = _gap_costs(schedule, config, count)
+        costs = _gap_costs(schedule, config, count, required)
         full = best_steps(costs, count, required)
         left = budget - len(full)
         if left <= self.tolerance * steps and not self.token_budget:
@@ -147,9 +148,15 @@ class JointPolicy(_Ranked):
         return fit_counts(schedule, config.compute, full, {i: 1.0 for i in evaluated if i not in set(full)})
 
 
-def _gap_costs(schedule: Schedule, config: HSAConfig, count: int) -> GapCosts:
-    """Costs of the gaps of a plan with `count` whole steps, none more than some times longer than the average one."""
-    longest = max(12, math.ceil(3 * schedule.num_steps / count))
+def _gap_costs(schedule: Schedule, config: HSAConfig, count: int, required: set[int]) -> GapCosts:
+    """Costs of all gaps that a good plan with `count` whole steps, among them the required ones, can have."""
+    ends = sorted({*required, schedule.num_steps})
+    widths = [b - a for a, b in itertools.pairwise(ends)]
+    free, longest = count - len(required), 1
+    # Required steps may stand so close together that the others can only be far apart.
+    while sum(math.ceil(width / longest) - 1 for width in widths) > free:
+        longest += 1
+    longest = max(12, 2 * longest, math.ceil(3 * schedule.num_steps / count))
     forecast = config.forecast or "taylor"
     correct = forecast != "hold" if config.correct is None else config.correct
     return GapCosts(schedule.sigmas, forecast, correct, longest)

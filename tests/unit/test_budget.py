@@ -141,3 +141,16 @@ def test_bucket_is_a_power_of_two_near_a_32nd():
         bucket = bucket_of(n)
         assert math.log2(bucket).is_integer()
         assert bucket == 1 or n / 64 < bucket <= n / 32
+
+
+@pytest.mark.parametrize("policy", ["joint", "steps"])
+@pytest.mark.parametrize(
+    ("steps", "compute", "windows"),
+    [(20, 0.25, {"warmup": 5}), (20, 0.25, {"cooldown": 4}), (50, 0.1, {"warmup": 5}), (100, 0.02, {"warmup": 2})],
+)
+def test_windows_may_use_up_the_whole_budget(policy, steps, compute, windows):
+    counts = counts_of(steps, 320, policy=policy, compute=compute, **windows)
+    assert sum(counts) == round(compute * steps) * 320
+    assert counts[0] == 320
+    assert all(c == 320 for c in counts[: windows.get("warmup", 1)])
+    assert all(c == 320 for c in counts[steps - windows.get("cooldown", 0) :])

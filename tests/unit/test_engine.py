@@ -18,6 +18,7 @@ from heterostep.engine.engine import Cancelled, Decoding, Started, StepDone
 from heterostep.engine.facts import DEFAULTS, read_facts
 from heterostep.engine.record import compare, run_record
 from heterostep.engine.request import resolve
+from tiny import TEXT_WIDTH
 
 PROMPT = "a red disc moves right"
 SMALL = {"prompt": PROMPT, "negative_prompt": "blurry", "width": 64, "height": 48, "num_frames": 9, "seed": 3}
@@ -361,3 +362,12 @@ def test_a_thread_that_cannot_start_leaves_the_engine_free(engine, monkeypatch):
         with pytest.raises(RuntimeError, match="new thread"):
             engine.generate(request())
     assert engine.generate(request(num_inference_steps=2, compute=1.0)).frames.dtype == np.uint8
+
+
+def test_values_that_are_no_numbers_are_said_not_drawn(engine, monkeypatch):
+    embeds = torch.full((1, 512, TEXT_WIDTH), torch.nan)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.pipeline, "encode_prompt", lambda *args, **kwargs: (embeds, embeds))
+        with pytest.raises(hs.RequestError, match="no numbers in float32"):
+            engine.generate(request(num_inference_steps=2))
+    assert engine.generate(request(num_inference_steps=2)).frames.dtype == np.uint8
