@@ -61,7 +61,8 @@ def _tokens(facts: ModelFacts, width: int, height: int, num_frames: int) -> list
     return [
         f"{'size':16} {width}x{height}, {num_frames} frames",
         f"{'tokens':16} {num_tokens:,} = {grid[0]} x {grid[1]} x {grid[2]} (frames, rows, columns)",
-        f"{'K/V cache':16} {_bytes(facts.cache_bytes(num_tokens))} in bfloat16 for each guidance branch",
+        f"{'K/V cache':16} {_bytes(facts.cache_bytes(num_tokens))} in bfloat16 for each guidance branch, "
+        "where a policy leaves out tokens",
     ]
 
 
