@@ -82,4 +82,6 @@ def correct_for(config: HSAConfig, scheduler: Any) -> bool:
         )
     if config.correct is not None:
         return config.correct
-    return euler and forecast_for(config, scheduler) != "hold"
+    # Beside stale keys and values a token's velocity jumps with theirs, and the correction multiplies the jump.
+    whole = config.policy in ("joint", "steps")
+    return euler and whole and forecast_for(config, scheduler) != "hold"

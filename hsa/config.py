@@ -35,7 +35,8 @@ class HSAConfig:
             ``taylor`` (extrapolated linearly in sigma), ``ab2`` (Adams-Bashforth 2 on each token's own
             sub-grid).
         correct: whether a token's next evaluation corrects its forecast in hindsight (`velocity.VelocityCache`);
-            deduced: where the solver is Euler and the forecast is not ``hold``, which is the paper's.
+            deduced: where the solver is Euler, the policy works by whole steps (``joint``, ``steps``) and the forecast
+            is not ``hold``, which is the paper's.
         kv_forecast: damping in [0, 1] of the linear forecast of stale keys and values; 0 is off; above 0
             doubles the cache.
         max_age: a token is evaluated again after at most this many evaluated steps, as far as the budget

@@ -122,8 +122,8 @@ class JointPolicy(_Ranked):
 
     ``token_budget`` of the budget buys partial steps of about ``partial_share`` of the tokens, the ones whose velocity
     changes most; each is put where it lowers the expected error most. The rest buys whole steps. It is 0 because that
-    is what wins so far (benchmarks/reports/pareto-demo.md): stale keys and values cost more than the tokens that are
-    left out are worth. A partial step then only makes up for what whole ones cannot meet to within ``tolerance``;
+    is what wins so far (benchmarks/LOG.md): stale keys and values cost more than the tokens that are left out are
+    worth. A partial step then only makes up for what whole ones cannot meet to within ``tolerance``;
     without one no keys and values are kept at all.
     """
 
