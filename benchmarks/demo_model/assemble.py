@@ -11,10 +11,11 @@ import pathlib
 
 import text
 import torch
+from architecture import build_transformer
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from latents import PatchPCA
 from safetensors.torch import load_file
-from train_transformer import SHIFT, build_transformer
+from train_transformer import SHIFT
 from train_vae import build_vae
 
 

@@ -43,18 +43,16 @@ def _text_attention(attn, x, text, weight_of_key):
     return attn.to_out[0](torch.einsum("bhnk,bkhd->bnhd", scores.softmax(-1), v).flatten(2))
 
 
-def text_keys(
-    embeddings: torch.Tensor, lengths: torch.Tensor, positions: float = TEXT_POSITIONS
-) -> tuple[torch.Tensor, torch.Tensor]:
+def text_keys(embeddings: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Zero-padded embeddings [B, L, C] -> with one padding row appended [B, L + 1, C], and log-weights [B, L + 1].
 
-    `positions` is how many text positions there are in all; those beyond a caption's length are padding.
+    The positions beyond a caption's length, up to `TEXT_POSITIONS`, are padding.
     """
     b, rows_given, c = embeddings.shape
     rows = torch.cat([embeddings, embeddings.new_zeros(b, 1, c)], dim=1)
     index = torch.arange(rows_given, device=embeddings.device)
     weights = torch.where(index[None] < lengths[:, None], 0.0, -torch.inf)
-    padding = torch.log((positions - lengths.float()).clamp_min(1.0))[:, None]
+    padding = torch.log(TEXT_POSITIONS - lengths.float())[:, None]
     return rows, torch.cat([weights, padding], dim=1).to(embeddings.dtype)
 
 

@@ -23,8 +23,9 @@ COLOURS = {
 }
 SHAPES = ("disc", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
-RADIUS = (8.5, 10.5)
+RADIUS = (9.0, 10.0)
 TRAVEL = (28.0, 38.0)
+"""Pixels from the first frame to the last of `FRAMES`."""
 SYNONYMS = {
     "disc": ("disc", "disc", "disc", "circle", "ball"),
     "square": ("square", "square", "box"),
@@ -67,25 +68,15 @@ def caption(subject: Object, direction: str, second: Object | None, rng: random.
     return text
 
 
-def random_scene(rng: random.Random, *, varied: bool = True) -> Scene:
-    """Draw a scene; `varied` lets the caption use synonyms (training), else the canonical words (scoring)."""
+def random_scene(rng: random.Random, *, varied: bool = True, frames: int = FRAMES, size: int = SIZE) -> Scene:
+    """Draw a scene; `varied` lets the caption use synonyms (training), else the canonical words (scoring).
+
+    In fewer `frames` things go less far, at the same speed; in a smaller picture there is less room for a second one.
+    """
     colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
     direction = rng.choice(list(DIRECTIONS))
-    sx, sy = DIRECTIONS[direction]
-    radius = rng.uniform(*RADIUS)
-    travel = rng.uniform(*TRAVEL) if direction != "still" else 0.0
-    margin = radius + 1.0
-    lo, hi = margin, SIZE - 1 - margin
-
-    def start(sign: int) -> float:
-        return rng.uniform(lo + (travel if sign < 0 else 0), hi - (travel if sign > 0 else 0))
-
-    x, y = start(sx), start(sy)
-    speed = travel / (FRAMES - 1)
-    subject = Object(colour=colour, shape=shape, radius=radius, x=x, y=y, dx=sx * speed, dy=sy * speed)
-    second = None
-    if rng.random() < 0.4:
-        second = _second_object(rng, subject, travel, (sx, sy))
+    subject = _subject(rng, colour, shape, rng.uniform(*RADIUS), direction, frames, size)
+    second = _second_object(rng, subject, frames, size) if rng.random() < 0.4 else None
     objects = (subject,) if second is None else (subject, second)
     return Scene(
         caption=caption(subject, direction, second, rng if varied else None),
@@ -95,17 +86,80 @@ def random_scene(rng: random.Random, *, varied: bool = True) -> Scene:
     )
 
 
-def _second_object(rng: random.Random, subject: Object, travel: float, sign: tuple[int, int]) -> Object | None:
+def elsewhere(
+    scene: Scene, rng: random.Random, count: int, *, same_way: bool, frames: int = FRAMES, size: int = SIZE
+) -> list[Object]:
+    """Up to `count` other subjects that the scene could have had: same looks, other place and speed.
+
+    They are drawn as the scene's own was; `same_way` keeps the direction too, as its caption demands.
+    """
+    own, others = scene.objects[0], []
+    for _ in range(count):
+        direction = scene.direction if same_way else rng.choice(list(DIRECTIONS))
+        others.append(_subject(rng, own.colour, own.shape, own.radius, direction, frames, size))
+    return [other for other in others if _could_be(other, scene, frames, size)]
+
+
+def nearby(
+    scene: Scene, rng: random.Random, count: int, spread: float, *, frames: int = FRAMES, size: int = SIZE
+) -> list[Object]:
+    """Up to `count` other subjects near the scene's own, start and travel about `spread` pixels away.
+
+    All of them, the scene's own too, are equally far from a centre that is drawn first, so that the set does not tell
+    which one is the scene's own.
+    """
+    own, (sx, sy) = scene.objects[0], DIRECTIONS[scene.direction]
+    travel = abs(own.dx + own.dy) * (FRAMES - 1)
+    centre = [value + rng.gauss(0, spread) for value in (own.x, own.y, travel)]
+    others = []
+    for _ in range(count):
+        x, y, far = (value + rng.gauss(0, spread) for value in centre)
+        speed = far / (FRAMES - 1) if travel else 0.0
+        others.append(dataclasses.replace(own, x=x, y=y, dx=sx * speed, dy=sy * speed))
+    return [other for other in others if _could_be(other, scene, frames, size)]
+
+
+def _could_be(subject: Object, scene: Scene, frames: int, size: int) -> bool:
+    """Whether `random_scene` could have drawn this subject beside the scene's other objects."""
+    travel, margin = abs(subject.dx + subject.dy) * (FRAMES - 1), subject.radius + 1.0
+    ends = [v + s * f for v, s in ((subject.x, subject.dx), (subject.y, subject.dy)) for f in (0, frames - 1)]
+    inside = margin <= min(ends) and max(ends) <= size - 1 - margin
+    fast = not travel or TRAVEL[0] <= travel <= TRAVEL[1]
+    return inside and fast and all(_clear(subject, thing, frames) for thing in scene.objects[1:])
+
+
+def _subject(
+    rng: random.Random, colour: str, shape: str, radius: float, direction: str, frames: int, size: int
+) -> Object:
+    """Place an object so that all its way lies in the picture."""
+    sx, sy = DIRECTIONS[direction]
+    speed = rng.uniform(*TRAVEL) / (FRAMES - 1)
+    margin, travel = radius + 1.0, speed * (frames - 1)
+    lo, hi = margin, size - 1 - margin
+    x, y = (rng.uniform(lo + (travel if s < 0 else 0), hi - (travel if s > 0 else 0)) for s in (sx, sy))
+    return Object(colour=colour, shape=shape, radius=radius, x=x, y=y, dx=sx * speed, dy=sy * speed)
+
+
+def _second_object(rng: random.Random, subject: Object, frames: int, size: int) -> Object | None:
     """Place a still object clear of everything the subject sweeps over; None where no free place was found."""
     colour = rng.choice([name for name in COLOURS if name != subject.colour])
     shape, radius = rng.choice(SHAPES), rng.uniform(*RADIUS)
     for _ in range(30):
-        x, y = (rng.uniform(radius + 1, SIZE - 2 - radius) for _ in range(2))
-        along = min(max((x - subject.x) * sign[0] + (y - subject.y) * sign[1], 0.0), travel)
-        nearest = (subject.x + sign[0] * along, subject.y + sign[1] * along)
-        if max(abs(x - nearest[0]), abs(y - nearest[1])) > subject.radius + radius + 2:
-            return Object(colour=colour, shape=shape, radius=radius, x=x, y=y)
+        x, y = (rng.uniform(radius + 1, size - 2 - radius) for _ in range(2))
+        second = Object(colour=colour, shape=shape, radius=radius, x=x, y=y)
+        if _clear(subject, second, frames):
+            return second
     return None
+
+
+def _clear(subject: Object, still: Object, frames: int) -> bool:
+    """Whether a subject stays clear of a still object all its way."""
+    last = frames - 1
+    nearest = [
+        min(max(at, min(start, start + speed * last)), max(start, start + speed * last))
+        for at, start, speed in ((still.x, subject.x, subject.dx), (still.y, subject.y, subject.dy))
+    ]
+    return max(abs(still.x - nearest[0]), abs(still.y - nearest[1])) > subject.radius + still.radius + 2
 
 
 def render(scenes: list[Scene], *, frames: int = FRAMES, size: int = SIZE) -> torch.Tensor:
@@ -119,6 +173,19 @@ def render(scenes: list[Scene], *, frames: int = FRAMES, size: int = SIZE) -> to
             colour = torch.tensor(COLOURS[thing.colour])[:, None, None, None]
             video[b] = video[b] * (1 - cover) + colour * cover
     return video * 2 - 1
+
+
+def render_each(scene: Scene, subjects: list[Object], *, frames: int = FRAMES, size: int = SIZE) -> torch.Tensor:
+    """Draw one scene with each of several subjects of one shape, radius and colour: [len(subjects), 3, F, S, S]."""
+    rest = render([dataclasses.replace(scene, objects=scene.objects[1:])], frames=1, size=size)
+    t = torch.arange(frames, dtype=torch.float32)
+    x = torch.tensor([s.x for s in subjects])[:, None] + torch.tensor([s.dx for s in subjects])[:, None] * t
+    y = torch.tensor([s.y for s in subjects])[:, None] + torch.tensor([s.dy for s in subjects])[:, None] * t
+    axis = torch.arange(size, dtype=torch.float32)
+    dx, dy = axis - x[..., None, None], axis[:, None] - y[..., None, None]
+    cover = (0.5 - signed_distance(subjects[0].shape, dx, dy, subjects[0].radius)).clamp_(0, 1)[:, None]
+    colour = torch.tensor(COLOURS[subjects[0].colour])[:, None, None, None] * 2 - 1
+    return torch.lerp(rest, colour, cover)
 
 
 def swept(scenes: list[Scene], *, frames: int = FRAMES, size: int = SIZE, cell: int = 4) -> torch.Tensor:

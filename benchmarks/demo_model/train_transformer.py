@@ -1,5 +1,7 @@
 """Train the demo transformer and its text encoder: `python benchmarks/demo_model/train_transformer.py --out DIR`.
 
+On several cores or GPUs: `torchrun --standalone --nproc-per-node P benchmarks/demo_model/train_transformer.py --out DIR`.
+
 Rectified flow in the latent space of `latents.py`: x = (1 - sigma) x0 + sigma eps, target velocity eps - x0, sigma
 logit-normal with shift 3 (the pipeline's own). Muon on the blocks' matrices, AdamW on the rest, an exponential moving
 average of the weights is what is shipped. Progress is saved in DIR every few minutes and a later call with the same DIR
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import os
 import pathlib
 import random
 import time
@@ -20,50 +23,24 @@ import lean
 import scenes
 import text
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import WanTransformer3DModel
-from latents import CHANNELS, PatchPCA
+from architecture import build_transformer, text_attention
+from latents import SPATIAL, TEMPORAL, PatchPCA
 from safetensors.torch import load_file
 from transformers import UMT5EncoderModel
 
-HEADS, HEAD_DIM, LAYERS, FFN = 4, 32, 6, 512
 SHIFT = 3.0
 DECISIONS = (0.82, 0.98)
 SUBJECT_WEIGHT = 8.0
 """Weight of the loss where the subject ever is, 1 elsewhere: that is where the caption's words must be learned. What
 every token should predict stays the same."""
-DECISIONS = (0.82, 0.98)
-SUBJECT_WEIGHT = 8.0
-"""Weight of the loss where the subject ever is, 1 elsewhere: that is where the caption's words must be learned. What
-every token should predict stays the same."""
-
-
-def build_transformer() -> WanTransformer3DModel:
-    """The stock class at demo size, initialised so that each block starts as the identity."""
-    model = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, in_channels=CHANNELS,
-        out_channels=CHANNELS, text_dim=text.WIDTH, freq_dim=64, ffn_dim=FFN, num_layers=LAYERS, cross_attn_norm=True,
-        rope_max_seq_len=64,
-    )  # fmt: skip
-    for block in model.blocks:
-        for layer in (block.attn1.to_out[0], block.attn2.to_out[0], block.ffn.net[2]):
-            torch.nn.init.zeros_(layer.weight)
-            torch.nn.init.zeros_(layer.bias)
-        torch.nn.init.zeros_(block.scale_shift_table)
-        with torch.no_grad():  # open gates: a closed one starves the layer behind it of gradient
-            block.scale_shift_table[:, (2, 5)] = 1.0
-    # Noise in, noise out: velocity carries eps, so the token's own values must pass through the residual stream.
-    with torch.no_grad():
-        rows = CHANNELS * 4
-        model.patch_embedding.weight.mul_(0.3)
-        model.patch_embedding.weight[:rows].copy_(torch.eye(rows).view(rows, CHANNELS, 1, 2, 2) * 1.5)
-        # Rows leave as (ph, pw, c), they came in as (c, ph, pw).
-        out_of_in = torch.arange(rows).view(CHANNELS, 2, 2).permute(1, 2, 0).flatten()
-        model.proj_out.weight.mul_(0.1)
-        model.proj_out.weight[:, :rows] += torch.eye(rows)[out_of_in] * 0.4
-        model.proj_out.bias.zero_()
-        model.scale_shift_table.zero_()
-    return model
+CANDIDATES, FAR, NEAR = 24, 0.945, 0.86
+"""How many other places of the subject its target is averaged over (see `Trainer.expected`), and from which noise level
+on they are anywhere, or nearby."""
+STAGES = ((0.45, 9, 48), (0.7, 9, scenes.SIZE), (1.0, scenes.FRAMES, scenes.SIZE))
+"""Until which share of the time clips have how many frames and pixels a side. A small clip costs a quarter and teaches
+colour, shape, texture and how things move."""
 
 
 def sample_sigmas(count: int, generator: torch.Generator, decisions: float) -> torch.Tensor:
@@ -105,8 +82,6 @@ class Trainer:
             ),
             torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
         ]
-        grid = self.model.rope(torch.empty(1, CHANNELS, 9, scenes.SIZE // 4, scenes.SIZE // 4))
-        self.cos, self.sin = grid[0][0, :, :, 0::2].to(device), grid[1][0, :, :, 1::2].to(device)
 
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
@@ -136,30 +111,65 @@ class Trainer:
         progress = {"step": self.step, "seconds": self.seconds, "history": self.history}
         checkpoints.save(self.out, self.modules, self.optimizers, progress)
 
-    def batch(self, size: int, frames: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
-        """Noisy latents, velocity targets, loss weights, sigmas and captions of this step, from the seed alone."""
-        rng = random.Random(self.seed * 1_000_003 + self.step)
+    def batch(
+        self, count: int, frames: int, size: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
+        """Noisy latents, velocity targets, loss weights, sigmas and captions of this step, from seed and rank alone."""
+        rng = random.Random(self.seed * 1_000_003 + self.step + 500_009 * rank())
         generator = torch.Generator().manual_seed(rng.getrandbits(40))
-        drawn = [scenes.random_scene(rng) for _ in range(size)]
-        clean = self.codec.normalise(self.codec.raw(scenes.render(drawn, frames=frames)))
+        drawn = [scenes.random_scene(rng, frames=frames, size=size) for _ in range(count)]
+        clean = self.codec.normalise(self.codec.raw(scenes.render(drawn, frames=frames, size=size)))
         noise = torch.randn(clean.shape, generator=generator)
-        sigmas = sample_sigmas(size, generator, self.decisions)
+        sigmas = sample_sigmas(count, generator, self.decisions)
         s = sigmas.view(-1, 1, 1, 1, 1)
         captions = ["" if rng.random() < 0.1 else scene.caption for scene in drawn]
-        weights = 1 + (SUBJECT_WEIGHT - 1) * scenes.swept(drawn, frames=frames)[:, None, None]
-        tensors = (((1 - s) * clean + s * noise), noise - clean, weights, sigmas)
+        weights = 1 + (SUBJECT_WEIGHT - 1) * scenes.swept(drawn, frames=frames, size=size)[:, None, None]
+        noisy = (1 - s) * clean + s * noise
+        for i, scene in enumerate(drawn):
+            sigma = sigmas[i].item()
+            if sigma > FAR:
+                others = scenes.elsewhere(scene, rng, CANDIDATES, same_way=bool(captions[i]), frames=frames, size=size)
+            elif sigma > NEAR:
+                others = scenes.nearby(
+                    scene, rng, CANDIDATES, 4 * (sigma - NEAR) / (FAR - NEAR) + 1, frames=frames, size=size
+                )
+            else:
+                continue
+            clean[i] = self.expected(scene, others, noisy[i], sigma)
+        tensors = (noisy, (noisy - clean) / s, weights, sigmas)
         return *(t.to(self.device) for t in tensors), captions  # type: ignore[return-value]
 
-    def loss(self, forward, size: int, frames: int, positions: float) -> torch.Tensor:
-        """Weighted squared error of the velocity on this step's batch; `positions` as in `lean.text_keys`."""
-        noisy, target, importance, sigmas, captions = self.batch(size, frames)
+    def expected(
+        self, scene: scenes.Scene, others: list[scenes.Object], noisy: torch.Tensor, sigma: float
+    ) -> torch.Tensor:
+        """Mean of the clean clip [C, F, Y, X] over which of several subjects the noisy one shows.
+
+        The true subject and the others are draws from one distribution. Given all of them and the noisy clip, each is
+        the true one with a probability in proportion to exp(-|noisy - (1 - sigma) clean_k|^2 / 2 sigma^2), so the mean
+        under these has the same expectation given the noisy clip as the clean clip itself, which is what the model
+        should return, and much less variance (Rao-Blackwell). Where noise hides the place, a single clip says almost
+        nothing of what the caption means.
+        """
+        size, frames = noisy.shape[-1] * SPATIAL, noisy.shape[-3] * TEMPORAL - 1
+        subjects = [scene.objects[0], *others]
+        clips = self.codec.normalise(self.codec.raw(scenes.render_each(scene, subjects, frames=frames, size=size)))
+        distance = (noisy - (1 - sigma) * clips).square().flatten(1).sum(1, dtype=torch.float64)
+        chances = torch.softmax(-distance / (2 * sigma * sigma), dim=0).to(clips.dtype)
+        return torch.einsum("k,k...->...", chances, clips)
+
+    def angles(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the rotary embedding for latents of that shape, as `lean.rotate` takes them."""
+        cos, sin = self.model.rope(latents[:1].cpu())
+        return cos[0, :, :, 0::2].to(self.device), sin[0, :, :, 1::2].to(self.device)
+
+    def loss(self, forward, count: int, frames: int, size: int) -> torch.Tensor:
+        """Weighted squared error of the velocity on this step's batch."""
+        noisy, target, importance, sigmas, captions = self.batch(count, frames, size)
         embeddings, lengths = text.encode(self.tokenizer, self.encoder, captions)
         padded = F.pad(embeddings, (0, 0, 0, 20 - embeddings.shape[1]))
-        keys, weights = lean.text_keys(padded, lengths, positions)
+        keys, weights = lean.text_keys(padded, lengths)
         features = self.model.condition_embedder.timesteps_proj(sigmas * 1000)
-        tokens = noisy[0, 0].numel() // 4
-        cos, sin = self.cos[:tokens], self.sin[:tokens]
-        error = (forward(self.model, noisy, features, keys, weights, cos, sin) - target).square()
+        error = (forward(self.model, noisy, features, keys, weights, *self.angles(noisy)) - target).square()
         return (error * importance).mean() / importance.mean()
 
     def update(self, loss: torch.Tensor, rate: float) -> None:
@@ -167,6 +177,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients([self.model, self.encoder])
         torch.nn.utils.clip_grad_norm_([p for m in (self.model, self.encoder) for p in m.parameters()], 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -179,31 +190,45 @@ class Trainer:
                 torch._foreach_lerp_(list(average.parameters()), list(live.parameters()), 1 - decay)
 
 
+def rank() -> int:
+    """This process's number under torchrun, 0 without."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def average_gradients(modules: list[torch.nn.Module]) -> None:
+    """Make every process's gradients the mean of all."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for module in modules for p in module.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def slowest(seconds: float) -> float:
+    """The longest of all processes' `seconds`: what depends on the time must depend on it alike everywhere."""
+    if not dist.is_initialized():
+        return seconds
+    longest = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    return longest.item()
+
+
 def check(trainer: Trainer) -> None:
-    """Print the largest difference between `lean.forward` and the stock class."""
-    noisy, _, _, sigmas, captions = trainer.batch(4, scenes.FRAMES)
+    """Print the largest difference between `lean.forward` and the stock class, and what the text attention sees."""
+    noisy, _, _, sigmas, captions = trainer.batch(4, scenes.FRAMES, scenes.SIZE)
     with torch.no_grad():
-        for block in trainer.model.blocks:
-            block.attn2.to_out[0].weight.normal_(std=0.1)
-            block.attn1.to_out[0].weight.normal_(std=0.1)
         embeddings, lengths = text.encode(trainer.tokenizer, trainer.encoder, captions)
         keys, weights = lean.text_keys(embeddings, lengths)
         features = trainer.model.condition_embedder.timesteps_proj(sigmas * 1000)
-        ours = lean.forward(trainer.model, noisy, features, keys, weights, trainer.cos, trainer.sin)
+        ours = lean.forward(trainer.model, noisy, features, keys, weights, *trainer.angles(noisy))
         padded = F.pad(embeddings, (0, 0, 0, lean.TEXT_POSITIONS - embeddings.shape[1]))
         stock = trainer.model(noisy, sigmas * 1000, padded, return_dict=False)[0]
+        shares = text_attention(trainer.model, padded[:1], int(lengths[0]))
     print(f"largest difference {(ours - stock).abs().max():.2e} of {stock.abs().max():.2f}")
-
-
-def text_positions(args: argparse.Namespace, remaining: float) -> float:
-    """Positions of the text that cross-attention sees, with `remaining` seconds of training to go.
-
-    WanPipeline pads captions to 512. Among so many equal keys a word gets 1 / 512 of the attention and of the gradient,
-    and "left" and "right" stay unlearned for thousands of steps. So most of the training sees few, and their number
-    rises geometrically to 512 while the learning rate falls.
-    """
-    share = min(max((remaining / (args.decay_minutes * 60) - 1 / 3) * 1.5, 0.0), 1.0)
-    return lean.TEXT_POSITIONS * (args.text_positions / lean.TEXT_POSITIONS) ** share
+    print("share of the text attention on words, by block:", *(f"{share:.2f}" for share in shares))
 
 
 def main() -> None:
@@ -212,9 +237,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the run; resumed where it exists")
     parser.add_argument("--minutes", type=float, default=120.0, help="training time in all, earlier calls counted")
     parser.add_argument("--decay-minutes", type=float, default=30.0, help="the last of them, in which the rate falls")
-    parser.add_argument("--short-minutes", type=float, default=30.0, help="the first of them, on 9 of the 17 frames")
-    parser.add_argument("--text-positions", type=float, default=12.0, help="few at first, 512 in the end")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=16, help="clips of each process")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--decisions", type=float, default=0.5, help="share of clips at the noise levels that decide")
     parser.add_argument("--init", type=pathlib.Path, help="pipeline folder whose weights a new run starts from")
@@ -227,6 +250,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
     args.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(
         args.out, seed=args.seed, learning_rate=args.learning_rate, device=args.device, decisions=args.decisions
@@ -247,22 +272,25 @@ def main() -> None:
             * min(1.0, (trainer.step + 1) / 100)
             * min(1.0, remaining / (args.decay_minutes * 60) + 0.02)
         )
-        # A clip of 9 frames costs less than half and teaches colour, shape, texture and most of motion.
-        frames = 9 if trainer.seconds < args.short_minutes * 60 else scenes.FRAMES
-        loss = trainer.loss(forward, args.batch, frames, text_positions(args, remaining))
+        share = trainer.seconds / (args.minutes * 60)
+        frames, size = next(stage[1:] for stage in STAGES if share < stage[0])
+        loss = trainer.loss(forward, args.batch, frames, size)
         trainer.update(loss, rate)
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         if not math.isfinite(smooth):
             raise SystemExit(f"the loss is {loss.item()} at step {trainer.step}: lower --learning-rate")
-        trainer.seconds += min(time.monotonic() - began, 30.0)  # compilation is not training
-        if trainer.step % 50 == 0:
+        trainer.seconds += slowest(min(time.monotonic() - began, 30.0))  # compilation is not training
+        if trainer.step % 50 == 0 and rank() == 0:
             trainer.history.append([trainer.step, round(trainer.seconds, 1), round(smooth, 5)])
             print(*trainer.history[-1], f"lr {rate:.2e}", flush=True)
-        if time.monotonic() - last_save > 180:
+        if time.monotonic() - last_save > 180 and rank() == 0:
             trainer.save()
             last_save = time.monotonic()
-    trainer.save()
-    print("done", trainer.step, flush=True)
+    if rank() == 0:
+        trainer.save()
+        print("done", trainer.step, flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
