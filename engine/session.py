@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from diffusers.hooks import HookRegistry
@@ -11,7 +10,6 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from ..errors import ConfigError
 from ..hsa.config import HSAConfig
-from ..hsa.planner import StepPlanner
 from .attention import AttentionCall
 from .hook import HOOK_NAME, HSAHook
 from .models import adapter_for
@@ -41,12 +39,13 @@ class HSASession:
         if config.solver is not None and _kind_or_none(scheduler) != config.solver:
             self._stock_scheduler, scheduler = scheduler, build_scheduler(config.solver, scheduler)
             self._own_scheduler = scheduler
-        # The plan depends on what is done with skipped steps: say what was deduced.
-        deduced = replace(config, forecast=forecast_for(config, scheduler), correct=correct_for(config, scheduler))
-        self.planner = StepPlanner(deduced) if planner is None else planner
+        # Every run deduces both anew; what does not fit is better refused now.
+        forecast_for(config, scheduler)
+        correct_for(config, scheduler)
         if self._own_scheduler is not None:
             pipe.scheduler = self._own_scheduler
-        self._run = Run(pipe, adapter, config, self.planner)
+        self._run = Run(pipe, adapter, config, planner)
+        self.planner = self._run.planner
         self._attached: list[tuple[Any, Any, list[tuple[Any, Any]]]] = []
         for expert, transformer in adapter.transformers(pipe):
             self._attach(expert, transformer)
@@ -104,6 +103,8 @@ class HSASession:
 
 def apply(pipe: Any, config: HSAConfig | None = None, planner: Any = None) -> HSASession:
     """Make a diffusers pipeline evaluate only the tokens that need it; the pipeline is used as before.
+
+    A scheduler that is set later counts from the next run on: what is deduced, is deduced at the start of each.
 
     Args:
         pipe: a supported pipeline (`WanPipeline`, `WanImageToVideoPipeline`); a session it already has is

@@ -116,6 +116,21 @@ def test_scheduler_changed_after_apply_is_checked_at_the_run():
     assert len(session.report.steps) == 8
 
 
+@pytest.mark.parametrize(("before", "after"), [("euler", "unipc"), ("unipc", "euler")])
+def test_scheduler_changed_after_apply_changes_the_plan(before, after):
+    """Euler corrects forecasts, UniPC cannot: steps are worth most at other places."""
+    pipe = tiny_pipeline(after)
+    session = hs.apply(pipe, hs.HSAConfig(compute=0.4))
+    want, records = generate(pipe, steps=20), session.report.steps
+    pipe = tiny_pipeline(before)
+    session = hs.apply(pipe, hs.HSAConfig(compute=0.4))
+    generate(pipe, steps=20)
+    assert [r.active for r in session.report.steps] != [r.active for r in records]
+    pipe.scheduler = tiny_scheduler(after)
+    assert torch.equal(generate(pipe, steps=20), want)
+    assert [r.active for r in session.report.steps] == [r.active for r in records]
+
+
 def test_unreachable_target_is_said_at_the_run_and_leaves_the_pipeline_usable():
     pipe = tiny_pipeline()
     hs.apply(pipe, hs.HSAConfig(compute=0.1))
