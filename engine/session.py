@@ -46,7 +46,8 @@ class HSASession:
             pipe.scheduler = self._own_scheduler
         self._run = Run(pipe, adapter, config, planner)
         self.planner = self._run.planner
-        self._attached: list[tuple[Any, Any, list[tuple[Any, Any]]]] = []
+        # Transformer, its rotary embedding, and (attention, its stock processor, ours) of every layer.
+        self._attached: list[tuple[Any, Any, list[tuple[Any, Any, Any]]]] = []
         for expert, transformer in adapter.transformers(pipe):
             self._attach(expert, transformer)
 
@@ -65,11 +66,13 @@ class HSASession:
         self._run.release()
 
     def detach(self) -> None:
-        """Restore processors, hooks and scheduler; what `remove` does."""
+        """Restore processors, hooks and scheduler, but nothing that the user set since; what `remove` does."""
         for transformer, rope, processors in self._attached:
-            for attention, stock in processors:
+            for attention, stock, ours in processors:
+                if attention.processor is not ours:  # the user has set another since
+                    continue
                 # A kernel chosen since `apply` stays chosen.
-                stock._attention_backend = attention.processor._attention_backend
+                stock._attention_backend = ours._attention_backend
                 attention.set_processor(stock)
             for module in (transformer, rope):
                 registry = HookRegistry.check_if_exists_or_initialize(module)
@@ -85,14 +88,15 @@ class HSASession:
     def _attach(self, expert: int, transformer: Any) -> None:
         """Install processors and hooks on one transformer."""
         adapter, call = self._run.adapter, AttentionCall()
-        processors: list[tuple[Any, Any]] = []
+        processors: list[tuple[Any, Any, Any]] = []
         for attention in adapter.attentions(transformer):
             stock = attention.processor
-            attention.set_processor(adapter.processor(call, stock))
-            processors.append((attention, stock))
+            ours = adapter.processor(call, stock)
+            attention.set_processor(ours)
+            processors.append((attention, stock, ours))
         rope, rope_hook = adapter.rope(transformer)
         rope_hook.call = call
-        hook = HSAHook(self._run, expert, [a.processor for a, _ in processors], rope_hook, call)
+        hook = HSAHook(self._run, expert, [ours for _, _, ours in processors], rope_hook, call)
         hook.session = self
         HookRegistry.check_if_exists_or_initialize(rope).register_hook(rope_hook, HOOK_NAME)
         registry = HookRegistry.check_if_exists_or_initialize(transformer)

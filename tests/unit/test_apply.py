@@ -194,6 +194,21 @@ def test_backend_chosen_after_apply_stays():
     assert pipe.transformer.blocks[0].attn1.processor._attention_backend == "native"
 
 
+def test_processor_set_after_apply_stays_through_remove():
+    pipe = tiny_pipeline()
+    stock = [block.attn1.processor for block in pipe.transformer.blocks]
+
+    class Mine:  # not even an attention backend
+        def __call__(self, attn, hidden_states, *args):
+            return hidden_states
+
+    mine = Mine()
+    hs.apply(pipe)
+    pipe.transformer.blocks[1].attn1.set_processor(mine)
+    hs.remove(pipe)
+    assert [block.attn1.processor for block in pipe.transformer.blocks] == [stock[0], mine]
+
+
 @pytest.mark.parametrize("patch", [Patch(1, 2, 2), Patch(2, 2, 1), Patch(1, 1, 1)])
 def test_tokens_and_latents_are_inverse(patch):
     latents = torch.randn(2, 3, 4, 6, 8)
