@@ -96,7 +96,7 @@ class HSASession:
             processors.append((attention, stock, ours))
         rope, rope_hook = adapter.rope(transformer)
         rope_hook.call = call
-        hook = HSAHook(self._run, expert, [ours for _, _, ours in processors], rope_hook, call)
+        hook = HSAHook(self._run, expert, [attention for attention, _, _ in processors], rope_hook, call)
         hook.session = self
         HookRegistry.check_if_exists_or_initialize(rope).register_hook(rope_hook, HOOK_NAME)
         registry = HookRegistry.check_if_exists_or_initialize(transformer)

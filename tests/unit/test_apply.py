@@ -194,6 +194,22 @@ def test_backend_chosen_after_apply_stays():
     assert pipe.transformer.blocks[0].attn1.processor._attention_backend == "native"
 
 
+def test_processor_set_after_apply_is_refused_where_tokens_are_left_out():
+    pipe = tiny_pipeline()
+    hs.apply(pipe, hs.HSAConfig(policy="tokens"))
+    pipe.transformer.blocks[1].attn1.set_processor(WanAttnProcessor())
+    with pytest.raises(hs.ConfigError, match=r"WanAttnProcessor was set .* after hs\.apply"):
+        generate(pipe)
+    hs.apply(pipe, hs.HSAConfig(policy="tokens"))
+    want = generate(pipe)
+    hs.apply(pipe, hs.HSAConfig(policy="steps"))
+    whole = generate(pipe)
+    pipe.transformer.blocks[1].attn1.set_processor(WanAttnProcessor())
+    assert torch.equal(generate(pipe), whole)  # whole steps need nothing of it
+    hs.apply(pipe, hs.HSAConfig(policy="tokens"))
+    assert torch.equal(generate(pipe), want)
+
+
 def test_processor_set_after_apply_stays_through_remove():
     pipe = tiny_pipeline()
     stock = [block.attn1.processor for block in pipe.transformer.blocks]
