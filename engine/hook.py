@@ -10,6 +10,7 @@ from diffusers.hooks.hooks import StateManager
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
+from ..errors import ConfigError
 from .attention import AttentionCall
 from .run import Branch, Run, Step, fresh_weight
 from .tokens import Grid, Patch, gather_rows, pack, patchify, unpack, unpatchify
@@ -39,19 +40,20 @@ class HSAHook(ModelHook):
 
     _is_stateful = True
 
-    def __init__(self, run: Run, expert: int, processors: list[Any], rope: Any, call: AttentionCall) -> None:
+    def __init__(self, run: Run, expert: int, attentions: list[Any], rope: Any, call: AttentionCall) -> None:
         """Serve one transformer.
 
         Args:
             run: shared by the hooks of all experts.
             expert: number of this transformer.
-            processors: our attention processors, one per layer.
+            attentions: the self-attention of every layer, with our processor set.
             rope: the hook on the model's rotary embedding.
             call: shared by processors and `rope`.
         """
         super().__init__()
         self.run, self.expert = run, expert
-        self.processors, self.rope, self.call = processors, rope, call
+        self.attentions, self.processors = attentions, [attention.processor for attention in attentions]
+        self.rope, self.call = rope, call
         self.contexts = _Contexts()
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -135,8 +137,18 @@ class HSAHook(ModelHook):
         velocity.write(step.active, rows, step.sigma)
 
     def _bind(self, branch: Branch, step: Step) -> None:
-        """Point the processors to the branch's caches for one pass."""
-        for processor, cache in zip(self.processors, branch.layers, strict=True):
+        """Point the processors to the branch's caches for one pass.
+
+        Raises:
+            ConfigError: another processor was set since: it would see the active tokens alone.
+        """
+        for attention, processor, cache in zip(self.attentions, self.processors, branch.layers, strict=True):
+            if attention.processor is not processor:
+                raise ConfigError(
+                    f"{type(attention.processor).__name__} was set as attention processor after hs.apply, and a step "
+                    "that leaves out tokens needs ours: set the stock WanAttnProcessor and call hs.apply again, or "
+                    'use policy="steps".'
+                )
             processor.cache = cache
         self.call.cached, self.call.active = True, step.active
         if step.active is not None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import ConfigError
 from .facts import ModelFacts, first_line
+
+# Absent tensors that a message names; a wrong folder can lack hundreds.
+_NAMED = 3
 
 
 def pick_device(name: str) -> torch.device:
@@ -49,28 +54,67 @@ def load_pipeline(facts: ModelFacts, device: torch.device, dtype: torch.dtype) -
         The diffusers pipeline, its own progress bar off.
 
     Raises:
-        ConfigError: a part is missing, torn, or does not fit its config.
+        ConfigError: a part is missing, torn, or does not fit its config; or its files lack a tensor.
     """
     import diffusers
 
+    cls = getattr(diffusers, facts.pipeline)
     try:
-        pipeline = getattr(diffusers, facts.pipeline).from_pretrained(
-            facts.location, dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True
-        )
-    except (MemoryError, torch.OutOfMemoryError):
+        folder = facts.location
+        if not Path(folder).is_dir():
+            folder = str(cls.download(folder, use_safetensors=True))
+        networks = _load_networks(facts, Path(folder), cls.load_config(folder), dtype)
+        pipeline = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **networks)
+    except (ConfigError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a foreign or torn folder can raise anything: OSError, KeyError, SafetensorError ...
         raise ConfigError(f"model {facts.name!r} cannot be loaded ({first_line(error)})") from error
     for name in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
         if getattr(pipeline, name, None) is None:
             raise ConfigError(f"model {facts.name!r} has no {name}, so it cannot make a video")
-    for name, part in pipeline.components.items():
-        # diffusers only warns of weights that its files lack, and leaves them without a value.
-        parameters = part.named_parameters() if isinstance(part, torch.nn.Module) else ()
-        absent = [key for key, weight in parameters if weight.is_meta]
-        if absent:
-            raise ConfigError(
-                f"model {facts.name!r}: the {name}'s files lack {len(absent)} weights, such as {absent[0]}"
-            )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _load_networks(facts: ModelFacts, folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Load a pipeline's networks one by one: only then do the libraries say what the files lack.
+
+    They fill absent tensors at random, or leave them without a value, and the pipeline's own loading drops that news.
+
+    Args:
+        facts: for messages.
+        folder: has one folder for each network.
+        index: content of model_index.json, (library, class) by name.
+        dtype: of all networks but the VAE.
+
+    Returns:
+        The networks by name; the pipeline loads what else it needs.
+    """
+    import diffusers
+    import transformers
+
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    networks = {}
+    for name, entry in index.items():
+        library, kind = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
+        cls = getattr(libraries[library], str(kind), None) if library in libraries else None
+        if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+            continue  # a tokenizer, a scheduler, a setting; what is wrong with it the pipeline says
+        if not (folder / name).is_dir():  # the libraries would take the path for a hub id
+            raise ConfigError(f"model {facts.name!r} has no folder {name}, so it is not complete")
+        networks[name], info = cls.from_pretrained(  # type: ignore[attr-defined]
+            folder / name,
+            dtype=torch.float32 if name == "vae" else dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        tensors = networks[name].state_dict()
+        # Of sharded files diffusers believes the index; what no file holds is then left without a value.
+        absent = sorted({*info["missing_keys"], *(key for key, tensor in tensors.items() if tensor.is_meta)})
+        if absent:
+            more = ", ..." if len(absent) > _NAMED else ""
+            raise ConfigError(
+                f"model {facts.name!r}: the files of its {name} lack {len(absent)} of {len(tensors)} tensors "
+                f"({', '.join(absent[:_NAMED])}{more}); copy or download that folder again"
+            )
+    return networks

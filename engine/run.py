@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..hsa.cache import KVCache
 from ..hsa.config import HSAConfig
+from ..hsa.planner import StepPlanner
 from ..hsa.rows import fill_rows, gather_rows, write_rows
 from ..hsa.velocity import VelocityCache
 from .models import WanAdapter
@@ -50,9 +51,11 @@ class Step:
 class Run:
     """Follows the stock pipeline through its steps; every call of a hooked transformer reports here first."""
 
-    def __init__(self, pipe: Any, adapter: WanAdapter, config: HSAConfig, planner: Any) -> None:
-        """Prepare for runs of `pipe`; nothing is allocated before the first."""
-        self.pipe, self.adapter, self.config, self.planner = pipe, adapter, config, planner
+    def __init__(self, pipe: Any, adapter: WanAdapter, config: HSAConfig, planner: Any = None) -> None:
+        """Prepare for runs of `pipe`, with a planner of our own if none is given; nothing is allocated yet."""
+        self.pipe, self.adapter, self.config = pipe, adapter, config
+        self.own_planner = StepPlanner(config) if planner is None else None
+        self.planner: Any = planner if planner is not None else self.own_planner
         self.on_step: list[Callable[[StepRecord], None]] = []
         self.branches: dict[str, Branch] = {}
         self.records: list[StepRecord] = []
@@ -164,10 +167,10 @@ class Run:
         """Start a run at step `start`; whatever an earlier one left behind is forgotten, buffers are kept."""
         self.step = None
         scheduler = self.pipe.scheduler
-        self.forecast, self.correct = (
-            forecast_for(self.config, scheduler),
-            correct_for(self.config, scheduler),
-        )
+        self.forecast, self.correct = forecast_for(self.config, scheduler), correct_for(self.config, scheduler)
+        if self.own_planner is not None:
+            # Where steps are worth most depends on what is done with skipped ones, and the scheduler may be another.
+            self.own_planner.config = replace(self.config, forecast=self.forecast, correct=self.correct)
         self.sigmas = [float(s) for s in scheduler.sigmas]
         if not 0 <= start < self.num_steps:
             raise ConfigError(f"step {start} of {self.num_steps}: the scheduler's sigmas do not reach that step.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from diffusers.hooks import HookRegistry
@@ -11,7 +10,6 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from ..errors import ConfigError
 from ..hsa.config import HSAConfig
-from ..hsa.planner import StepPlanner
 from .attention import AttentionCall
 from .hook import HOOK_NAME, HSAHook
 from .models import adapter_for
@@ -41,13 +39,15 @@ class HSASession:
         if config.solver is not None and _kind_or_none(scheduler) != config.solver:
             self._stock_scheduler, scheduler = scheduler, build_scheduler(config.solver, scheduler)
             self._own_scheduler = scheduler
-        # The plan depends on what is done with skipped steps: say what was deduced.
-        deduced = replace(config, forecast=forecast_for(config, scheduler), correct=correct_for(config, scheduler))
-        self.planner = StepPlanner(deduced) if planner is None else planner
+        # Every run deduces both anew; what does not fit is better refused now.
+        forecast_for(config, scheduler)
+        correct_for(config, scheduler)
         if self._own_scheduler is not None:
             pipe.scheduler = self._own_scheduler
-        self._run = Run(pipe, adapter, config, self.planner)
-        self._attached: list[tuple[Any, Any, list[tuple[Any, Any]]]] = []
+        self._run = Run(pipe, adapter, config, planner)
+        self.planner = self._run.planner
+        # Transformer, its rotary embedding, and (attention, its stock processor, ours) of every layer.
+        self._attached: list[tuple[Any, Any, list[tuple[Any, Any, Any]]]] = []
         for expert, transformer in adapter.transformers(pipe):
             self._attach(expert, transformer)
 
@@ -66,11 +66,13 @@ class HSASession:
         self._run.release()
 
     def detach(self) -> None:
-        """Restore processors, hooks and scheduler; what `remove` does."""
+        """Restore processors, hooks and scheduler, but nothing that the user set since; what `remove` does."""
         for transformer, rope, processors in self._attached:
-            for attention, stock in processors:
+            for attention, stock, ours in processors:
+                if attention.processor is not ours:  # the user has set another since
+                    continue
                 # A kernel chosen since `apply` stays chosen.
-                stock._attention_backend = attention.processor._attention_backend
+                stock._attention_backend = ours._attention_backend
                 attention.set_processor(stock)
             for module in (transformer, rope):
                 registry = HookRegistry.check_if_exists_or_initialize(module)
@@ -86,14 +88,15 @@ class HSASession:
     def _attach(self, expert: int, transformer: Any) -> None:
         """Install processors and hooks on one transformer."""
         adapter, call = self._run.adapter, AttentionCall()
-        processors: list[tuple[Any, Any]] = []
+        processors: list[tuple[Any, Any, Any]] = []
         for attention in adapter.attentions(transformer):
             stock = attention.processor
-            attention.set_processor(adapter.processor(call, stock))
-            processors.append((attention, stock))
+            ours = adapter.processor(call, stock)
+            attention.set_processor(ours)
+            processors.append((attention, stock, ours))
         rope, rope_hook = adapter.rope(transformer)
         rope_hook.call = call
-        hook = HSAHook(self._run, expert, [a.processor for a, _ in processors], rope_hook, call)
+        hook = HSAHook(self._run, expert, [attention for attention, _, _ in processors], rope_hook, call)
         hook.session = self
         HookRegistry.check_if_exists_or_initialize(rope).register_hook(rope_hook, HOOK_NAME)
         registry = HookRegistry.check_if_exists_or_initialize(transformer)
@@ -104,6 +107,8 @@ class HSASession:
 
 def apply(pipe: Any, config: HSAConfig | None = None, planner: Any = None) -> HSASession:
     """Make a diffusers pipeline evaluate only the tokens that need it; the pipeline is used as before.
+
+    A scheduler that is set later counts from the next run on: what is deduced, is deduced at the start of each.
 
     Args:
         pipe: a supported pipeline (`WanPipeline`, `WanImageToVideoPipeline`); a session it already has is

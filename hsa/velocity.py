@@ -83,17 +83,26 @@ class VelocityCache:
         self.prev: Tensor | None = None
         self.clock: TokenClock | None = None
         self._owed: tuple[Tensor | None, Tensor] | None = None
-        self._grid = self._sums = torch.empty(0, dtype=torch.float64)
+        self._grid = self._moments = torch.empty(0)
         self._levels: list[float] = []
 
     def follow(self, sigmas: Sequence[float]) -> None:
         """Say which schedule the run follows, T + 1 falling noise levels; ``correct`` needs it."""
+        if not self.correct:
+            return
+        # Differences of sums cancel in float32, and not every device has float64: these tables are made on the host.
         grid = torch.tensor(sigmas, dtype=torch.float64)
+        each = torch.arange(len(sigmas))
         if self.forecast == "ab2":
-            self._sums = torch.stack([grid ** (p + 1) / (p + 1) for p in range(3)])
-        else:
+            sums, begin = torch.stack([grid ** (p + 1) / (p + 1) for p in range(3)]), each.expand(len(each), -1)
+        else:  # step l itself moved by its exact velocity
             terms = torch.stack([grid[:-1] ** p for p in range(3)]) * grid.diff()
-            self._sums = torch.cat([torch.zeros(3, 1, dtype=torch.float64), terms.cumsum(1)], dim=1)
+            sums = torch.cat([torch.zeros(3, 1, dtype=torch.float64), terms.cumsum(1)], dim=1)
+            begin = torch.minimum(each + 1, each[:, None])
+        m0, m1, m2 = sums[:, :, None] - sums[:, begin]
+        at, here = grid, grid[:, None]
+        # M1 and M2 of every gap: [2, T + 1, T + 1], by the step i that ends it and the step l that began it.
+        self._moments = torch.stack([m1 - at * m0, m2 - (at + here) * m1 + at * here * m0])
         # Rising for searchsorted, and in the clock's precision so that the clock's values are found.
         self._grid = -grid.float()
         self._levels = self._grid.tolist()
@@ -151,25 +160,23 @@ class VelocityCache:
     def _correction(self, active: Tensor | None, rows: Tensor, sigma: float) -> Tensor:
         """Displacement [B, A, D] that the active tokens are owed for their forecasts; see the class."""
         assert self.last is not None and self.clock is not None
-        if self._grid.device != rows.device:  # once a run: a copy at every step would stall the device's queue
-            self._grid, self._sums = self._grid.to(rows.device), self._sums.to(rows.device)
+        v_l = gather_rows(self.last, active)
+        if self._grid.device != rows.device or self._moments.dtype != v_l.dtype:
+            # Once a run: a copy at every step would stall the device's queue.
+            self._grid = self._grid.to(rows.device)
+            self._moments = self._moments.to(v_l.dtype).to(rows.device)
         last, prev = gather_rows(self.clock.last, active), gather_rows(self.clock.prev, active)
         known, two = ~last.isnan(), ~prev.isnan()
         here = bisect_left(self._levels, float(torch.tensor(-sigma, dtype=torch.float32)))
         begin = torch.searchsorted(self._grid, -last.where(known, torch.full_like(last, sigma)))
-        if self.forecast != "ab2":  # step l itself moved by its exact velocity
-            begin = (begin + 1).clamp_max(here)
-        m0, m1, m2 = (total[here] - total[begin] for total in self._sums)
-        at, before = last.double(), prev.double()
-        weight = m1 - at * m0
-        v_l = gather_rows(self.last, active)
+        weight, second = self._moments[:, here, begin]
         bend = (rows.to(v_l.dtype) - v_l) / (sigma - last)[..., None]
         if self.prev is not None:
-            second = (m2 - (at + sigma) * m1 + at * sigma * m0) / (sigma - before)
+            second = second / (sigma - prev)
             weight = weight + second.where(two, torch.zeros_like(second))
             slope = (v_l - gather_rows(self.prev, active)) / (last - prev)[..., None]
             bend = bend - slope.where(two[..., None], torch.zeros_like(slope))
-        owed = bend * weight[..., None].to(bend.dtype)
+        owed = bend * weight[..., None]
         return owed.where(known[..., None], torch.zeros_like(owed))
 
     @property

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -59,7 +59,13 @@ def broken_copies(model: Path, folder: Path) -> dict[str, Path]:
         "no index",
         "bad sizes",
         "no weights",
+        "no text encoder",
         "lacking a weight",
+        "lacking a text weight",
+        "lacking text embeddings",
+        "lacking a VAE weight",
+        "lacking much",
+        "torn shards",
         "zero patch",
         "endless layers",
         "odd expert",
@@ -83,9 +89,23 @@ def broken_copies(model: Path, folder: Path) -> dict[str, Path]:
         sizes.write_text(json.dumps({**json.loads(sizes.read_text()), **changes}))
     odd = copies["odd expert"] / "model_index.json"
     odd.write_text(json.dumps({**json.loads(odd.read_text()), "transformer_2": 5}))
-    weights = copies["lacking a weight"] / "transformer" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(weights)
-    del tensors["blocks.0.attn1.to_q.weight"]
-    save_file(tensors, weights, metadata={"format": "pt"})
+    transformer, vae = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("transformer", "vae"))
+    for name, file, key in (
+        ("lacking a weight", transformer, "blocks.0.attn1.to_q.weight"),
+        ("lacking a text weight", "text_encoder/model.safetensors", "encoder.final_layer_norm.weight"),
+        ("lacking text embeddings", "text_encoder/model.safetensors", "shared.weight"),
+        ("lacking a VAE weight", vae, "decoder.conv_in.weight"),
+        ("lacking much", transformer, "blocks.1."),
+    ):
+        tensors = load_file(copies[name] / file)
+        kept = {k: tensor for k, tensor in tensors.items() if not k.startswith(key)}
+        save_file(kept, copies[name] / file, metadata={"format": "pt"})
+    # The index of shards promises a tensor that no shard holds.
+    shards = copies["torn shards"] / "transformer"
+    WanTransformer3DModel.from_pretrained(shards).save_pretrained(shards, max_shard_size="100KB")
+    for shard in shards.glob("*-of-*.safetensors"):
+        kept = {k: tensor for k, tensor in load_file(shard).items() if k != "proj_out.weight"}
+        save_file(kept, shard, metadata={"format": "pt"})
+    shutil.rmtree(copies["no text encoder"] / "text_encoder")
     (copies["no weights"] / "text_encoder" / "model.safetensors").unlink()
     return copies

@@ -116,6 +116,21 @@ def test_scheduler_changed_after_apply_is_checked_at_the_run():
     assert len(session.report.steps) == 8
 
 
+@pytest.mark.parametrize(("before", "after"), [("euler", "unipc"), ("unipc", "euler")])
+def test_scheduler_changed_after_apply_changes_the_plan(before, after):
+    """Euler corrects forecasts, UniPC cannot: steps are worth most at other places."""
+    pipe = tiny_pipeline(after)
+    session = hs.apply(pipe, hs.HSAConfig(compute=0.4))
+    want, records = generate(pipe, steps=20), session.report.steps
+    pipe = tiny_pipeline(before)
+    session = hs.apply(pipe, hs.HSAConfig(compute=0.4))
+    generate(pipe, steps=20)
+    assert [r.active for r in session.report.steps] != [r.active for r in records]
+    pipe.scheduler = tiny_scheduler(after)
+    assert torch.equal(generate(pipe, steps=20), want)
+    assert [r.active for r in session.report.steps] == [r.active for r in records]
+
+
 def test_unreachable_target_is_said_at_the_run_and_leaves_the_pipeline_usable():
     pipe = tiny_pipeline()
     hs.apply(pipe, hs.HSAConfig(compute=0.1))
@@ -177,6 +192,37 @@ def test_backend_chosen_after_apply_stays():
     hs.remove(pipe)
     assert type(pipe.transformer.blocks[0].attn1.processor) is WanAttnProcessor
     assert pipe.transformer.blocks[0].attn1.processor._attention_backend == "native"
+
+
+def test_processor_set_after_apply_is_refused_where_tokens_are_left_out():
+    pipe = tiny_pipeline()
+    hs.apply(pipe, hs.HSAConfig(policy="tokens"))
+    pipe.transformer.blocks[1].attn1.set_processor(WanAttnProcessor())
+    with pytest.raises(hs.ConfigError, match=r"WanAttnProcessor was set .* after hs\.apply"):
+        generate(pipe)
+    hs.apply(pipe, hs.HSAConfig(policy="tokens"))
+    want = generate(pipe)
+    hs.apply(pipe, hs.HSAConfig(policy="steps"))
+    whole = generate(pipe)
+    pipe.transformer.blocks[1].attn1.set_processor(WanAttnProcessor())
+    assert torch.equal(generate(pipe), whole)  # whole steps need nothing of it
+    hs.apply(pipe, hs.HSAConfig(policy="tokens"))
+    assert torch.equal(generate(pipe), want)
+
+
+def test_processor_set_after_apply_stays_through_remove():
+    pipe = tiny_pipeline()
+    stock = [block.attn1.processor for block in pipe.transformer.blocks]
+
+    class Mine:  # not even an attention backend
+        def __call__(self, attn, hidden_states, *args):
+            return hidden_states
+
+    mine = Mine()
+    hs.apply(pipe)
+    pipe.transformer.blocks[1].attn1.set_processor(mine)
+    hs.remove(pipe)
+    assert [block.attn1.processor for block in pipe.transformer.blocks] == [stock[0], mine]
 
 
 @pytest.mark.parametrize("patch", [Patch(1, 2, 2), Patch(2, 2, 1), Patch(1, 1, 1)])

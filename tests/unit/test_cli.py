@@ -151,7 +151,13 @@ def test_bad_flags(capsys, tiny_model, tmp_path, monkeypatch, flags, rule):
         "no index",
         "bad sizes",
         "no weights",
+        "no text encoder",
         "lacking a weight",
+        "lacking a text weight",
+        "lacking text embeddings",
+        "lacking a VAE weight",
+        "lacking much",
+        "torn shards",
         "zero patch",
         "endless layers",
         "odd expert",
@@ -229,6 +235,18 @@ def test_hub_id_when_offline(tmp_path):
     done = command("generate", *PROMPT, "--model", "nobody/no-model", cwd=tmp_path, HF_HOME=str(tmp_path / "hub"))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "no local folder and cannot be had from the hub" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_hub_id_from_the_cache(tiny_model, tmp_path):
+    cached = tmp_path / "hub" / "models--somebody--tiny-wan"
+    shutil.copytree(tiny_model, cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    done = command(
+        "generate", *PROMPT, "--model", "somebody/tiny-wan", "--steps", 2, "--frames", 5, "--compute", 1,
+        "--device", "cpu", cwd=tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"),
+    )  # fmt: skip
+    assert done.returncode == 0 and (tmp_path / "video.mp4").is_file(), done.stderr
 
 
 def test_a_torn_model_in_a_process_of_its_own(broken_models, tmp_path):

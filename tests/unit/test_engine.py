@@ -4,13 +4,15 @@ import dataclasses
 import gc
 import json
 import math
+import shutil
 import threading
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 
 import heterostep as hs
 from folders import complete_pipeline
@@ -328,7 +330,13 @@ def test_wrong_settings(tiny_model, changes, rule):
         ("no index", "no model_index.json"),
         ("bad sizes", "cannot be loaded"),
         ("no weights", "cannot be loaded"),
-        ("lacking a weight", "the transformer's files lack 1 weights"),
+        ("no text encoder", "has no folder text_encoder"),
+        ("lacking a weight", r"transformer lack 1 of 69 tensors \(blocks.0.attn1.to_q.weight\); copy or download"),
+        ("lacking a text weight", r"text_encoder lack 1 of 23 tensors \(encoder.final_layer_norm.weight\)"),
+        ("lacking text embeddings", r"lack 2 of 23 tensors \(encoder.embed_tokens.weight, shared.weight\)"),
+        ("lacking a VAE weight", r"vae lack 1 of \d+ tensors \(decoder.conv_in.weight\)"),
+        ("lacking much", r"transformer lack \d+ of 69 tensors \(blocks.1.attn1.\S+, \S+, \S+, ...\)"),
+        ("torn shards", r"transformer lack 1 of 69 tensors \(proj_out.weight\)"),
         ("zero patch", "patch_size 0"),
         ("endless layers", "misstates"),
         ("odd expert", "misstates"),
@@ -339,6 +347,24 @@ def test_models_that_cannot_be_loaded(broken_models, name, rule):
         warnings.simplefilter("ignore")
         hs.Engine(hs.EngineConfig(model=str(broken_models[name]), device="cpu"))
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("keys", [("shared",), ("encoder.embed_tokens",), ("shared", "encoder.embed_tokens")])
+def test_tied_embeddings_may_have_either_name(tiny_model, tmp_path, keys):
+    """Of the text encoder's one table of embeddings every copy will do; and shards are a whole model too."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    weights = tmp_path / "model" / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    table = tensors.pop("shared.weight")
+    save_file({**tensors, **{f"{key}.weight": table.clone() for key in keys}}, weights, metadata={"format": "pt"})
+    shards = tmp_path / "model" / "transformer"
+    whole = WanTransformer3DModel.from_pretrained(shards)
+    (shards / "diffusion_pytorch_model.safetensors").unlink()
+    whole.save_pretrained(shards, max_shard_size="100KB")
+    assert len(list(shards.glob("*.safetensors"))) > 1
+    pipe = hs.Engine(hs.EngineConfig(model=str(tmp_path / "model"), device="cpu")).pipeline
+    assert torch.equal(pipe.text_encoder.encoder.embed_tokens.weight, table)
+    assert torch.equal(pipe.transformer.proj_out.weight, whole.proj_out.weight)
 
 
 @pytest.mark.parametrize("name", ["./absent", "absent", "/absent/folder", "a/b/c", "no.such/", "~/absent-model"])

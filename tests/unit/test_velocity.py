@@ -2,9 +2,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from heterostep.hsa.rows import fill_rows, gather_rows, write_rows
 from heterostep.hsa.velocity import TokenClock, VelocityCache, cached_euler
+from tiny import shifted
 
 SIGMAS = [1.0, 0.93, 0.85, 0.7, 0.55, 0.3, 0.1, 0.0]
 FIRST = torch.arange(2)
@@ -177,3 +180,45 @@ def test_correction_is_paid_once_and_forgotten_by_a_reset():
     cache.reset()
     cache.write(None, parabola(0.4), 0.4)
     assert torch.allclose(cache.merged(0.4, 0.0), parabola(0.4))
+
+
+def corrected(forecast, device, dtype, seed=0):
+    """What a run of 40 steps over 6 tokens, evaluated at random, returns at every step: [B, N, D] each."""
+    g = torch.Generator().manual_seed(seed)
+    sigmas = list(shifted(40, 5.0))
+    cache = VelocityCache(forecast, correct=True)
+    cache.follow(sigmas)
+    cache.start(1, 6, 2, dtype, device)
+    returned = []
+    for i in range(40):
+        ids = torch.arange(6)[torch.rand(6, generator=g) < 0.3] if i else torch.arange(6)
+        rows = torch.stack([torch.sin(4 * sigmas[i] * (n + 1) + torch.arange(2)) for n in range(6)])[None]
+        if len(ids):
+            active = None if i == 0 else ids.to(device)
+            cache.write(active, rows[:, ids].to(device, dtype), sigmas[i])
+        returned.append(cache.merged(sigmas[i], sigmas[i + 1]))
+    return returned
+
+
+@pytest.mark.parametrize("forecast", ["hold", "taylor", "ab2"])
+def test_correction_in_float32_is_that_in_float64(forecast):
+    exact = corrected(forecast, "cpu", torch.float64)
+    for narrow, wide in zip(corrected(forecast, "cpu", torch.float32), exact, strict=True):
+        assert torch.allclose(narrow.double(), wide, rtol=1e-5, atol=1e-5)
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device without float64, such as Apple's; the meta device stands in for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            wide = isinstance(tensor, torch.Tensor) and tensor.device.type == "meta" and tensor.dtype == torch.float64
+            assert not wide, f"{func} makes float64 on the device"
+        return result
+
+
+@pytest.mark.parametrize("forecast", ["hold", "taylor", "ab2"])
+def test_correction_needs_no_float64_of_the_device(forecast):
+    with NoFloat64():
+        assert all(v.device.type == "meta" for v in corrected(forecast, "meta", torch.float32))
