@@ -1,6 +1,6 @@
 """Train the demo transformer and its text encoder: `python benchmarks/demo_model/train_transformer.py --out DIR`.
 
-On several cores or GPUs: `torchrun --standalone --nproc-per-node P benchmarks/demo_model/train_transformer.py --out DIR`.
+With more processes: `torchrun --standalone --nproc-per-node P benchmarks/demo_model/train_transformer.py --out DIR`.
 
 Rectified flow in the latent space of `latents.py`: x = (1 - sigma) x0 + sigma eps, target velocity eps - x0, sigma
 logit-normal with shift 3 (the pipeline's own). Muon on the blocks' matrices, AdamW on the rest, an exponential moving
