@@ -45,6 +45,18 @@ class KVCache:
         write_rows(self.k, active, k)
         write_rows(self.v, active, v)
 
+    def write_flat(self, k: Tensor, v: Tensor, index: Tensor) -> None:
+        """Overwrite rows [M, H, D] at index int64 [M] of the flattened (sample, token) pairs, sample * N + token.
+
+        For a rank that keeps a range of the tokens: samples may have different numbers of active ones in it.
+        """
+        assert self.k is not None and self.v is not None, "a write of all tokens comes first"
+        for buffer, previous, rows in ((self.k, self.k_prev, k), (self.v, self.v_prev, v)):
+            flat = buffer.view(-1, *buffer.shape[2:])
+            if previous is not None:
+                previous.view(-1, *buffer.shape[2:]).index_copy_(0, index, flat.index_select(0, index))
+            flat.index_copy_(0, index, rows.to(buffer.dtype))
+
     def keys_values(self, dtype: torch.dtype, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return K and V [B, N, H, D] to attend to.
 
@@ -84,6 +96,7 @@ class KVCache:
         if k is not None and k.shape == like.shape and k.dtype == dtype and k.device == like.device:
             return
         # Zeros, not empty: a weight of 0 times an uninitialised NaN would still be NaN.
-        self.k, self.v = (torch.zeros_like(like, dtype=dtype) for _ in range(2))
+        # Not zeros_like: `like` may be a view into a message, whose strides are not those of a cache.
+        self.k, self.v = (like.new_zeros(like.shape, dtype=dtype) for _ in range(2))
         if self.history:
-            self.k_prev, self.v_prev = (torch.zeros_like(like, dtype=dtype) for _ in range(2))
+            self.k_prev, self.v_prev = (like.new_zeros(like.shape, dtype=dtype) for _ in range(2))

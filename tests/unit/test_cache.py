@@ -63,3 +63,30 @@ def test_forecast_extrapolates_rows_with_a_weight():
     assert torch.allclose(got_k, k1 + w * (k1 - k0))
     assert torch.allclose(got_v, v1 + w * (v1 - v0))
     assert torch.equal(got_k[:, 0], k1[:, 0])
+
+
+@pytest.mark.parametrize("history", [False, True])
+def test_flat_rows_are_those_of_samples_with_different_counts(history):
+    flat, each = KVCache(torch.bfloat16, history), KVCache(torch.bfloat16, history)
+    for cache in (flat, each):
+        cache.write(*rows(5, 0))
+    k, v = rows(2, 1)
+    each.write(k, v, torch.tensor([[0, 2], [4, 3]]))
+    flat.write_flat(k.flatten(0, 1), v.flatten(0, 1), torch.tensor([0, 2, 5 + 4, 5 + 3]))
+    # One sample has a third row, which no [B, A] could say.
+    flat.write_flat(k[1, :1], v[1, :1], torch.tensor([5 + 1]))
+    each.write(k[1:, :1].expand(2, -1, -1, -1), v[1:, :1].expand(2, -1, -1, -1), torch.tensor([[4], [1]]))
+    weight = torch.full((2, 5), 0.5) if history else None
+    for got, want in zip(flat.keys_values(torch.float32, weight), each.keys_values(torch.float32, weight), strict=True):
+        assert torch.equal(got[1], want[1])
+        assert torch.equal(got[0, :4], want[0, :4])
+
+
+def test_a_view_into_a_message_does_not_shape_the_buffer():
+    cache = KVCache()
+    k, v = torch.randn(5, 2, 2, 3, 4).transpose(0, 2).unbind(1)
+    assert not k.is_contiguous()
+    cache.write(k, v)
+    assert cache.k is not None and cache.k.is_contiguous() and torch.equal(cache.k, k)
+    cache.write_flat(k[0, :1], v[0, :1], torch.tensor([9]))
+    assert torch.equal(cache.k[1, 4], k[0, 0])

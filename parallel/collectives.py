@@ -1,0 +1,160 @@
+"""Collectives over one axis that take any number of rows from any rank, and count what they send."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .mesh import Axis
+
+
+class Count(NamedTuple):
+    """What one kind of collective did: calls, bytes sent to *other* ranks, seconds until it was done.
+
+    Seconds include the wait for ranks that come late, so they are imbalance as much as transport.
+    """
+
+    calls: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class _Tally:
+    calls: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+class Traffic:
+    """A record of collectives, by name.
+
+    On CPU the wall time of a call is taken. On CUDA a pair of events is recorded and read when the totals are asked
+    for: a call does not stall the device's queue, but `totals` and `take` wait for it.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing sent."""
+        self._tallies: dict[str, _Tally] = {}
+        self._pending: list[tuple[_Tally, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def recorded(self, name: str, nbytes: int, device: torch.device) -> Iterator[None]:
+        """Count the collective that runs inside: its bytes sent to other ranks, and its time."""
+        tally = self._tallies.setdefault(name, _Tally())
+        tally.calls += 1
+        tally.bytes += nbytes
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._pending.append((tally, start, end))
+        else:
+            started = time.perf_counter()
+            yield
+            tally.seconds += time.perf_counter() - started
+
+    def totals(self) -> dict[str, Count]:
+        """Everything since the last `take`."""
+        for tally, start, end in self._pending:
+            end.synchronize()
+            tally.seconds += start.elapsed_time(end) / 1000.0
+        self._pending.clear()
+        return {name: Count(t.calls, t.bytes, t.seconds) for name, t in self._tallies.items()}
+
+    def take(self) -> dict[str, Count]:
+        """Return the totals and start anew, as at the end of a step."""
+        totals = self.totals()
+        self._tallies.clear()
+        return totals
+
+
+class Transport:
+    """Collectives over one axis; rows are the first dimension, and counts are known to all beforehand.
+
+    Nothing is padded and no sizes are exchanged: a caller derives them from what every rank knows, the cut of the
+    active tokens. Any count may be 0. With one rank nothing is called and nothing is counted.
+    """
+
+    def __init__(self, axis: Axis, traffic: Traffic | None = None) -> None:
+        """Send over `axis` and count in `traffic`, which transports may share."""
+        self.axis = axis
+        self.traffic = traffic if traffic is not None else Traffic()
+
+    def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int], name: str) -> Tensor:
+        """Send consecutive slices of `rows` to the ranks in order.
+
+        Args:
+            rows: [sum(send), ...].
+            send: rows for each rank, this one included.
+            receive: rows from each rank; receive[s] here is send[this rank] at s.
+            name: what to count it as.
+
+        Returns:
+            [sum(receive), ...], by source.
+        """
+        if self.axis.size == 1:
+            return rows
+        rows = rows.contiguous()
+        out = rows.new_empty(sum(receive), *rows.shape[1:])
+        nbytes = (sum(send) - send[self.axis.rank]) * _row_bytes(rows)
+        with self.traffic.recorded(name, nbytes, rows.device):
+            dist.all_to_all_single(out, rows, list(receive), list(send), group=self.axis.group)
+        return out
+
+    def gather(self, rows: Tensor, sizes: Sequence[int], name: str) -> Tensor:
+        """Give the rows of every rank to every rank: [sizes[this rank], ...] -> [sum(sizes), ...], by rank.
+
+        Each rank sends its rows to each other one: rows * (P - 1), nothing for padding.
+        """
+        if self.axis.size == 1:
+            return rows
+        rows = rows.contiguous()
+        out = rows.new_empty(sum(sizes), *rows.shape[1:])
+        peers = self.axis.size
+        with self.traffic.recorded(name, rows.shape[0] * (peers - 1) * _row_bytes(rows), rows.device):
+            if rows.device.type == "cpu":
+                # gloo's all_gather and its list of tensors want equal sizes; its all_to_all_single does not.
+                copies = rows.repeat(peers, *(1,) * (rows.ndim - 1))
+                dist.all_to_all_single(out, copies, list(sizes), [rows.shape[0]] * peers, group=self.axis.group)
+            else:
+                dist.all_to_all(list(out.split(list(sizes))), [rows] * peers, group=self.axis.group)
+        return out
+
+    def broadcast(self, tensor: Tensor, source: int, name: str) -> Tensor:
+        """Overwrite `tensor` with that of the rank `source` of this axis, and return it.
+
+        Counted as if the source sent it to each other rank; a backend may let others pass it on.
+        """
+        if self.axis.size == 1:
+            return tensor
+        nbytes = tensor.nbytes * (self.axis.size - 1) if self.axis.rank == source else 0
+        with self.traffic.recorded(name, nbytes, tensor.device):
+            dist.broadcast(tensor, group=self.axis.group, group_src=source)
+        return tensor
+
+
+def exchange_rows(rows: Tensor, sizes: Sequence[int], transport: Transport, name: str = "rows") -> Tensor:
+    """Put the rows of all ranks together on every rank: [B, n, D] -> [B, A, D], A = sum(sizes).
+
+    The velocities of the active tokens travel so at the end of a pass. Bytes sent: B n D (P - 1) elements. With
+    guidance parallelism one call over the world's axis, with ``sizes * cfg``, brings the rows of all branches,
+    [B, cfg * A, D], at the cost of none but those rows.
+    """
+    assert rows.shape[1] == sizes[transport.axis.rank], "rows must be this rank's slice"
+    if transport.axis.size == 1:
+        return rows
+    return transport.gather(rows.transpose(0, 1), sizes, name).transpose(0, 1).contiguous()
+
+
+def _row_bytes(rows: Tensor) -> int:
+    """Bytes of one row; rows may be none at all."""
+    return rows.shape[1:].numel() * rows.element_size()

@@ -1,0 +1,107 @@
+"""`ParallelMesh`: this rank's place on the axes cfg x ring x ulysses, and the process group of each axis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from ..errors import ConfigError
+from .config import ParallelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """The ranks that share one kind of work with this one.
+
+    Attributes:
+        size: how many they are.
+        rank: this rank's place among them.
+        group: their process group; None where size is 1.
+    """
+
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None) -> Axis:
+        """Describe a process group; None is an axis of one rank."""
+        if group is None or group.size() == 1:
+            return cls()
+        return cls(size=group.size(), rank=group.rank(), group=group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelMesh:
+    """One rank's view of the job that makes one video.
+
+    A rank's number is (cfg * ring_size + ring) * ulysses_size + ulysses: ulysses is innermost, so that its ranks
+    have the fastest links.
+
+    Attributes:
+        cfg: ranks with the same tokens and heads, but other guidance branches.
+        ring: ranks with other tokens of the same heads.
+        ulysses: ranks with other heads.
+        sequence: all ranks of one branch, ring x ulysses, ring-major: rank = ring.rank * ulysses.size + ulysses.rank.
+        world: all ranks of the video, cfg-major.
+        device: where this rank's tensors live; with NCCL one device for each rank.
+    """
+
+    cfg: Axis
+    ring: Axis
+    ulysses: Axis
+    sequence: Axis
+    world: Axis
+    device: torch.device
+
+    @classmethod
+    def create(cls, config: ParallelConfig, device: torch.device | str = "cpu") -> ParallelMesh:
+        """Make the groups of all axes; every rank of the job must call it, with the same `config`.
+
+        With one rank no process group is needed or made. Otherwise ``torch.distributed`` is initialised already,
+        with gloo for CPU and NCCL for CUDA devices.
+
+        Raises:
+            ConfigError: the job has another number of ranks than `config`, or none was initialised.
+        """
+        device = torch.device(device)
+        if config.world_size == 1 and not dist.is_initialized():
+            return cls(cfg=Axis(), ring=Axis(), ulysses=Axis(), sequence=Axis(), world=Axis(), device=device)
+        if not dist.is_initialized():
+            raise ConfigError(
+                f"A mesh of {config.world_size} ranks needs torch.distributed: "
+                "start the job with torchrun or --nproc, which initialise it."
+            )
+        if dist.get_world_size() != config.world_size:
+            raise ConfigError(
+                f"cfg {config.cfg} x ring {config.ring} x ulysses {config.ulysses} makes {config.world_size} rank(s), "
+                f"but the job has {dist.get_world_size()}: the product must be equal to it."
+            )
+        # Axes of one rank need no group; a mesh of one axis is the world's group, made already.
+        degrees = {"cfg": config.cfg, "ring": config.ring, "ulysses": config.ulysses}
+        groups = _groups(device.type, {name: size for name, size in degrees.items() if size > 1})
+        if config.cfg == 1:
+            sequence = dist.group.WORLD
+        elif config.ring > 1 and config.ulysses > 1:
+            sequence = _groups(device.type, {"cfg": config.cfg, "sequence": config.sequence_size})["sequence"]
+        else:
+            sequence = groups.get("ring") or groups.get("ulysses")
+        return cls(
+            cfg=Axis.of(groups.get("cfg")),
+            ring=Axis.of(groups.get("ring")),
+            ulysses=Axis.of(groups.get("ulysses")),
+            sequence=Axis.of(sequence),
+            world=Axis.of(dist.group.WORLD),
+            device=device,
+        )
+
+
+def _groups(device_type: str, degrees: dict[str, int]) -> dict[str, dist.ProcessGroup]:
+    """Make one process group for each axis of a mesh over all ranks, the last axis innermost."""
+    if not degrees:
+        return {}
+    mesh = init_device_mesh(device_type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
+    return {name: mesh.get_group(name) for name in degrees}

@@ -1,0 +1,218 @@
+"""The ring axis: two forms of sharing the tokens of a layer, whatever its number of heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .collectives import Transport
+from .kernels import Kernel, merge
+from .partition import cut, slices
+
+
+class Cache(Protocol):
+    """What a placement needs of the K/V cache of one layer; `hsa.cache.KVCache` is one."""
+
+    def write(self, k: Tensor, v: Tensor, active: Tensor | None = None) -> None:
+        """Overwrite rows [B, A, H, D] of the tokens [A] or [B, A]; None: all, and allocate."""
+
+    def write_flat(self, k: Tensor, v: Tensor, index: Tensor) -> None:
+        """Overwrite rows [M, H, D] at index [M] of the flattened (sample, token) pairs."""
+
+    def keys_values(self, dtype: Any, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return K and V of all kept tokens, [B, N, H, D]."""
+
+
+class Ring(Protocol):
+    """One form of sharing the tokens of some heads among the ranks of the ring axis."""
+
+    def prepare(
+        self, active: Tensor | None, sizes: Sequence[int], num_tokens: int, batch_size: int, device: torch.device
+    ) -> Any:
+        """Plan a pass on `device`; `sizes` are the rows of each rank of the ring axis."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Any, cache: Cache | None, weight: Tensor | None) -> Tensor:
+        """Attend with this ring rank's rows of q, k, v [B, n, h, D] -> [B, n, h, D]."""
+
+
+class Whole:
+    """Ring form `gathered`: the cache is whole on each ring rank, and fresh K/V rows go to all of them.
+
+    One all-gather a layer, K and V in one message; queries and outputs stay. A rank with n rows sends 2 n d (R-1)
+    elements per sample, R the ring's size: with equal cuts 2 A d (R-1) / R. With one ring rank nothing moves.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Plan:
+        """Which tokens are fresh, and how many each ring rank has."""
+
+        active: Tensor | None
+        sizes: tuple[int, ...]
+
+    def __init__(self, ring: Transport, kernel: Kernel) -> None:
+        """Gather over `ring`, attend by `kernel`."""
+        self._transport, self._kernel = ring, kernel
+
+    def prepare(
+        self, active: Tensor | None, sizes: Sequence[int], num_tokens: int, batch_size: int, device: torch.device
+    ) -> Whole.Plan:
+        """See `Ring`."""
+        return self.Plan(active=active, sizes=tuple(sizes))
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Whole.Plan, cache: Cache | None, weight: Tensor | None
+    ) -> Tensor:
+        """See `Ring`."""
+        if self._transport.axis.size > 1:
+            B, n, H, D = k.shape
+            packed = k.new_empty(n, 2, B, H, D)
+            packed[:, 0], packed[:, 1] = k.transpose(0, 1), v.transpose(0, 1)
+            k, v = (t.transpose(0, 1) for t in self._transport.gather(packed, plan.sizes, "keys_values").unbind(1))
+        if cache is not None:
+            cache.write(k, v, plan.active)
+        if plan.active is not None:
+            assert cache is not None, "a pass of some tokens needs the others' keys and values"
+            k, v = cache.keys_values(q.dtype, weight)
+        return self._kernel.attend_out(q, k, v)
+
+
+class Sharded:
+    """Ring form `sharded`: each ring rank keeps K/V of its own range of tokens, and queries travel.
+
+    Two collectives a layer: an all-to-all takes every query to every rank, and fresh K/V rows to the rank that owns
+    their token, in one message; each rank attends to its own keys; another all-to-all takes the partial outputs home,
+    where they are merged by their logsumexp in float32. With R ranks, e bytes per element, d = H * D, and n of the A
+    rows on this rank, m of them owned by others, it sends per sample, in bytes,
+
+        n d (R-1) e + 2 m d e + (A - n) (d e + 4 H).
+
+    A partial output keeps the kernel's own precision, e bytes (4 in a float32 model): to widen it would double the
+    bytes and add nothing. A pass of all tokens, cut as the ranges are, has m = 0.
+
+    Ranges are consecutive and fixed for the life of the object. They are those of a pass of all tokens, so faster
+    ranks own more keys too. A change of weights needs another object and then a pass of all tokens.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Plan:
+        """Routes of one pass. A unit is one row of q, k or v of one sample, [h * D].
+
+        Attributes:
+            shape: (B, A, n), n the rows of this ring rank.
+            sizes: active rows of each ring rank.
+            send: units for each ring rank.
+            receive: units from each ring rank.
+            outgoing: which of my units [q; k; v], each by sample, go out in what order; int64 [sum(send)].
+            queries: where the queries of all ranks arrive, by sample; [B * A].
+            keys: where the K rows of my tokens arrive, by sample and token.
+            values: the same for V.
+            slots: where these rows belong in the flattened cache; None in a pass of all tokens.
+            owned: my range of tokens.
+        """
+
+        shape: tuple[int, int, int]
+        sizes: tuple[int, ...]
+        send: list[int]
+        receive: list[int]
+        outgoing: Tensor
+        queries: Tensor
+        keys: Tensor
+        values: Tensor
+        slots: Tensor | None
+        owned: slice
+
+    def __init__(
+        self, ring: Transport, kernel: Kernel, weights: Sequence[float] | None = None, ranks_per_part: int = 1
+    ) -> None:
+        """Travel over `ring`, attend by `kernel`.
+
+        Args:
+            ring: transport of the ring axis.
+            kernel: one with a logsumexp.
+            weights: relative speeds of all ranks of the sequence axis; None: equally fast.
+            ranks_per_part: how many of these, the ulysses degree, form one ring rank.
+        """
+        self._transport, self._kernel = ring, kernel
+        self._weights, self._ranks_per_part = weights, ranks_per_part
+
+    def ranges(self, num_tokens: int) -> list[slice]:
+        """Return the tokens that each ring rank owns."""
+        per_part = self._ranks_per_part
+        sizes = cut(num_tokens, self._transport.axis.size * per_part, self._weights)
+        return slices([sum(sizes[i : i + per_part]) for i in range(0, len(sizes), per_part)])
+
+    def prepare(
+        self, active: Tensor | None, sizes: Sequence[int], num_tokens: int, batch_size: int, device: torch.device
+    ) -> Sharded.Plan:
+        """See `Ring`. Computed on the host from the active list alone, so it waits for the device once."""
+        me, B, n = self._transport.axis.rank, batch_size, sizes[self._transport.axis.rank]
+        ranges = self.ranges(num_tokens)
+        tokens = torch.arange(num_tokens) if active is None else active.cpu()
+        tokens = tokens.expand(B, -1)
+        owner = torch.bucketize(tokens, torch.tensor([r.stop for r in ranges]), right=True)
+        rows = torch.tensor(sizes)
+        units = rows * B
+        # Going out: to each rank all my queries, then K and then V of the tokens it owns, by sample and token.
+        my_owner = owner[:, slices(sizes)[me]].flatten()
+        leaving = my_owner.argsort(stable=True).split(torch.bincount(my_owner, minlength=len(sizes)).tolist())
+        outgoing = [part for of in leaving for part in (torch.arange(B * n), of + B * n, of + 2 * B * n)]
+        # Coming in: the same from each rank. `nonzero` lists my tokens by sample and then token.
+        source = torch.arange(len(sizes)).repeat_interleave(rows)
+        sample, position = (owner == me).nonzero(as_tuple=True)
+        kept_source = source[position]
+        kept = torch.bincount(kept_source, minlength=len(sizes))
+        begin = (units + 2 * kept).cumsum(0) - units - 2 * kept
+        arrival = torch.empty_like(kept_source)
+        arrival[kept_source.argsort(stable=True)] = torch.arange(len(kept_source))
+        keys = arrival - (kept.cumsum(0) - kept)[kept_source] + (begin + units)[kept_source]
+        row = torch.arange(tokens.shape[1]) - (rows.cumsum(0) - rows)[source]
+        queries = (begin[source] + row) + torch.arange(B)[:, None] * rows[source]
+        owned = ranges[me]
+        slots = sample * (owned.stop - owned.start) + tokens[sample, position] - owned.start
+        return self.Plan(
+            shape=(B, tokens.shape[1], n),
+            sizes=tuple(sizes),
+            send=[B * n + 2 * len(of) for of in leaving],
+            receive=(units + 2 * kept).tolist(),
+            outgoing=torch.cat(outgoing).to(device),
+            queries=queries.flatten().to(device),
+            keys=keys.to(device),
+            values=(keys + kept[kept_source]).to(device),
+            slots=None if active is None else slots.to(device),
+            owned=owned,
+        )
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Sharded.Plan, cache: Cache | None, weight: Tensor | None
+    ) -> Tensor:
+        """See `Ring`."""
+        (B, A, n), (H, D) = plan.shape, q.shape[2:]
+        units = torch.cat([t.reshape(B * n, H * D) for t in (q, k, v)])
+        arrived = self._transport.all_to_all(
+            units.index_select(0, plan.outgoing), plan.send, plan.receive, "queries_keys_values"
+        )
+        every_q = arrived.index_select(0, plan.queries).view(B, A, H, D)
+        k, v = (arrived.index_select(0, where).unflatten(1, (H, D)) for where in (plan.keys, plan.values))
+        if plan.slots is None:
+            k, v = (t.view(B, len(t) // B, H, D) for t in (k, v))
+            if cache is not None:
+                cache.write(k, v)
+        else:
+            assert cache is not None, "a pass of some tokens needs the others' keys and values"
+            cache.write_flat(k, v, plan.slots)
+            k, v = cache.keys_values(q.dtype, None if weight is None else weight[:, plan.owned])
+        return self._merged(*self._kernel.attend(every_q, k, v), plan)
+
+    def _merged(self, out: Tensor, lse: Tensor, plan: Sharded.Plan) -> Tensor:
+        """Send partial results [B, A, H, D] with lse [B, A, H] home and merge them: [B, n, H, D]."""
+        n, D, dtype = plan.shape[2], out.shape[-1], lse.dtype
+        # The lse travels bit for bit as further elements of each row: one message, nothing rounded.
+        partial = torch.cat([out, lse.unsqueeze(-1).view(out.dtype)], dim=-1).transpose(0, 1)
+        home = self._transport.all_to_all(partial, plan.sizes, [n] * len(plan.sizes), "partial_outputs")
+        home = home.view(len(plan.sizes), n, *home.shape[1:])
+        lses = home[..., D:].contiguous().view(dtype).squeeze(-1)
+        return merge(home[..., :D], lses)[0].to(out.dtype).transpose(0, 1)
