@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .engine.session import HSASession, apply, remove
     from .hsa.config import HSAConfig
     from .hsa.planner import StepPlanner
+    from .parallel.config import ParallelConfig
+    from .parallel.mesh import ParallelMesh
 
 __version__ = "0.1.0"
 
@@ -27,6 +29,8 @@ _HOMES = {
     "HSAConfig": ".hsa.config",
     "HSAReport": ".engine.report",
     "HSASession": ".engine.session",
+    "ParallelConfig": ".parallel.config",
+    "ParallelMesh": ".parallel.mesh",
     "StepPlanner": ".hsa.planner",
     "StepRecord": ".engine.report",
     "VideoOutput": ".engine.request",
@@ -43,6 +47,8 @@ __all__ = [
     "HSAReport",
     "HSASession",
     "HeterostepError",
+    "ParallelConfig",
+    "ParallelMesh",
     "RankFailure",
     "RequestError",
     "StepPlanner",

@@ -1,7 +1,8 @@
-"""Self-attention with cached keys and values: the one file where `hsa` and, later, `parallel` meet."""
+"""Self-attention with cached keys and values, on one rank or, by way of `sharding.py`, on many."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class AttentionCall:
         cached: whether this pass touches the caches; otherwise the processors are the stock ones.
         active: None when all tokens are in the pass, else int64 [A] or [B, A].
         weight: weight [B, N] of the damped K/V forecast, or None.
+        attend: on many ranks, attention of this rank's rows: (q, k, v, cache) -> out, all [B, n, H, D].
     """
 
     def __init__(self) -> None:
@@ -26,6 +28,7 @@ class AttentionCall:
         self.cached = False
         self.active: Tensor | None = None
         self.weight: Tensor | None = None
+        self.attend: Callable[[Tensor, Tensor, Tensor, KVCache | None], Tensor] | None = None
 
     def clear(self) -> None:
         """Make the processors stock again."""
@@ -57,14 +60,18 @@ class CachedWanAttnProcessor(WanAttnProcessor):
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attend: hidden_states [B, A, H * D] -> [B, A, H * D]; arguments as diffusers' WanAttnProcessor."""
-        cache = self.cache
-        if not self.call.cached or cache is None:
+        cache, shared = self.cache, self.call.attend
+        if not self.call.cached or (cache is None and shared is None):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         query, key, value = _project(attn, hidden_states)
         query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (t.unflatten(2, (attn.heads, -1)) for t in (query, key, value))
         if rotary_emb is not None:
             query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+        if shared is not None:
+            out = shared(query, key, value, cache).flatten(2, 3).type_as(query)
+            return attn.to_out[1](attn.to_out[0](out))
+        assert cache is not None
         cache.write(key, value, self.call.active)
         if self.call.active is not None:
             key, value = cache.keys_values(query.dtype, self.call.weight)

@@ -87,7 +87,9 @@ class HSAHook(ModelHook):
         branch = run.branch(context.name, len(self.processors))
         args = (hidden_states, timestep, encoder_hidden_states, rest)
         try:
-            if step.active is None:
+            if run.sharding is not None and step.count:
+                velocity = self._shared(step, context.name, patch, grid, args)
+            elif step.active is None:
                 velocity = self._full(step, branch, patch, grid, args)
             elif step.count == 0:
                 velocity = self._merged(step, branch, patch, grid, hidden_states)
@@ -124,6 +126,61 @@ class HSAHook(ModelHook):
         out = self.fn_ref.original_forward(packed, timestep, text, return_dict=False, **rest)[0]
         self._write(step, branch, unpack(out, patch), grid)
         return self._merged(step, branch, patch, grid, out)
+
+    def _shared(self, step: Step, name: str, patch: Patch, grid: Grid, args: tuple[Any, ...]) -> Tensor:
+        """On many ranks: each evaluates its tokens, and its branch where the branches are shared too."""
+        run, sharding = self.run, self.run.sharding
+        assert sharding is not None
+        latents, timestep, *told = args
+        run.told[name] = tuple(told)
+        if step.share is None:
+            step.share = sharding.share(step.active, grid, run.batch_size)
+        names, groups = run.adapter.branches(run.pipe), sharding.mesh.cfg.size
+        ready = not step.velocities and all(other in run.told for other in names)
+        if name not in step.velocities and groups > 1 and ready:
+            for start in range(0, len(names), groups):
+                turn = names[start : start + groups]
+                own = sharding.own(turn)
+                rows = self._pass(step, own, patch, grid, (latents, timestep, *run.told[own]), keep=True)
+                for branch, gathered in zip(turn, sharding.gather_branches(rows, step.share), strict=True):
+                    step.velocities[branch] = self._kept(step, branch, gathered, patch, grid)
+        elif name not in step.velocities:
+            # The run's first step, unless the engine told what the other branch will be asked: all ranks evaluate both.
+            keep = name in names[sharding.mesh.cfg.rank :: groups]
+            rows = self._pass(step, name, patch, grid, args, keep=keep)
+            step.velocities[name] = self._kept(step, name, sharding.gather(rows, step.share), patch, grid)
+        return step.velocities[name]
+
+    def _pass(self, step: Step, name: str, patch: Patch, grid: Grid, args: tuple[Any, ...], *, keep: bool) -> Tensor:
+        """Evaluate this rank's tokens: velocity rows [B, n or 1, D]; `keep` K/V if later steps need them."""
+        latents, timestep, text, rest = args
+        share, branch = step.share, self.run.branch(name, len(self.processors))
+        assert share is not None
+        rows = gather_rows(patchify(latents, patch), share.tokens)
+        if timestep.ndim == 2:
+            timestep = gather_rows(timestep, share.tokens)
+        self._bind(branch, step)
+        if not keep or (step.active is None and not self.run.needs_kv(step.index)):
+            for processor in self.processors:
+                processor.cache = None
+        weight, self.call.active = self.call.weight, share.tokens
+        self.call.attend = lambda q, k, v, cache: self.run.sharding.attend(share, q, k, v, cache, weight)  # type: ignore[union-attr]
+        self.rope.grid = grid
+        try:
+            out = self.fn_ref.original_forward(pack(rows, patch), timestep, text, return_dict=False, **rest)[0]
+        finally:
+            self._unbind()
+        return unpack(out, patch)
+
+    def _kept(self, step: Step, name: str, rows: Tensor, patch: Patch, grid: Grid) -> Tensor:
+        """Store the gathered rows [B, A, D] of a branch; return the velocity [B, C, F, Y, X] of all its tokens."""
+        run, branch = self.run, self.run.branch(name, len(self.processors))
+        if step.active is None and not run.needs_velocity(step.index):
+            return unpatchify(rows, patch, grid)
+        self._write(step, branch, rows, grid)
+        if step.active is None and run.forecast != "ab2" and not run.correct:
+            return unpatchify(rows, patch, grid)
+        return self._merged(step, branch, patch, grid, rows)
 
     def _merged(self, step: Step, branch: Branch, patch: Patch, grid: Grid, like: Tensor) -> Tensor:
         """Velocity [B, C, F, Y, X] of all tokens, of the type of `like`."""

@@ -3,9 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+
+class Sent(NamedTuple):
+    """What a rank sent by one kind of collective: calls, bytes to other ranks, seconds until it was done."""
+
+    calls: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelRecord:
+    """How one step was shared among the ranks.
+
+    Attributes:
+        tokens: evaluated tokens of each rank that works on one guidance branch.
+        imbalance: the most of these over their mean; 1 is perfect.
+        sent: this rank's traffic, by kind of collective. Seconds include the wait for ranks that come late.
+    """
+
+    tokens: list[int]
+    imbalance: float
+    sent: dict[str, Sent]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +42,7 @@ class StepRecord:
         total: tokens per sample, N.
         reason: why it has that size, e.g. "first step", "full", "partial", "skipped", "expert switch".
         seconds: wall time on the host from its first model call to its last, or to the next step.
+        parallel: how the ranks shared it; None on one rank.
     """
 
     step: int
@@ -27,6 +51,7 @@ class StepRecord:
     total: int
     reason: str
     seconds: float
+    parallel: ParallelRecord | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +79,16 @@ class HSAReport:
             "compute": self.compute,
             "num_steps": self.num_steps,
             "kv_bytes": self.kv_bytes,
-            "steps": [asdict(record) for record in self.steps],
+            "steps": [_plain(record) for record in self.steps],
             "evaluations": None if self.evaluations is None else self.evaluations.tolist(),
         }
+
+
+def _plain(record: StepRecord) -> dict[str, Any]:
+    """One step as numbers and lists; what is about ranks only where there are several."""
+    plain = asdict(record)
+    shared = plain.pop("parallel")
+    if shared is not None:
+        shared["sent"] = {name: sent._asdict() for name, sent in record.parallel.sent.items()}  # type: ignore[union-attr]
+        plain["parallel"] = shared
+    return plain

@@ -18,6 +18,7 @@ from ..hsa.rows import fill_rows, gather_rows, write_rows
 from ..hsa.velocity import VelocityCache
 from .models import WanAdapter
 from .report import HSAReport, StepRecord
+from .sharding import Sharding, Share
 from .solvers import correct_for, forecast_for
 from .tokens import Grid
 
@@ -32,7 +33,10 @@ class Branch:
 
 @dataclass(kw_only=True)
 class Step:
-    """One step while it runs: `active` is None (all), an empty tensor (none), [A] or [B, A]."""
+    """One step while it runs: `active` is None (all), an empty tensor (none), [A] or [B, A].
+
+    On many ranks also this rank's `share` of it, and the `velocities` by branch that are known already.
+    """
 
     index: int
     sigma: float
@@ -43,6 +47,8 @@ class Step:
     reason: str
     started: float
     entered: set[str] = field(default_factory=set)
+    share: Share | None = None
+    velocities: dict[str, Tensor] = field(default_factory=dict)
     left: int = 0
     seconds: float = 0.0
     recorded: bool = False
@@ -51,9 +57,17 @@ class Step:
 class Run:
     """Follows the stock pipeline through its steps; every call of a hooked transformer reports here first."""
 
-    def __init__(self, pipe: Any, adapter: WanAdapter, config: HSAConfig, planner: Any = None) -> None:
-        """Prepare for runs of `pipe`, with a planner of our own if none is given; nothing is allocated yet."""
-        self.pipe, self.adapter, self.config = pipe, adapter, config
+    def __init__(
+        self, pipe: Any, adapter: WanAdapter, config: HSAConfig, planner: Any = None, sharding: Sharding | None = None
+    ) -> None:
+        """Prepare for runs of `pipe`, with a planner of our own if none is given; nothing is allocated yet.
+
+        `sharding` shares the work with other ranks, each of which runs the same pipeline.
+        """
+        self.pipe, self.adapter, self.config, self.sharding = pipe, adapter, config, sharding
+        # What each branch asks of the transformer besides latents and time: as far as seen, or told beforehand.
+        self.told: dict[str, tuple[Any, ...]] = {}
+        self.told_ahead: dict[str, tuple[Any, ...]] = {}
         self.own_planner = StepPlanner(config) if planner is None else None
         self.planner: Any = planner if planner is not None else self.own_planner
         self.on_step: list[Callable[[StepRecord], None]] = []
@@ -176,6 +190,7 @@ class Run:
             raise ConfigError(f"step {start} of {self.num_steps}: the scheduler's sigmas do not reach that step.")
         self.experts = self.adapter.experts(self.pipe, [float(t) for t in scheduler.timesteps])
         self.grid, self.batch_size = grid, latents.shape[0]
+        self._check_ranks(latents)
         self.forced = {0: "first step"}
         for i in range(1, min(len(self.experts), self.num_steps)):
             if self.experts[i] != self.experts[i - 1]:
@@ -191,6 +206,7 @@ class Run:
                 branch.velocity.reset()
             for cache in branch.layers:
                 cache.reset()
+        self.told = dict(self.told_ahead)
         self.records = []
         self.evaluations = torch.zeros(self.batch_size, grid.num_tokens, dtype=torch.int32, device=latents.device)
         begin = getattr(self.planner, "begin", None)
@@ -198,6 +214,8 @@ class Run:
             begin(self.sigmas, grid.num_tokens, self.batch_size, frozenset(self.forced))
         counts: Sequence[int] | None = getattr(self.planner, "counts", None)
         self.counts = list(counts) if counts is not None and len(counts) == self.num_steps else None
+        if self.sharding is not None:
+            self.counts = self.sharding.agreement.counts(self.counts, self.num_steps)
 
     def _plan(self, index: int, expert: int, device: torch.device) -> Step:
         """Decide what is active at step `index`: once, for all branches."""
@@ -209,9 +227,9 @@ class Run:
                     if branch.velocity.clock is not None:
                         branch.velocity.reset()
         else:
-            active = self._checked(self.planner.plan(index, self.num_steps, sigma, n), device)
+            active = self._decided(index, sigma, device)
             reason = "full" if active is None else "partial" if active.numel() else "skipped"
-            if hasattr(self.planner, "reason"):
+            if hasattr(self.planner, "reason") and (self.sharding is None or self.sharding.agreement.leads):
                 reason = self.planner.reason(index)
         count = n if active is None else active.shape[-1]
         if count and self.evaluations is not None:
@@ -227,6 +245,25 @@ class Run:
             started=time.perf_counter(),
         )
 
+    def _decided(self, index: int, sigma: float, device: torch.device) -> Tensor | None:
+        """Return what the planner says, on many ranks that of rank 0."""
+        active, sharding = None, self.sharding
+        if sharding is None or sharding.agreement.leads:
+            active = self._checked(self.planner.plan(index, self.num_steps, sigma, self.grid.num_tokens), device)
+        return active if sharding is None else sharding.agreement.plan(active, self.batch_size)
+
+    def _check_ranks(self, latents: Tensor) -> None:
+        """Raise ConfigError, on all ranks alike, if they cannot work on one video together."""
+        if self.sharding is None:
+            return
+        heads = self.adapter.attentions(self.adapter.transformers(self.pipe)[0][1])[0].heads
+        self.sharding.check(heads, self.adapter.num_branches(self.pipe))
+        if not self.sharding.agreement.same(latents):
+            raise ConfigError(
+                "The ranks begin with different latents: they must make the same video, so give the pipeline the same "
+                "prompt and size and a generator with the same seed on every rank."
+            )
+
     def _finish(self, step: Step) -> None:
         """Let the planner see the guided velocities, and record the step; harmless when repeated."""
         if step.recorded:
@@ -241,6 +278,7 @@ class Run:
             total=self.grid.num_tokens,
             reason=step.reason,
             seconds=step.seconds,
+            parallel=None if self.sharding is None else self.sharding.record(step.share.sizes if step.share else []),
         )
         self.records.append(record)
         for listener in tuple(self.on_step):

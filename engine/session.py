@@ -7,14 +7,18 @@ from typing import Any
 
 from diffusers.hooks import HookRegistry
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from torch import Tensor
 
 from ..errors import ConfigError
 from ..hsa.config import HSAConfig
+from ..parallel.config import ParallelConfig
+from ..parallel.mesh import ParallelMesh
 from .attention import AttentionCall
 from .hook import HOOK_NAME, HSAHook
 from .models import adapter_for
 from .report import HSAReport, StepRecord
 from .run import Run
+from .sharding import Sharding
 from .solvers import build_scheduler, correct_for, forecast_for, kind_of
 
 
@@ -28,7 +32,7 @@ class HSASession:
         on_step: callables that get each `StepRecord` as its step completes; what they raise ends the run.
     """
 
-    def __init__(self, pipe: Any, config: HSAConfig, planner: Any) -> None:
+    def __init__(self, pipe: Any, config: HSAConfig, planner: Any, sharding: Sharding | None = None) -> None:
         """Hook the pipeline's transformers; `apply` is the public way."""
         adapter = adapter_for(pipe)
         self.pipe, self.config = pipe, config
@@ -44,7 +48,7 @@ class HSASession:
         correct_for(config, scheduler)
         if self._own_scheduler is not None:
             pipe.scheduler = self._own_scheduler
-        self._run = Run(pipe, adapter, config, planner)
+        self._run = Run(pipe, adapter, config, planner, sharding)
         self.planner = self._run.planner
         # Transformer, its rotary embedding, and (attention, its stock processor, ours) of every layer.
         self._attached: list[tuple[Any, Any, list[tuple[Any, Any, Any]]]] = []
@@ -60,6 +64,19 @@ class HSASession:
     def on_step(self) -> list[Callable[[StepRecord], None]]:
         """Callables that get each step's record; append to it."""
         return self._run.on_step
+
+    def tell(self, branch: str, text: Tensor, **rest: Any) -> None:
+        """Say beforehand what the pipeline will ask the transformer in a guidance branch ("cond", "uncond").
+
+        With a cfg degree above 1 each group of ranks can then evaluate its own branch from the first step on; without
+        it, all groups evaluate all branches once, and learn it.
+
+        Args:
+            branch: its name.
+            text: the embeddings that the transformer gets as ``encoder_hidden_states``.
+            rest: other inputs that differ between branches, by the name of the transformer's argument.
+        """
+        self._run.told_ahead[branch] = (text, {"attention_kwargs": None} | rest)
 
     def release(self) -> None:
         """Free the caches; the next run allocates them anew."""
@@ -105,7 +122,14 @@ class HSASession:
         self._attached.append((transformer, rope, processors))
 
 
-def apply(pipe: Any, config: HSAConfig | None = None, planner: Any = None) -> HSASession:
+def apply(
+    pipe: Any,
+    config: HSAConfig | None = None,
+    planner: Any = None,
+    *,
+    parallel: ParallelConfig | None = None,
+    mesh: ParallelMesh | None = None,
+) -> HSASession:
     """Make a diffusers pipeline evaluate only the tokens that need it; the pipeline is used as before.
 
     A scheduler that is set later counts from the next run on: what is deduced, is deduced at the start of each.
@@ -117,6 +141,10 @@ def apply(pipe: Any, config: HSAConfig | None = None, planner: Any = None) -> HS
         planner: an object of yours with ``plan(step, num_steps, sigma, num_tokens)`` that returns None for
             all tokens, an empty int64 tensor for none, or int64 indices [A] or [B, A]; instead of
             `StepPlanner`.
+        parallel: share the work of every step among the ranks of a torch.distributed job: each rank applies the
+            same settings to the same pipeline, calls it alike, with a generator of the same seed, and gets the
+            same video.
+        mesh: process groups for `parallel` that are there already (`ParallelMesh.from_xfuser()`); made anew without.
 
     Returns:
         The session, whose `report` says what was done.
@@ -129,8 +157,14 @@ def apply(pipe: Any, config: HSAConfig | None = None, planner: Any = None) -> HS
         raise ConfigError(f"config={config!r}: an HSAConfig is needed, e.g. HSAConfig(compute=0.5).")
     if planner is not None and not callable(getattr(planner, "plan", None)):
         raise ConfigError(f"{type(planner).__name__} has no method plan(step, num_steps, sigma, num_tokens).")
+    if mesh is not None and parallel is None:
+        raise ConfigError("A mesh without parallel=ParallelConfig(...): give the degrees that it was made for.")
+    sharding = None
+    if parallel is not None and (parallel.world_size > 1 or mesh is not None):
+        device = adapter_for(pipe).transformers(pipe)[0][1].device
+        sharding = Sharding(mesh or ParallelMesh.create(parallel, device), parallel)
     remove(pipe)
-    return HSASession(pipe, config, planner)
+    return HSASession(pipe, config, planner, sharding)
 
 
 def remove(pipe: Any) -> None:

@@ -62,6 +62,11 @@ class WanAdapter:
         return {"cond": float(scale), "uncond": 1.0 - float(scale)}
 
     @staticmethod
+    def branches(pipe: Any) -> tuple[str, ...]:
+        """Names of the guidance branches of the running pipeline call, in the order of its calls."""
+        return ("cond", "uncond") if pipe.do_classifier_free_guidance else ("cond",)
+
+    @staticmethod
     def num_branches(pipe: Any) -> int:
         """How many guidance branches the running pipeline call evaluates per step."""
         return 2 if pipe.do_classifier_free_guidance else 1

@@ -1,0 +1,112 @@
+"""One rank's share of a run: which tokens it evaluates at a step, and what it sends to and gets from the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..parallel.agreement import Agreement
+from ..parallel.attention import Placement, Plan, placement_for
+from ..parallel.collectives import Traffic, Transport, exchange_rows
+from ..parallel.config import ParallelConfig, check
+from ..parallel.mesh import ParallelMesh
+from ..parallel.partition import imbalance, sizes_for, slices
+from .report import ParallelRecord, Sent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """This rank's part of one step.
+
+    Attributes:
+        sizes: tokens of each rank of the sequence axis.
+        rows: n, tokens of this rank, which may be none.
+        tokens: their indices, int64 [n] or [B, n]. Of a rank without any: token 0, for a pass must have one; its rows
+            are dropped.
+        plan: of the attention.
+    """
+
+    sizes: list[int]
+    rows: int
+    tokens: Tensor
+    plan: Plan
+
+
+class Sharding:
+    """What a run on many ranks shares: the mesh, the attention's placement, and a record of all traffic.
+
+    Every rank runs the same pipeline on the same latents.
+
+    Attributes:
+        mesh: this rank's place.
+        config: the degrees.
+        traffic: what was sent since the last `record`.
+        placement: the attention.
+        agreement: how the ranks come to one decision.
+    """
+
+    def __init__(self, mesh: ParallelMesh, config: ParallelConfig) -> None:
+        """Share the work over `mesh` as `config` says.
+
+        Raises:
+            ConfigError: an attention kernel that is not there.
+        """
+        self.mesh, self.config = mesh, config
+        self.traffic = Traffic()
+        self.placement: Placement = placement_for(mesh, config, self.traffic)
+        self._sequence, self._world = Transport(mesh.sequence, self.traffic), Transport(mesh.world, self.traffic)
+        self.agreement = Agreement(mesh, self.traffic)
+
+    def check(self, num_heads: int, num_branches: int) -> None:
+        """Raise ConfigError unless the degrees suit a model's heads and a request's guidance branches."""
+        check(self.config, world_size=self.mesh.world.size, num_heads=num_heads, num_branches=num_branches)
+
+    def own(self, names: Sequence[str]) -> str:
+        """Return the one of `names`, as many as the cfg degree, that this rank's group evaluates."""
+        return names[self.mesh.cfg.rank]
+
+    def share(self, active: Tensor | None, grid: tuple[int, int, int], batch_size: int) -> Share:
+        """Cut the active tokens (None: all of `grid`; [A]; [B, A]) anew, and plan the attention to them."""
+        num_tokens = grid[0] * grid[1] * grid[2]
+        sizes = sizes_for(self.config, num_tokens, active, grid)
+        if self.config.cut != "equal":
+            active = self._by_owner(active, grid)
+        listed = torch.arange(num_tokens, device=self.mesh.device) if active is None else active
+        rank = self.mesh.sequence.rank
+        tokens = listed[..., slices(sizes)[rank]]
+        if not sizes[rank]:
+            tokens = listed.new_zeros((*listed.shape[:-1], 1))
+        plan = self.placement.prepare(active, sizes, num_tokens, batch_size)
+        return Share(sizes=sizes, rows=sizes[rank], tokens=tokens, plan=plan)
+
+    def attend(self, share: Share, q: Tensor, k: Tensor, v: Tensor, cache: Any, weight: Tensor | None) -> Tensor:
+        """Self-attention of one layer, over all ranks: this rank's rows [B, n, H, D] of q, k and v -> [B, n, H, D]."""
+        if share.rows == q.shape[1]:
+            return self.placement.attend(q, k, v, plan=share.plan, cache=cache, weight=weight)
+        q, k, v = (rows[:, :0] for rows in (q, k, v))  # the token that stands for none
+        self.placement.attend(q, k, v, plan=share.plan, cache=cache, weight=weight)
+        return q.new_zeros(q.shape[0], 1, *q.shape[2:])
+
+    def gather(self, rows: Tensor, share: Share) -> Tensor:
+        """This rank's velocity rows [B, n or 1, D] of a branch -> those of all active tokens [B, A, D]."""
+        return exchange_rows(rows[:, : share.rows], share.sizes, self._sequence, "velocity")
+
+    def gather_branches(self, rows: Tensor, share: Share) -> list[Tensor]:
+        """The same where each cfg group evaluated a branch of its own: [B, A, D] for each, in their order."""
+        sizes = share.sizes * self.mesh.cfg.size
+        every = exchange_rows(rows[:, : share.rows], sizes, self._world, "velocity")
+        return list(every.split(sum(share.sizes), dim=1))
+
+    def record(self, sizes: Sequence[int]) -> ParallelRecord:
+        """Describe the step that ends: tokens of each rank, and what this rank sent since the last call."""
+        sent = {name: Sent(*count) for name, count in self.traffic.take().items()}
+        return ParallelRecord(tokens=list(sizes), imbalance=imbalance(sizes), sent=sent)
+
+    def _by_owner(self, active: Tensor | None, grid: tuple[int, int, int]) -> Tensor:
+        """Order tokens by their owner in a static cut, whose consecutive slices are then the owners' tokens."""
+        raise ConfigError(f"cut={self.config.cut!r} is for benchmarks/parallel.py alone; use cut='equal'.")

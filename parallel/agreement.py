@@ -1,0 +1,70 @@
+"""Decisions that every rank takes alike: made on rank 0 and sent, or put to the vote."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .collectives import Traffic, Transport
+from .mesh import ParallelMesh
+
+
+class Agreement:
+    """What the ranks of a job tell each other besides data.
+
+    Floats may differ in their last bits between machines, and ranks that disagree wait for each other for ever. So a
+    plan is made once, by rank 0, and shipped as integers.
+    """
+
+    def __init__(self, mesh: ParallelMesh, traffic: Traffic) -> None:
+        """Speak to all ranks of `mesh`; plans are counted in `traffic` as "plan"."""
+        self.mesh = mesh
+        self._world = Transport(mesh.world, traffic)
+        # Decisions are read on the host: sent through gloo, where there is one, they do not stall a GPU.
+        over_cpu = mesh.world.size == 1 or "cpu:" in dist.get_backend_config()
+        self._device = torch.device("cpu") if over_cpu else mesh.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank decides."""
+        return self.mesh.world.rank == 0
+
+    def counts(self, counts: list[int] | None, num_steps: int) -> list[int] | None:
+        """Return rank 0's tokens per step, on all ranks; None: not known beforehand."""
+        sent = torch.tensor(counts or [-1] * num_steps, dtype=torch.int64, device=self._device)
+        received: list[int] = self._world.broadcast(sent, 0, "plan").tolist()
+        return None if received[0] < 0 else received
+
+    def plan(self, active: Tensor | None, batch_size: int) -> Tensor | None:
+        """Return rank 0's active tokens of a step, on all ranks: None, [0], [A] or [B, A]."""
+        if self.mesh.world.size == 1:
+            return active
+        kind = torch.tensor([-1, 0] if active is None else [active.ndim, active.shape[-1]], dtype=torch.int64)
+        dims, count = self._world.broadcast(kind.to(self._device), 0, "plan").tolist()
+        if dims < 0:
+            return None
+        if active is None or not self.leads:
+            shape = (count,) if dims == 1 else (batch_size, count)
+            active = torch.empty(shape, dtype=torch.int64, device=self.mesh.device)
+        return self._world.broadcast(active.contiguous(), 0, "plan") if count else active
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says yes: what stops one rank must stop all at the same step."""
+        if self.mesh.world.size == 1:
+            return flag
+        said = torch.tensor([int(flag)], device=self._device)
+        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.mesh.world.group)
+        return bool(said.item())
+
+    def same(self, tensor: Tensor) -> bool:
+        """Whether `tensor` has the same bits on all ranks (two sums of its bytes are compared)."""
+        if self.mesh.world.size == 1:
+            return True
+        octets = tensor.detach().contiguous().view(torch.uint8).flatten().to(torch.int64)
+        place = torch.arange(1, octets.numel() + 1, device=octets.device)
+        digest = torch.stack([octets.sum(), (octets * place).sum()]).to(self._device)
+        least, most = digest.clone(), digest
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.mesh.world.group)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.mesh.world.group)
+        return bool((least == most).all())

@@ -1,0 +1,130 @@
+"""A pipeline on many ranks makes the video that it makes on one."""
+
+import math
+
+import pytest
+import torch
+
+import ranks
+import tiny
+from heterostep import ConfigError, HSAConfig, ParallelConfig, apply
+
+TOLERANCE = 1e-4
+
+LAYOUTS = {
+    "ulysses 2": {"ulysses": 2},
+    "ring 2 gathered": {"ring": 2, "ring_cache": "gathered"},
+    "ring 2 sharded": {"ring": 2, "ring_cache": "sharded"},
+    "cfg 2": {"cfg": 2},
+    "ring 3 sharded": {"ring": 3, "ring_cache": "sharded"},
+    "ulysses 2 x ring 2 gathered": {"ulysses": 2, "ring": 2, "ring_cache": "gathered"},
+    "ulysses 2 x ring 2 sharded": {"ulysses": 2, "ring": 2, "ring_cache": "sharded"},
+    "cfg 2 x ulysses 2": {"cfg": 2, "ulysses": 2},
+}
+
+
+class Odd:
+    """A planner with counts that divide nothing: all, 17, 1, none, 5, all ..."""
+
+    def plan(self, step, num_steps, sigma, num_tokens):
+        count = (None, 17, 1, 0, 5, None, 2, 31)[step % 8]
+        if count is None:
+            return None
+        return torch.randperm(num_tokens, generator=torch.Generator().manual_seed(step))[:count].sort().values
+
+
+class PerSample:
+    """A planner with a set for each of two samples."""
+
+    def plan(self, step, num_steps, sigma, num_tokens):
+        if step % 4 == 0:
+            return None
+        generator = torch.Generator().manual_seed(step)
+        return torch.stack([torch.randperm(num_tokens, generator=generator)[:13].sort().values for _ in range(2)])
+
+
+def make(kind, config, planner, layout, changes):
+    """Latents, tokens of each step, and how the last step was shared."""
+    pipe = tiny.tiny_pipeline(kind, heads=4)
+    parallel = ParallelConfig(**layout) if layout else None
+    session = apply(pipe, config, planner, parallel=parallel)
+    latents = tiny.generate(pipe, **changes)
+    steps = session.report.steps
+    return latents, [step.active for step in steps], [step.parallel for step in steps]
+
+
+def assert_same(kind, config, planner, layout, **changes):
+    size = math.prod(layout.get(axis, 1) for axis in ("cfg", "ring", "ulysses"))
+    alone, counts, _ = make(kind, config, planner, None, changes)
+    everyone = ranks.run_ranks(size, make, kind, config, planner, layout, changes)
+    for latents, shared_counts, _ in everyone:
+        assert shared_counts == counts
+        assert torch.equal(latents, everyone[0][0])
+        assert torch.isfinite(latents).all()
+        assert (latents - alone).abs().max() < TOLERANCE
+    return [parallel for _, _, parallel in everyone]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("policy", ["joint", "tokens"])
+def test_layouts_agree_with_one_rank(layout, policy):
+    assert_same("euler", HSAConfig(compute=0.5, policy=policy), None, layout, steps=12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_any_number_of_active_tokens(layout):
+    records = assert_same("euler", None, Odd(), layout)
+    for steps in records:
+        for step, count in zip(steps, (48, 17, 1, 0, 5, 48, 2, 31), strict=True):
+            assert sum(step.tokens) == count
+            if count:
+                assert max(step.tokens) - min(step.tokens) <= 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_set_for_each_sample(layout):
+    assert_same("euler", None, PerSample(), layout, prompts=2)
+
+
+@pytest.mark.parametrize("kind", ["unipc", "dpm++", "wan22", "ti2v5b"])
+@pytest.mark.parametrize("layout", [{"ulysses": 2}, {"ring": 2}, {"cfg": 2}], ids=str)
+def test_every_pipeline(kind, layout):
+    assert_same(kind, HSAConfig(compute=0.5, policy="tokens"), None, layout, steps=12)
+
+
+@pytest.mark.parametrize("layout", [{"ulysses": 2}, {"ring": 2}, {"cfg": 2}], ids=str)
+def test_dense(layout):
+    assert_same("euler", HSAConfig(compute=1.0), None, layout)
+
+
+@pytest.mark.parametrize("forecast", ["hold", "ab2"])
+def test_forecasts_of_keys_and_velocities(forecast):
+    config = HSAConfig(compute=0.4, policy="tokens", forecast=forecast, kv_forecast=0.5)
+    assert_same("euler", config, None, {"ulysses": 2, "ring": 2, "ring_cache": "sharded"}, steps=12)
+
+
+def test_without_guidance():
+    assert_same("euler", HSAConfig(compute=0.5), None, {"ulysses": 2}, guidance_scale=1.0, steps=12)
+
+
+def refused(layout, changes, seeds):
+    pipe = tiny.tiny_pipeline("euler", heads=4)
+    apply(pipe, HSAConfig(compute=0.5), parallel=ParallelConfig(**layout))
+    try:
+        tiny.generate(pipe, seed=seeds[torch.distributed.get_rank()], **changes)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "seeds", "says"),
+    [
+        ({"cfg": 2}, {"guidance_scale": 1.0}, (1, 1), "cfg=2 with 1 guidance branch"),
+        ({"ulysses": 3}, {}, (1, 1, 1), "one of 1, 2, 4"),
+        ({"ulysses": 2}, {}, (1, 2), "same seed on every rank"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_all_ranks(layout, changes, seeds, says):
+    for message in ranks.run_ranks(len(seeds), refused, layout, changes, seeds):
+        assert says in message
