@@ -12,6 +12,7 @@ from .errors import ConfigError, HeterostepError, RankFailure, RequestError
 
 if TYPE_CHECKING:
     from .engine.engine import Engine
+    from .engine.job import JobConfig
     from .engine.report import HSAReport, StepRecord
     from .engine.request import EngineConfig, GenerateRequest, VideoOutput
     from .engine.session import HSASession, apply, remove
@@ -29,6 +30,7 @@ _HOMES = {
     "HSAConfig": ".hsa.config",
     "HSAReport": ".engine.report",
     "HSASession": ".engine.session",
+    "JobConfig": ".engine.job",
     "ParallelConfig": ".parallel.config",
     "ParallelMesh": ".parallel.mesh",
     "StepPlanner": ".hsa.planner",
@@ -47,6 +49,7 @@ __all__ = [
     "HSAReport",
     "HSASession",
     "HeterostepError",
+    "JobConfig",
     "ParallelConfig",
     "ParallelMesh",
     "RankFailure",

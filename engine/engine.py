@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,14 +16,17 @@ import torch
 from ..errors import RequestError
 from ..hsa.config import HSAConfig
 from .facts import read_facts
+from .identity import identity_of
+from .job import Finished, Job, JobConfig, look
 from .loading import load_pipeline, pick_device, pick_dtype
-from .report import HSAReport, StepRecord
+from .record import run_record
 from .request import (
     Cancelled,
     Decoding,
     EngineConfig,
     Event,
     GenerateRequest,
+    Interrupted,
     ResolvedRequest,
     Started,
     StepDone,
@@ -31,11 +34,10 @@ from .request import (
     resolve,
 )
 from .session import apply, remove
+from .steps import StepEvents, Stop, dense_report, stopped
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from .session import HSASession
 
 __all__ = [
     "Cancelled",
@@ -43,6 +45,8 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "GenerateRequest",
+    "Interrupted",
+    "JobConfig",
     "Started",
     "StepDone",
     "VideoOutput",
@@ -82,28 +86,25 @@ class Engine:
         self.pipeline = load_pipeline(self.facts, self.device, self.dtype)
         self.load_seconds = time.perf_counter() - start
         self._busy = threading.Lock()
-        self._cancel = threading.Event()
+        self._stop = Stop()
 
-    def generate(self, request: GenerateRequest) -> VideoOutput:
-        """Make a video and wait for it.
-
-        Raises:
-            RequestError: the request does not fit the model, or a video is being made already.
-            Cancelled: `cancel` was called from another thread.
-        """
-        for event in self.stream(request):
+    def generate(self, request: GenerateRequest, job: JobConfig | None = None) -> VideoOutput:
+        """Make a video and wait for it; arguments and errors as for `stream`."""
+        for event in self.stream(request, job):
             if isinstance(event, VideoOutput):
                 return event
         raise AssertionError("a stream ends with a VideoOutput or an exception")
 
-    def stream(self, request: GenerateRequest) -> Iterator[Event]:
+    def stream(self, request: GenerateRequest, job: JobConfig | None = None) -> Iterator[Event]:
         """Make a video and tell how it goes.
 
         The stock pipeline runs in a thread of its own. Closing the iterator early (`break` out of the loop,
-        an exception, Ctrl-C) stops the run after the current step.
+        an exception, Ctrl-C) stops the run after the current step; with a job that step is saved.
 
         Args:
             request: checked here, before the iterator is returned.
+            job: a folder in which the work survives this process: the run goes on where an earlier one of the same
+                job was saved, and one that is finished already gives its video without computing anything.
 
         Returns:
             An iterator over one `Started`, a `StepDone` for each step, one `Decoding`, and last the
@@ -112,23 +113,34 @@ class Engine:
         Raises:
             RequestError: the request does not fit the model, or (at the first event) a video is being made
                 already.
+            ConfigError: at the first event: the job's folder cannot be used, is in use, or holds another job.
             Cancelled: from the iterator, after `cancel`.
+            Interrupted: from the iterator, after `save_and_stop`.
         """
-        return self._events(resolve(request, self.facts))
+        return self._events(resolve(request, self.facts), job)
 
     def cancel(self) -> None:
         """Stop the video being made after its current step; callable from any thread. No-op when idle."""
-        self._cancel.set()
+        self._stop.asked = True
 
-    def _events(self, request: ResolvedRequest) -> Iterator[Event]:
+    def save_and_stop(self) -> None:
+        """Stop the video being made after its current step, and save that; from any thread or signal handler.
+
+        The run ends with `Interrupted`. Without a job it is `cancel`. A run that is decoding is saved already, and ends
+        by itself. No-op when idle.
+        """
+        self._stop.save = True
+        self._stop.asked = True
+
+    def _events(self, request: ResolvedRequest, job: JobConfig | None) -> Iterator[Event]:
         if not self._busy.acquire(blocking=False):
             raise RequestError("this engine is making a video already; wait for it, cancel it, or use a second engine")
-        self._cancel = cancel = threading.Event()
+        self._stop = stop = Stop()
         events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
 
         def work() -> None:
             try:
-                events.put(self._run(request, events.put, cancel))
+                events.put(self._run(request, job, events.put, stop))
             except BaseException as error:  # it is raised again in the caller's thread
                 events.put(error)
 
@@ -144,32 +156,58 @@ class Engine:
                 if isinstance(event, VideoOutput):
                     return
         finally:
-            cancel.set()
+            if not stop.asked:  # abandoned: what is done shall not be lost
+                stop.save = True
+            stop.asked = True
             if worker.ident is not None:  # else the system had no thread to give
                 worker.join()
             self._busy.release()
 
-    def _run(self, request: ResolvedRequest, emit: Callable[[Event], None], cancel: threading.Event) -> VideoOutput:
-        """The life of a request: text, denoising, VAE. Runs in the worker thread."""
+    def _run(
+        self, request: ResolvedRequest, config: JobConfig | None, emit: Callable[[Event], None], stop: Stop
+    ) -> VideoOutput:
+        """Make the video, or find it made. Runs in the worker thread."""
+        if config is None:
+            return self._make(request, None, emit, stop)
+        identity = identity_of(self.facts, request, _allocation(self.config, request), self.dtype, self.pipeline)
+        with Job(config, identity) as job:
+            finished = job.finished()
+            if finished is None:
+                return self._make(request, job, emit, stop)
+            num_tokens = math.prod(self.facts.grid(request.width, request.height, request.num_frames))
+            emit(Started(request=request, num_tokens=num_tokens, resumed_at=request.num_inference_steps))
+            return finished.output
+
+    def _make(
+        self, request: ResolvedRequest, job: Job | None, emit: Callable[[Event], None], stop: Stop
+    ) -> VideoOutput:
+        """The life of a request: text, denoising, VAE."""
         grid = self.facts.grid(request.width, request.height, request.num_frames)
         num_tokens = math.prod(grid)
-        emit(Started(request=request, num_tokens=num_tokens))
+        saved = job.newest() if job is not None else None
+        emit(Started(request=request, num_tokens=num_tokens, resumed_at=saved.step if saved is not None else None))
         start = time.perf_counter()
         embeds = self._encode_text(request)
         encoded = self._clock()
+        if stop.asked:
+            raise stopped(0 if saved is None else saved.step, request.num_inference_steps, job if stop.save else None)
 
-        hsa = self._hsa(request)
-        session = apply(self.pipeline, hsa) if hsa is not None else None
+        hsa = _allocation(self.config, request)
+        # With every token at every step the hook changes nothing, but only through it a run can go on.
+        used = hsa if hsa is not None or job is None else HSAConfig(compute=1.0)
+        session = apply(self.pipeline, used) if used is not None else None
         try:
             work = num_tokens * request.num_inference_steps * (hsa.compute if hsa is not None else 1.0)
-            on_step = _StepEvents(request.num_inference_steps, num_tokens, work, session, emit, cancel, self._clock)
+            on_step = StepEvents(request.num_inference_steps, num_tokens, work, session, emit, stop, self._clock)
+            if job is not None:
+                on_step.keep(job, saved)
             latents = self._denoise(request, embeds, on_step)
-            report = session.report if session is not None else _dense_report(on_step.events, grid)
+            report = session.report if session is not None else dense_report(on_step.events, grid)
         finally:
             if session is not None:
                 remove(self.pipeline)  # frees the K/V caches before the VAE needs the memory
-        if cancel.is_set():
-            raise Cancelled(f"cancelled after step {len(on_step.events)} of {request.num_inference_steps}")
+        if stop.asked:
+            raise stopped(on_step.done, request.num_inference_steps, job if stop.save else None)
         if not bool(torch.isfinite(latents).all()):
             raise RequestError(
                 f"the model returned values that are no numbers in {str(self.dtype).removeprefix('torch.')}; "
@@ -180,29 +218,24 @@ class Engine:
         emit(Decoding(seconds=denoised - encoded))
         frames = self._decode(latents)
         decoded = self._clock()
-        seconds = {
-            "encode_text": encoded - start,
-            "denoise": denoised - encoded,
-            "decode": decoded - denoised,
-            "total": decoded - start,
-        }
-        return VideoOutput(
+        seconds = {"encode_text": encoded - start, "denoise": denoised - encoded, "decode": decoded - denoised}
+        if job is not None:
+            seconds["checkpoint"] = job.seconds
+            seconds["denoise"] -= job.seconds
+            for stage, earlier in on_step.earlier.items():
+                seconds[stage] += earlier
+        output = VideoOutput(
             frames=frames,
             fps=request.fps,
             hsa=hsa,
             report=report,
-            seconds=seconds,
+            seconds={**seconds, "total": sum(seconds.values())},
             latents=latents.float().cpu(),
             request=request,
         )
-
-    def _hsa(self, request: ResolvedRequest) -> HSAConfig | None:
-        """The allocation for one request; None where the stock pipeline needs no hook."""
-        hsa = self.config.hsa
-        if request.compute is not None:
-            hsa = dataclasses.replace(hsa or HSAConfig(), compute=request.compute)
-        # All tokens at every step under the model's own scheduler is the stock pipeline, bit for bit.
-        return None if hsa is None or (hsa.compute == 1.0 and hsa.solver is None) else hsa
+        if job is not None:
+            job.finish(output, run_record(self, output))
+        return output
 
     @torch.no_grad()
     def _encode_text(self, request: ResolvedRequest) -> dict[str, torch.Tensor | None]:
@@ -215,7 +248,7 @@ class Engine:
         return {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
 
     def _denoise(
-        self, request: ResolvedRequest, embeds: dict[str, torch.Tensor | None], on_step: _StepEvents
+        self, request: ResolvedRequest, embeds: dict[str, torch.Tensor | None], on_step: StepEvents
     ) -> torch.Tensor:
         # With a VAE that does not compress time, WanPipeline adds one to the number of frames that it is
         # given.
@@ -255,64 +288,23 @@ class Engine:
         return time.perf_counter()
 
 
-class _StepEvents:
-    """The pipeline's `callback_on_step_end`: sends a `StepDone`; interrupts the pipeline when cancelled."""
+def find_finished(config: EngineConfig, request: GenerateRequest, job: JobConfig) -> Finished | None:
+    """Look, without loading the model, whether a job is finished; if not, whether an engine could work on it.
 
-    def __init__(
-        self,
-        num_steps: int,
-        num_tokens: int,
-        work: float,
-        session: HSASession | None,
-        emit: Callable[[Event], None],
-        cancel: threading.Event,
-        clock: Callable[[], float],
-    ) -> None:
-        self.events: list[StepDone] = []
-        self._num_steps, self._num_tokens, self._work = num_steps, num_tokens, work
-        self._emit, self._cancel, self._clock = emit, cancel, clock
-        self._records: list[StepRecord] | None = None
-        if session is not None:
-            self._records = []
-            session.on_step.append(self._records.append)
-        self._start = self._last = clock()
-        self._work_done = 0
-
-    def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        now = self._clock()
-        # An interrupted pipeline still skips through its loop, so that its hooks and offloading end in order.
-        if self._cancel.is_set():
-            pipeline._interrupt = True
-        active = self._num_tokens if self._records is None else self._records[-1].active
-        self._work_done += active
-        left = max(self._work - self._work_done, 0.0) if step + 1 < self._num_steps else 0.0
-        event = StepDone(
-            step=step,
-            num_steps=self._num_steps,
-            sigma=float(pipeline.scheduler.sigmas[step]),
-            active=active,
-            total=self._num_tokens,
-            seconds=now - self._last,
-            eta_seconds=(now - self._start) * left / self._work_done if self._work_done else 0.0,
-        )
-        self._last = now
-        self.events.append(event)
-        self._emit(event)
-        return {}
+    Raises:
+        ConfigError: the job's folder cannot be used, is in use, or holds another job.
+        RequestError: the request does not fit the model.
+    """
+    facts = read_facts(config.model)
+    resolved = resolve(request, facts)
+    dtype = pick_dtype(config.dtype, pick_device(config.device))
+    return look(job, identity_of(facts, resolved, _allocation(config, resolved), dtype))
 
 
-def _dense_report(events: list[StepDone], grid: tuple[int, int, int]) -> HSAReport:
-    """The report of a run of the stock pipeline: every token at every step."""
-    records = [
-        StepRecord(
-            step=event.step,
-            sigma=event.sigma,
-            active=event.active,
-            total=event.total,
-            reason="dense",
-            seconds=event.seconds,
-        )
-        for event in events
-    ]
-    evaluations = torch.full(grid, len(events), dtype=torch.int32)
-    return HSAReport(steps=records, compute=1.0, evaluations=evaluations, kv_bytes=0, num_steps=len(events))
+def _allocation(config: EngineConfig, request: ResolvedRequest) -> HSAConfig | None:
+    """The allocation for one request; None where the stock pipeline needs no hook."""
+    hsa = config.hsa
+    if request.compute is not None:
+        hsa = dataclasses.replace(hsa or HSAConfig(), compute=request.compute)
+    # All tokens at every step under the model's own scheduler is the stock pipeline, bit for bit.
+    return None if hsa is None or (hsa.compute == 1.0 and hsa.solver is None) else hsa

@@ -64,6 +64,24 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_durably(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file in one rename that a power failure does not undo.
+
+    Raises:
+        OSError: such as a full disk; an older file of that name is then still there.
+    """
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(Path(path).parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Write strict JSON (no NaN), indented, in one rename."""
     text = json.dumps(content, indent=1, allow_nan=False)

@@ -83,7 +83,12 @@ class HSAHook(ModelHook):
             )
         run, patch = self.run, self.run.adapter.patch(module)
         grid = patch.grid_of(hidden_states)
-        step = run.enter(self.expert, context.name, context.step_index, hidden_states, grid)
+        index = run.index_of(context.step_index)
+        if run.passed(context.name, index, hidden_states, grid, len(self.processors)):
+            shape = (hidden_states.shape[0], module.config.out_channels, *hidden_states.shape[2:])
+            velocity = hidden_states.new_zeros(()).expand(shape)  # costs no memory
+            return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+        step = run.enter(self.expert, context.name, index, hidden_states, grid)
         branch = run.branch(context.name, len(self.processors))
         args = (hidden_states, timestep, encoder_hidden_states, rest)
         try:
@@ -189,7 +194,7 @@ class HSAHook(ModelHook):
     def _write(self, step: Step, branch: Branch, rows: Tensor, grid: Grid) -> None:
         """Store fresh velocity rows [B, A, D]; the run's first ones fix the shape."""
         velocity = branch.velocity
-        if step.index in self.run.forced and self.run.forced[step.index] in ("first step", "resume"):
+        if step.index == self.run.first:
             velocity.start(rows.shape[0], grid.num_tokens, rows.shape[2], rows.dtype, rows.device)
         velocity.write(step.active, rows, step.sigma)
 
@@ -209,7 +214,7 @@ class HSAHook(ModelHook):
             processor.cache = cache
         self.call.cached, self.call.active = True, step.active
         if step.active is not None:
-            self.call.weight = fresh_weight(branch, step, self.run.kv_damping)
+            self.call.weight = fresh_weight(branch, step, self.run.kv_damping, self.run.kv_since)
 
     def _unbind(self) -> None:
         """Make the processors stock again, also after an exception."""

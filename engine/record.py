@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from .engine import Engine
 from .quality import psnr, relative_l2, ssim
 from .request import VideoOutput
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 _PACKAGES = ("heterostep", "torch", "diffusers", "transformers", "numpy", "av")
 

@@ -30,6 +30,19 @@ class Cancelled(HeterostepError):
     """The run was stopped by `Engine.cancel` or by closing its stream."""
 
 
+class Interrupted(Cancelled):
+    """The run was stopped by `Engine.save_and_stop`; the job can go on in another process.
+
+    Attributes:
+        step: number of steps that need not be done again.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        """Say what happened, and where the job goes on."""
+        super().__init__(message)
+        self.step = step
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """What an engine loads, and where it runs.
@@ -197,10 +210,13 @@ class Started:
     Attributes:
         request: with all defaults filled in.
         num_tokens: N, tokens of the video.
+        resumed_at: steps that were done before, of a job that goes on; all of them for a finished one, whose video
+            follows at once; None for a run from the start.
     """
 
     request: ResolvedRequest
     num_tokens: int
+    resumed_at: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +262,8 @@ class VideoOutput:
         fps: frames per second.
         hsa: the allocation used; None where the stock pipeline ran alone (compute 1).
         report: what was computed, step by step and token by token.
-        seconds: by stage: `encode_text`, `denoise`, `decode`, `total`.
+        seconds: by stage: `encode_text`, `denoise`, `decode`, `total`; of a job also `checkpoint`. Denoising and
+            checkpoints before a resume are counted, steps that a break lost are not.
         latents: final latents, float32 [1, C, F, Y, X] on the CPU, as the transformer leaves them.
         request: with all defaults filled in.
     """

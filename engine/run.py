@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from .models import WanAdapter
 from .report import HSAReport, StepRecord
 from .sharding import Sharding, Share
 from .solvers import correct_for, forecast_for
+from .state import check_resumable, restore_run
 from .tokens import Grid
 
 
@@ -76,6 +78,13 @@ class Run:
         self.sigmas: list[float] = []
         self.experts: list[int] = []
         self.forced: dict[int, str] = {}
+        self.first = 0
+        # Resuming: see save_every, resume and passed.
+        self.every: int | None = None
+        self.restarts: frozenset[int] = frozenset()
+        self.kv_since = math.inf
+        self.resumed_at = 0
+        self._saved: Mapping[str, Any] | None = None
         self.grid = Grid(0, 0, 0)
         self.batch_size = 0
         self.step: Step | None = None
@@ -88,19 +97,55 @@ class Run:
         """T of the current run."""
         return max(len(self.sigmas) - 1, 0)
 
-    def enter(self, expert: int, name: str, index: int | None, latents: Tensor, grid: Grid) -> Step:
+    def index_of(self, index: int | None) -> int:
+        """Return the step of a call, from what its pipeline says, or None where it does not say it."""
+        # Pipelines that do not pass it still step their scheduler, which counts from the first step on.
+        return index if index is not None else self.pipe.scheduler.step_index or 0
+
+    def save_every(self, every: int) -> None:
+        """Plan the next runs so that a run resumed after every `every`-th step takes the steps of an unbroken one.
+
+        Raises:
+            ConfigError: the planner has no `state` and `restore`.
+        """
+        check_resumable(self.planner)
+        self.every = every
+
+    def resume(self, saved: Mapping[str, Any]) -> None:
+        """Let the next run pass over the steps before `saved`, a `run_state`, and go on from there."""
+        check_resumable(self.planner)
+        self._saved = saved
+
+    def passed(self, name: str, index: int, latents: Tensor, grid: Grid, num_layers: int) -> bool:
+        """Whether branch `name` calls for a step that was done before a break: any answer will do, none is used.
+
+        The first call of a resumed run begins it, and puts back what was saved. Arguments as in `enter`.
+        """
+        if self._saved is not None:
+            saved, self._saved = self._saved, None
+            self._begin(0, latents, grid, saved)
+            self.step = restore_run(self, saved, num_layers, latents.device)
+        if index >= self.resumed_at:
+            return False
+        step = self.step
+        if step is not None and index == step.index + 1:
+            step.index, step.entered = index, set()
+        elif step is None or index != step.index or name in step.entered:
+            self.resumed_at = 0  # another run begins
+            return False
+        step.entered.add(name)
+        return True
+
+    def enter(self, expert: int, name: str, index: int, latents: Tensor, grid: Grid) -> Step:
         """Say that branch `name` calls the transformer; its first call begins the step, or the run.
 
         Args:
             expert: which transformer is called.
             name: the guidance branch.
-            index: the pipeline's step, or None where it does not say.
+            index: the pipeline's step.
             latents: the model's input [B, C, F, Y, X].
             grid: its tokens.
         """
-        if index is None:
-            # Pipelines that do not pass it still step their scheduler, which counts from the first step on.
-            index = self.pipe.scheduler.step_index or 0
         step = self.step
         if step is None or name in step.entered or index != step.index:
             if step is not None and index == step.index + 1:
@@ -143,6 +188,16 @@ class Run:
                 return False
         return False
 
+    def reads_kv(self, index: int) -> bool:
+        """Whether K/V of before step `index` are read at or after it: does a partial step come before a full one?"""
+        for later in range(index, self.num_steps):
+            count = self._count(later)
+            if count is None or 0 < count < self.grid.num_tokens:
+                return True
+            if count == self.grid.num_tokens:
+                return False
+        return False
+
     def needs_velocity(self, index: int) -> bool:
         """Whether velocities of step `index` matter beyond it: for a step that skips tokens, a correction, or AB2."""
         if self.forecast == "ab2":
@@ -177,9 +232,12 @@ class Run:
             num_steps=self.num_steps,
         )
 
-    def _begin(self, start: int, latents: Tensor, grid: Grid) -> None:
-        """Start a run at step `start`; whatever an earlier one left behind is forgotten, buffers are kept."""
-        self.step = None
+    def _begin(self, start: int, latents: Tensor, grid: Grid, saved: Mapping[str, Any] | None = None) -> None:
+        """Start a run at step `start`, with the plan of `saved` if that is given.
+
+        Whatever an earlier run left behind is forgotten, buffers are kept.
+        """
+        self.step, self.first, self.resumed_at, self.kv_since = None, start, 0, math.inf
         scheduler = self.pipe.scheduler
         self.forecast, self.correct = forecast_for(self.config, scheduler), correct_for(self.config, scheduler)
         if self.own_planner is not None:
@@ -209,17 +267,51 @@ class Run:
         self.told = dict(self.told_ahead)
         self.records = []
         self.evaluations = torch.zeros(self.batch_size, grid.num_tokens, dtype=torch.int32, device=latents.device)
-        begin = getattr(self.planner, "begin", None)
-        if begin is not None:
-            begin(self.sigmas, grid.num_tokens, self.batch_size, frozenset(self.forced))
-        counts: Sequence[int] | None = getattr(self.planner, "counts", None)
-        self.counts = list(counts) if counts is not None and len(counts) == self.num_steps else None
-        if self.sharding is not None:
-            self.counts = self.sharding.agreement.counts(self.counts, self.num_steps)
+        if saved is not None:
+            self.restarts, self.forced = frozenset(saved["restarts"]), dict(saved["forced"])
+        elif self.every is not None:
+            self.restarts = frozenset(range(self.every, self.num_steps, self.every))
+        else:
+            self.restarts = frozenset()
+        self._make_plan()
+
+    def _make_plan(self) -> None:
+        """Fix the size of every step; after a checkpoint all tokens are active where K/V of before would be needed."""
+        while True:
+            try:
+                self._begin_plan()
+            except ConfigError as error:
+                added = sum(reason == "checkpoint" for reason in self.forced.values())
+                if not added:
+                    raise
+                raise ConfigError(
+                    f"{str(error).rstrip('.')}; {added} of these steps follow a checkpoint, so that a larger "
+                    f'checkpoint_every than {self.every} would do too, or policy="steps".'
+                ) from error
+            counts: Sequence[int] | None = getattr(self.planner, "counts", None)
+            self.counts = list(counts) if counts is not None and len(counts) == self.num_steps else None
+            if self.sharding is not None:
+                self.counts = self.sharding.agreement.counts(self.counts, self.num_steps)
+            extra = {i: "checkpoint" for i in sorted(self.restarts) if i not in self.forced and self.reads_kv(i)}
+            if not extra:
+                return
+            # More full steps may move the others, and with them what is needed.
+            self.forced |= extra
+
+    def _begin_plan(self) -> None:
+        """Let the planner fix its counts."""
+        arguments = (self.sigmas, self.grid.num_tokens, self.batch_size, frozenset(self.forced))
+        if isinstance(self.planner, StepPlanner):
+            switches = frozenset(i for i, reason in self.forced.items() if reason == "expert switch")
+            self.planner.begin(*arguments, switches)
+        elif hasattr(self.planner, "begin"):
+            self.planner.begin(*arguments)
 
     def _plan(self, index: int, expert: int, device: torch.device) -> Step:
         """Decide what is active at step `index`: once, for all branches."""
         n, sigma = self.grid.num_tokens, self.sigmas[index]
+        if index in self.restarts:
+            self.kv_since = sigma
         if index in self.forced:
             active, reason = None, self.forced[index]
             if reason == "expert switch":
@@ -329,11 +421,17 @@ class Run:
         return None if active.shape[-1] == n else active
 
 
-def fresh_weight(branch: Branch, step: Step, damping: float) -> Tensor | None:
-    """Weight [B, N] of the damped K/V forecast, 0 for active tokens, whose rows are fresh; None if off."""
+def fresh_weight(branch: Branch, step: Step, damping: float, since: float = math.inf) -> Tensor | None:
+    """Weight [B, N] of the damped K/V forecast; None if off.
+
+    It is 0 for active tokens, whose rows are fresh, and for those whose evaluation before the last one was above the
+    noise level `since`: a resumed run would not know those keys and values.
+    """
     clock = branch.velocity.clock
     if damping == 0.0 or clock is None:
         return None
     weight = clock.weight(step.sigma) * damping
+    if math.isfinite(since):
+        weight.masked_fill_(clock.prev > since, 0.0)
     fill_rows(weight, step.active, 0.0)
     return weight

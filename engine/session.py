@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusers.hooks import HookRegistry
@@ -20,6 +20,7 @@ from .report import HSAReport, StepRecord
 from .run import Run
 from .sharding import Sharding
 from .solvers import build_scheduler, correct_for, forecast_for, kind_of
+from .state import pipeline_state, restore_pipeline, run_state
 
 
 class HSASession:
@@ -51,6 +52,7 @@ class HSASession:
         self._run = Run(pipe, adapter, config, planner, sharding)
         self.planner = self._run.planner
         # Transformer, its rotary embedding, and (attention, its stock processor, ours) of every layer.
+        self._saved: Mapping[str, Any] | None = None
         self._attached: list[tuple[Any, Any, list[tuple[Any, Any, Any]]]] = []
         for expert, transformer in adapter.transformers(pipe):
             self._attach(expert, transformer)
@@ -77,6 +79,49 @@ class HSASession:
             rest: other inputs that differ between branches, by the name of the transformer's argument.
         """
         self._run.told_ahead[branch] = (text, {"attention_kwargs": None} | rest)
+
+    def save_every(self, every: int) -> None:
+        """Plan runs for being saved by `state` after every `every`-th step, and resumed there bit for bit.
+
+        Keys and values are not saved. Where a partial step would need those of before, the step after is a full one, in
+        every run alike. (A run can be saved after any step; it then takes one more full step, if need be.)
+
+        Raises:
+            ConfigError: the planner has no `state` and `restore`.
+        """
+        self._run.save_every(every)
+
+    def state(self, latents: Tensor) -> dict[str, Any]:
+        """Return what `resume` needs; to be called in the pipeline's `callback_on_step_end`, with its latents.
+
+        It consists of dicts, lists, numbers, strings, None and tensors, and is good until the callback returns.
+        """
+        return {"run": run_state(self._run), "pipeline": pipeline_state(self.pipe, latents)}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Let the next run go on where `state` was taken; the pipeline is called as it was then.
+
+        It passes over the steps that are done without calling the model, and its callback must return what `passed`
+        does. `state` is used up by it.
+
+        Raises:
+            ConfigError: the planner has no `state` and `restore`.
+        """
+        self._run.resume(state["run"])
+        self._saved = state["pipeline"]
+
+    def passed(self, step: int, latents: Tensor) -> dict[str, Tensor] | None:
+        """Return None for a step that was computed, for one that a resumed run passed over what its callback returns.
+
+        To be called in `callback_on_step_end`, with its step and latents; the last step that is passed over gets the
+        saved latents.
+        """
+        if step >= self._run.resumed_at or self._saved is None:
+            return None
+        if step + 1 < self._run.resumed_at:
+            return {}
+        saved, self._saved = self._saved, None
+        return {"latents": restore_pipeline(self.pipe, saved, latents.device)}
 
     def release(self) -> None:
         """Free the caches; the next run allocates them anew."""

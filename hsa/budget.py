@@ -19,7 +19,7 @@ class Schedule:
     Attributes:
         sigmas: T + 1 noise levels, falling; the last one is where sampling ends.
         num_tokens: N.
-        forced_full: steps at which every token must be active (first step, change of experts, resume).
+        forced_full: steps at which every token must be active (first step, change of experts, some after a checkpoint).
     """
 
     sigmas: tuple[float, ...]

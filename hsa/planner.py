@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ class StepPlanner:
     """Plans one run after the other: `begin`, then per step `plan` and, where evaluated, `observe`.
 
     A user's own planner needs only `plan`; `begin`, `observe`, `reason` and `counts` are used where they
-    exist.
+    exist. `begin` may be called again before the first step, with more steps that are to be full. `state` and
+    `restore` are needed for runs that can be resumed.
     """
 
     max_age_default = 8
@@ -32,6 +34,7 @@ class StepPlanner:
         self.counts: list[int] = []
         self._schedule: Schedule | None = None
         self._batch_size = 1
+        self._switches: frozenset[int] = frozenset()
         self._tokens: TokenState | None = None
         self._velocity: Tensor | None = None
 
@@ -41,6 +44,7 @@ class StepPlanner:
         num_tokens: int,
         batch_size: int = 1,
         forced_full: frozenset[int] = frozenset({0}),
+        switches: frozenset[int] | None = None,
     ) -> None:
         """Start a run and fix the number of tokens of every step (`counts`).
 
@@ -49,6 +53,7 @@ class StepPlanner:
             num_tokens: N.
             batch_size: samples; with more than one each gets its own active set, all of one size.
             forced_full: steps at which everything is active.
+            switches: those of them at which another expert begins; None: perhaps all.
 
         Raises:
             ConfigError: no plan meets ``config.compute``; the message names the least possible.
@@ -61,6 +66,7 @@ class StepPlanner:
         full = [num_tokens] * schedule.num_steps
         self.counts = full if self.config.compute == 1.0 else self.policy.counts(schedule, self.config)
         self._schedule, self._batch_size = schedule, batch_size
+        self._switches = schedule.forced_full if switches is None else switches
         self._tokens = self._velocity = None
 
     def plan(self, step: int, num_steps: int, sigma: float, num_tokens: int) -> Tensor | None:
@@ -103,7 +109,7 @@ class StepPlanner:
         tokens = self._tokens
         # Across a change of experts velocities jump for reasons that say nothing about the tokens: keep the
         # rates.
-        learn = step not in self._schedule.forced_full
+        learn = step not in self._switches
         if active is None or 4 * active.shape[-1] > velocity.shape[1]:
             self._observe_many(sigma, velocity, active, learn)
         else:
@@ -130,6 +136,24 @@ class StepPlanner:
         chosen = torch.zeros_like(tokens.age, dtype=torch.bool)
         fill_rows(chosen, active, True)
         torch.where(chosen[..., None], velocity.to(kept.dtype), kept, out=kept)
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs, as it is at the end of a step: nested dicts of plain values and tensors."""
+        tokens = self._tokens
+        return {
+            "tokens": None if tokens is None else {"rate": tokens.rate, "last": tokens.last, "age": tokens.age},
+            "velocity": self._velocity,
+            "policy": self.policy.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
+        """Go on where another planner was when it gave its `state`; `begin` comes first, with the same arguments."""
+        assert self._schedule is not None, "begin() comes first"
+        self._tokens = self._velocity = None
+        if state["tokens"] is not None:
+            self._tokens = TokenState(**{name: tensor.to(device) for name, tensor in state["tokens"].items()})
+            self._velocity = state["velocity"].to(device)
+        self.policy.restore(state["policy"], device)
 
     def reason(self, step: int) -> str:
         """Say in a word why a step has the size it has: "full", "partial" or "skipped"."""

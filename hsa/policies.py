@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,6 +61,14 @@ class Policy(Protocol):
         """Choose `count` tokens per sample for a partial step: int64 [B, count], ascending."""
         ...
 
+    def state(self) -> dict[str, Any]:
+        """Return what `select` remembers between steps: numbers, None and tensors."""
+        ...
+
+    def restore(self, state: Mapping[str, Any], device: torch.device | str) -> None:
+        """Remember what another policy gave as its `state`; `counts` comes first."""
+        ...
+
 
 class _Ranked:
     """Selection shared by `tokens`, `joint` and `steps`: the largest expected velocity errors."""
@@ -67,6 +76,13 @@ class _Ranked:
     def select(self, step: int, sigma: float, count: int, tokens: TokenState, max_age: int) -> Tensor:
         """Take the top tokens by kappa * (sigma_last - sigma); those of `max_age` and older come first."""
         return top_tokens(tokens.priority(sigma), count, first=tokens.age >= max_age)
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: every step is ranked anew."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device | str) -> None:
+        """Nothing to remember."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +216,15 @@ class GroupsPolicy:
         if self._ranking is None or self._ranked_at != regrouped:
             self._ranking, self._ranked_at = tokens.rate.clone(), regrouped
         return top_tokens(self._ranking, count)
+
+    def state(self) -> dict[str, Any]:
+        """The ranking, and the step before which it was made."""
+        return {"ranking": self._ranking, "ranked_at": self._ranked_at}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device | str) -> None:
+        """Rank as before."""
+        self._ranked_at = state["ranked_at"]
+        self._ranking = None if state["ranking"] is None else state["ranking"].to(device)
 
     def _divisors(self, schedule: Schedule, full: set[int]) -> list[int]:
         """For every step the largest divisor whose group is active (the largest of all on full steps)."""

@@ -8,7 +8,8 @@ dx/dsigma = v.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,6 +179,22 @@ class VelocityCache:
             bend = bend - slope.where(two[..., None], torch.zeros_like(slope))
         owed = bend * weight[..., None]
         return owed.where(known[..., None], torch.zeros_like(owed))
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs, as it is at the end of a step; the tensors are not copies."""
+        # What is owed is paid at the step that found it out, so between two steps nothing is.
+        assert self._owed is None, "a step is going on"
+        clock = None if self.clock is None else {"last": self.clock.last, "prev": self.clock.prev}
+        return {"last": self.last, "prev": self.prev, "clock": clock}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device | str) -> None:
+        """Go on where a cache of the same settings was when it gave its `state`."""
+        self._owed = None
+        self.last, self.prev = (None if state[k] is None else state[k].to(device) for k in ("last", "prev"))
+        self.clock = None
+        if state["clock"] is not None:
+            self.clock = TokenClock(0, 0, device)
+            self.clock.last, self.clock.prev = (state["clock"][k].to(device) for k in ("last", "prev"))
 
     @property
     def nbytes(self) -> int:

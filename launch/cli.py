@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from ..errors import ConfigError, HeterostepError, RequestError
+from .signals import JobStopped
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_SAVED = 75
+"""EX_TEMPFAIL of sysexits.h: the same command goes on later."""
 EXIT_INTERRUPTED = 130
 
 _EPILOG = """\
@@ -29,6 +32,8 @@ examples:
     heterostep generate --prompt "a red disc moves right" --compute 0.5 --output v.mp4 --heatmap h.mp4
   what does it save, and what does it cost?
     heterostep generate --prompt "a red disc moves right" --compute 0.33 --compare-dense --report r.json
+  a long one, to be given again after whatever broke it off:
+    heterostep generate --prompt "a red disc moves right" --job-dir disc --output disc.mp4
 
 Whatever is left out takes the model's own default; `heterostep info --model M` shows them.
 """
@@ -158,6 +163,13 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="make the dense video too; say what was saved and what it cost",
     )
     out.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+    job = command.add_argument_group("how to survive a break", "SIGTERM and SIGUSR1 then save and exit with 75.")
+    job.add_argument("--job-dir", metavar="DIR", help="keep checkpoints here; the same command goes on where it was")
+    job.add_argument("--checkpoint-every", type=_whole(1), metavar="K", help="steps between checkpoints (default 5)")
+    job.add_argument(
+        "--resume", metavar="R", help="auto (default): go on where DIR's newest checkpoint is; never: begin anew"
+    )
     command.set_defaults(run=_generate)
 
 
@@ -189,8 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes those of the process.
 
     Returns:
-        0 on success, 2 for bad input, 130 after Ctrl-C, 1 for any other foreseen failure; each of these with
-        one sentence on stderr.
+        0 on success, 2 for bad input, 75 for a job that was saved and can go on, 130 after Ctrl-C, 1 for any other
+        foreseen failure; each of these but 0 with one sentence on stderr.
     """
     try:
         arguments = build_parser().parse_args(argv)
@@ -198,8 +210,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except (ConfigError, RequestError) as error:
         return _fail(str(error), EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        return _fail("interrupted", EXIT_INTERRUPTED)
+    except JobStopped as stopped:
+        return _fail(str(stopped), EXIT_SAVED)
+    except KeyboardInterrupt as interrupt:
+        return _fail(f"interrupted{interrupt}", EXIT_INTERRUPTED)
     except (HeterostepError, OSError, MemoryError) as error:
         return _fail(str(error) or type(error).__name__, EXIT_FAILED)
     except RuntimeError as error:

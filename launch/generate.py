@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..engine.engine import Engine
+from ..engine.engine import Engine, find_finished
 from ..engine.facts import read_facts
 from ..engine.files import check_writable, replacing, write_json
+from ..engine.job import JobConfig
 from ..engine.record import run_record
-from ..engine.request import Decoding, EngineConfig, GenerateRequest, Started, StepDone, VideoOutput, resolve
+from ..engine.request import (
+    Decoding,
+    EngineConfig,
+    Event,
+    GenerateRequest,
+    Interrupted,
+    Started,
+    StepDone,
+    VideoOutput,
+    resolve,
+)
 from ..errors import ConfigError
 from ..hsa.config import HSAConfig
 from .logs import silence_libraries
+from .signals import JobStopped, saving_signals
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -39,19 +51,82 @@ def generate(arguments: argparse.Namespace) -> int:
     if max(resolved.width, resolved.height) * arguments.scale > MAX_SIDE:
         raise ConfigError(f"scale {arguments.scale} makes the video larger than the {MAX_SIDE} pixels H.264 allows")
 
+    job = _job(arguments)
     say: Callable[[str], None] = (lambda text: None) if arguments.quiet else print
+    if job is None:
+        output, record = _compute(arguments, config, request)
+    else:
+        found = find_finished(config, request, job)
+        if found is not None:
+            say(f"the job in {arguments.job_dir} is finished; nothing was computed")
+        output, record = found if found is not None else _work(arguments, config, request, job)
+    _write(output, record, paths, arguments.scale)
+    for line in _summary(output, record, paths):
+        say(line)
+    return 0
+
+
+def _compute(
+    arguments: argparse.Namespace, config: EngineConfig, request: GenerateRequest
+) -> tuple[VideoOutput, dict[str, Any]]:
+    """Load the model and make the video, and a dense one before it where that is asked for."""
     engine = Engine(config)
     dense = None
     if arguments.compare_dense:
         # The first steps of a process pay for allocations and kernel choices; neither side should.
         engine.generate(dataclasses.replace(request, compute=1.0, num_inference_steps=2))
-        dense = _run(engine, dataclasses.replace(request, compute=1.0), "dense", arguments.quiet)
-    output = _run(engine, request, "denoising", arguments.quiet)
-    record = run_record(engine, output, dense)
-    _write(output, record, paths, arguments.scale)
-    for line in _summary(output, record, paths):
-        say(line)
-    return 0
+        dense = _run(engine.stream(dataclasses.replace(request, compute=1.0)), "dense", arguments.quiet)
+    output = _run(engine.stream(request), "denoising", arguments.quiet)
+    return output, run_record(engine, output, dense)
+
+
+def _work(
+    arguments: argparse.Namespace, config: EngineConfig, request: GenerateRequest, job: JobConfig
+) -> tuple[VideoOutput, dict[str, Any]]:
+    """Load the model and go on with a job.
+
+    Raises:
+        JobStopped: a signal told to go; what is done is saved.
+        KeyboardInterrupt: likewise by Ctrl-C.
+    """
+    engines: list[Engine] = []
+    asked = False
+
+    def stop() -> None:
+        nonlocal asked
+        asked = True
+        if not engines:
+            raise JobStopped(f"stopped before its first step; the same command begins the job in {job.folder}")
+        engines[0].save_and_stop()
+
+    try:
+        with saving_signals(stop):
+            engines.append(Engine(config))
+
+            def events() -> Iterator[Event]:
+                for event in engines[0].stream(request, job):
+                    if asked:  # perhaps before there was a run that could be told
+                        engines[0].save_and_stop()
+                    yield event
+
+            output = _run(events(), "denoising", arguments.quiet)
+    except Interrupted as interrupted:
+        raise JobStopped(str(interrupted)) from interrupted
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"; the same command goes on with the job in {job.folder}") from interrupt
+    return output, run_record(engines[0], output)
+
+
+def _job(arguments: argparse.Namespace) -> JobConfig | None:
+    given = {name: getattr(arguments, name) for name in ("checkpoint_every", "resume")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.job_dir is None:
+        if given:
+            raise ConfigError(f"--{next(iter(given)).replace('_', '-')} is for jobs; name a folder with --job-dir")
+        return None
+    if arguments.compare_dense:
+        raise ConfigError("--compare-dense makes two videos, but a job is one; leave out --job-dir to compare")
+    return JobConfig(folder=arguments.job_dir, **given)
 
 
 def _paths(arguments: argparse.Namespace) -> dict[str, Path]:
@@ -77,13 +152,15 @@ def _request(arguments: argparse.Namespace) -> GenerateRequest:
     )
 
 
-def _run(engine: Engine, request: GenerateRequest, label: str, quiet: bool) -> VideoOutput:
+def _run(events: Iterator[Event], label: str, quiet: bool) -> VideoOutput:
     output = None
     bar: tqdm | None = None
     try:
-        for event in engine.stream(request):
+        for event in events:
             if isinstance(event, Started):
-                bar = _bar(event.request.num_inference_steps, label, quiet)
+                bar = _bar(event.request.num_inference_steps, event.resumed_at or 0, label, quiet)
+                if event.resumed_at is not None and not quiet:
+                    print(f"going on after step {event.resumed_at} of {event.request.num_inference_steps}")
             elif isinstance(event, StepDone):
                 assert bar is not None
                 share = event.active / event.total
@@ -101,12 +178,13 @@ def _run(engine: Engine, request: GenerateRequest, label: str, quiet: bool) -> V
     return output
 
 
-def _bar(num_steps: int, label: str, quiet: bool) -> tqdm:
+def _bar(num_steps: int, done: int, label: str, quiet: bool) -> tqdm:
     from tqdm import tqdm
 
     # disable=None: no bar where stderr is a file or a pipe.
     return tqdm(
         total=num_steps,
+        initial=done,
         desc=label,
         disable=True if quiet else None,
         leave=False,

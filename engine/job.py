@@ -1,0 +1,318 @@
+"""A job: one video whose making survives the process. Its folder holds checkpoints, progress, and the result.
+
+On many ranks only the first has a `Job`; what it loads it shares with the others, since all that is saved is alike on
+each of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+
+from ..errors import ConfigError
+from ..hsa.config import HSAConfig
+from .checkpoint import Damaged, Saved, checkpoint_name, checkpoint_steps, read_saved, remove_others, write_saved
+from .facts import first_line
+from .identity import differences
+from .report import HSAReport, StepRecord
+from .request import ResolvedRequest, StepDone, VideoOutput
+
+RESUME = ("auto", "never")
+KEPT = 2
+"""Checkpoints that are kept: the newest, and one to fall back to."""
+_RESULT = "result"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """Where a job is kept, and how often.
+
+    Attributes:
+        folder: of this one video; made if it does not exist.
+        checkpoint_every: number of denoising steps from one checkpoint to the next. It belongs to the plan: policies
+            that leave out tokens make the step after a checkpoint a full one.
+        resume: `"auto"` goes on where the folder's newest whole checkpoint is, or begins where there is none;
+            `"never"` begins anew and removes what is there.
+
+    Raises:
+        ConfigError: a value is not one of these.
+    """
+
+    folder: str | os.PathLike[str]
+    checkpoint_every: int = 5
+    resume: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.folder, str | os.PathLike) or not str(self.folder).strip():
+            raise ConfigError(f"the job's folder must be a path, not {self.folder!r}")
+        every = self.checkpoint_every
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ConfigError(f"checkpoint_every must be a whole number of steps of at least 1, not {every!r}")
+        if self.resume not in RESUME:
+            raise ConfigError(f"resume must be one of {', '.join(RESUME)}, not {self.resume!r}")
+
+
+class Finished(NamedTuple):
+    """The stored result of a job: the video, and the record of its making (`record.run_record`)."""
+
+    output: VideoOutput
+    record: dict[str, Any]
+
+
+class Job:
+    """A job's folder while one process works in it; a context manager, which keeps other processes out.
+
+    Attributes:
+        folder: of the job.
+        every: steps from one checkpoint to the next.
+        saved: number of steps of the newest whole checkpoint, 0 if there is none.
+        seconds: that writing checkpoints took.
+    """
+
+    def __init__(self, config: JobConfig, identity: Mapping[str, Any], quiet: bool = False) -> None:
+        """Prepare; nothing is read or written yet.
+
+        Args:
+            config: folder and settings.
+            identity: what the job makes (`identity.identity_of`).
+            quiet: do not log what is skipped.
+        """
+        self.folder, self.every = Path(config.folder), config.checkpoint_every
+        self.saved, self.seconds = 0, 0.0
+        self._anew, self._identity, self._quiet = config.resume == "never", identity, quiet
+        self._whole: list[int] = []
+        self._lock: BinaryIO | None = None
+        self._progress: BinaryIO | None = None
+
+    def __enter__(self) -> Job:
+        """Make the folder and keep others out.
+
+        Raises:
+            ConfigError: the folder cannot be used, or another process does.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / ".lock", "ab")
+            _exclude_others(self._lock, self.folder)
+        except OSError as error:
+            self.__exit__(None, None, None)
+            raise ConfigError(f"the job folder {str(self.folder)!r} cannot be used ({error.strerror})") from error
+        except ConfigError:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let others in."""
+        for file in (self._progress, self._lock):
+            # The progress file may hold a line that no longer fits onto the disk.
+            with contextlib.suppress(OSError):
+                if file is not None:
+                    file.close()
+        self._progress = self._lock = None
+
+    def finished(self) -> Finished | None:
+        """Return the stored result, or None if there is none.
+
+        Raises:
+            ConfigError: it is the result of another job.
+        """
+        if self._anew or not (self.folder / f"{_RESULT}.json").exists():
+            return None
+        saved = self._read(_RESULT, "result")
+        if saved is None:
+            return None
+        self._check(saved)
+        return Finished(_output_from(saved.content["output"]), dict(saved.content["record"]))
+
+    def newest(self) -> Saved | None:
+        """Return the newest whole checkpoint; what is torn or altered is skipped with a line in the log.
+
+        `resume="never"` removes all checkpoints and the result instead.
+
+        Raises:
+            ConfigError: it belongs to another job.
+            OSError: something cannot be removed.
+        """
+        if self._anew:
+            remove_others(self.folder, ())
+            return None
+        for step in checkpoint_steps(self.folder):
+            saved = self._read(checkpoint_name(step), "checkpoint")
+            if saved is not None:
+                self._check(saved)
+                self.saved, self._whole = step, [step]
+                return saved
+        return None
+
+    def save(self, step: int, sigma: float, state: Mapping[str, Any]) -> bool:
+        """Write the checkpoint after `step` steps, at noise level `sigma`, and keep one before it.
+
+        A disk that is full must not end a run that can do without: it is logged, and tried again at the next
+        checkpoint. Returns whether the checkpoint is there.
+        """
+        if step == self.saved:
+            return True
+        start = time.perf_counter()
+        saved = Saved(kind="checkpoint", step=step, sigma=sigma, job=self._identity, content=state)
+        try:
+            if self._progress is not None:  # what it says of the steps so far must outlast the machine too
+                os.fsync(self._progress.fileno())
+            write_saved(self.folder, checkpoint_name(step), saved)
+            self.saved = step
+            self._whole = [*self._whole, step][-KEPT:]
+            remove_others(self.folder, [checkpoint_name(whole) for whole in self._whole])
+        except OSError as error:
+            left = f"that of step {self.saved} is" if self.saved else "none is"
+            _warn("the checkpoint of step %d could not be written (%s); %s there", step, _reason(error), left)
+            with contextlib.suppress(OSError):  # what was written of it fills the disk
+                remove_others(self.folder, [checkpoint_name(whole) for whole in self._whole])
+        self.seconds += time.perf_counter() - start
+        return self.saved == step
+
+    def progress(self, event: StepDone) -> None:
+        """Append a step to `progress.jsonl`; the first call removes what is there of this and later steps."""
+        line = {
+            "step": event.step,
+            "num_steps": event.num_steps,
+            "sigma": event.sigma,
+            "active": event.active / event.total,
+            "seconds": round(event.seconds, 4),
+            "eta_seconds": round(event.eta_seconds, 2),
+            "time": round(time.time(), 3),
+        }
+        try:
+            if self._progress is None:
+                self._progress = _open_progress(self.folder / "progress.jsonl", event.step)
+            self._progress.write((json.dumps(line) + "\n").encode())
+            self._progress.flush()
+        except OSError as error:
+            _warn("progress.jsonl could not be written at step %d (%s)", event.step, _reason(error))
+
+    def finish(self, output: VideoOutput, record: Mapping[str, Any]) -> None:
+        """Store the result, and remove the checkpoints; should that fail, they stay, and the log says so."""
+        content = {"output": _output_content(output), "record": record}
+        steps = output.request.num_inference_steps
+        saved = Saved(kind="result", step=steps, sigma=0.0, job=self._identity, content=content)
+        try:
+            write_saved(self.folder, _RESULT, saved)
+            remove_others(self.folder, [_RESULT])
+        except OSError as error:
+            _warn("the result could not be kept in the job folder (%s)", _reason(error))
+
+    def _read(self, name: str, kind: str) -> Saved | None:
+        try:
+            return read_saved(self.folder, name, kind)
+        except Damaged as error:
+            if self._quiet:
+                return None
+            _warn("%s in job folder %s is skipped: %s", name, str(self.folder), error)
+            return None
+
+    def _check(self, saved: Saved) -> None:
+        found = differences(saved.job, self._identity)
+        if found:
+            raise ConfigError(
+                f"the job folder {str(self.folder)!r} holds another job, which differs in {', '.join(found)}: ask for "
+                'the same, name another folder (--job-dir), or begin anew (--resume never, resume="never")'
+            )
+
+
+def look(config: JobConfig, identity: Mapping[str, Any]) -> Finished | None:
+    """Return a job's stored result, if it has one, and refuse what the job could not begin or go on with.
+
+    Raises:
+        ConfigError: the folder cannot be used, is in use, or holds another job.
+    """
+    with Job(config, identity, quiet=True) as job:
+        finished = job.finished()
+        if finished is None and config.resume != "never":
+            job.newest()
+        return finished
+
+
+def _warn(message: str, *values: object) -> None:
+    logging.getLogger("heterostep").warning("heterostep: " + message, *values)
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or first_line(error)
+
+
+def _exclude_others(lock: BinaryIO, folder: Path) -> None:
+    """Lock a file for as long as it is open; the system unlocks it when the process dies, however it does."""
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"the job folder {str(folder)!r} is in use by another run: wait for it, or name another folder"
+        ) from error
+
+
+def _open_progress(path: Path, step: int) -> BinaryIO:
+    """Open for appending the line of `step`, after cutting off that step's line, later ones, and a torn end."""
+    file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 - the job closes it
+    end = 0
+    for line in file:
+        try:
+            known = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            break
+        if not line.endswith(b"\n") or not isinstance(known, int) or known >= step:
+            break
+        end += len(line)
+    file.truncate(end)
+    file.seek(end)
+    return file
+
+
+def _output_content(output: VideoOutput) -> dict[str, Any]:
+    """A video as plain data."""
+    report = output.report
+    return {
+        "frames": torch.from_numpy(output.frames),
+        "latents": output.latents,
+        "fps": output.fps,
+        "hsa": None if output.hsa is None else dataclasses.asdict(output.hsa),
+        "report": {
+            "steps": [dataclasses.asdict(step) for step in report.steps],
+            "compute": report.compute,
+            "evaluations": report.evaluations,
+            "kv_bytes": report.kv_bytes,
+            "num_steps": report.num_steps,
+        },
+        "seconds": dict(output.seconds),
+        "request": dataclasses.asdict(output.request),
+    }
+
+
+def _output_from(content: Mapping[str, Any]) -> VideoOutput:
+    """The inverse of `_output_content`."""
+    report = dict(content["report"])
+    report["steps"] = [StepRecord(**step) for step in report["steps"]]
+    return VideoOutput(
+        frames=content["frames"].numpy(),
+        latents=content["latents"],
+        fps=content["fps"],
+        hsa=None if content["hsa"] is None else HSAConfig(**content["hsa"]),
+        report=HSAReport(**report),
+        seconds=content["seconds"],
+        request=ResolvedRequest(**content["request"]),
+    )

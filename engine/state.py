@@ -1,0 +1,159 @@
+"""What a run knows between two steps, apart from keys and values: taken out to be saved, and put back to resume.
+
+A state is plain data: dicts with string keys, lists, numbers, strings, None and tensors, so that it can be written down
+(`checkpoint`). Its tensors are those of the run, not copies: it is good until the next step begins. On many ranks all
+of it is alike on each of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .report import StepRecord
+
+if TYPE_CHECKING:
+    from .run import Run, Step
+
+# Settings of a diffusers scheduler: they come with the model, and never change.
+_SETTINGS = ("_internal_dict",)
+
+
+def check_resumable(planner: Any) -> None:
+    """Refuse a planner whose runs could not be resumed.
+
+    Raises:
+        ConfigError: it has no `state` and `restore`.
+    """
+    if not all(callable(getattr(planner, name, None)) for name in ("state", "restore")):
+        raise ConfigError(
+            f"{type(planner).__name__} has no methods state() and restore(state, device), so that a run planned by it "
+            "could not be resumed: add them, or run without checkpoints."
+        )
+
+
+def run_state(run: Run) -> dict[str, Any]:
+    """Return the state of a run whose last step is done.
+
+    Raises:
+        ConfigError: the planner has no `state` and `restore`.
+    """
+    check_resumable(run.planner)
+    assert run.step is not None and run.step.recorded, "a step is going on"
+    step = run.step.index + 1
+    return {
+        "step": step,
+        "sigmas": run.sigmas,
+        "grid": list(run.grid),
+        "batch_size": run.batch_size,
+        # What made the plan. A full step that only resuming took was not in it.
+        "forced": [[i, reason] for i, reason in run.forced.items() if reason != "resume"],
+        "restarts": [i for i in sorted(run.restarts) if i >= step],
+        "counts": run.counts,
+        "records": [dataclasses.asdict(record) for record in run.records],
+        "evaluations": run.evaluations,
+        "branches": {name: branch.velocity.state() for name, branch in run.branches.items()},
+        "planner": run.planner.state(),
+    }
+
+
+def restore_run(run: Run, state: Mapping[str, Any], num_layers: int, device: torch.device) -> Step:
+    """Put a state back into a run that has begun, and make its next step a full one if it needs K/V of before.
+
+    Args:
+        run: begun with the plan of the state.
+        state: from `run_state`.
+        num_layers: of the transformer.
+        device: of the latents.
+
+    Returns:
+        The step that the run stands at, done: the first of those that are passed over.
+
+    Raises:
+        ConfigError: the run is of another size, or plans other steps.
+    """
+    from .run import Step
+
+    size = [state["sigmas"], state["grid"], state["batch_size"]]
+    if size != [run.sigmas, list(run.grid), run.batch_size]:
+        raise ConfigError(
+            f"the saved run has {len(state['sigmas']) - 1} steps of {state['batch_size']} x {state['grid']} tokens, "
+            f"this one {run.num_steps} of {run.batch_size} x {list(run.grid)}, or other noise levels: resume with the "
+            "settings that it was begun with"
+        )
+    if run.counts != state["counts"]:
+        raise ConfigError("the saved run was planned by another version or planner: it can only be begun anew")
+    run.branches.clear()
+    for name, velocity in state["branches"].items():
+        run.branch(name, num_layers).velocity.restore(velocity, device)
+    run.planner.restore(state["planner"], device)
+    run.records = [StepRecord(**record) for record in state["records"]]
+    run.evaluations = state["evaluations"].to(device)
+    run.resumed_at = at = state["step"]
+    if at < run.num_steps and run.reads_kv(at):
+        run.forced.setdefault(at, "resume")
+    run.restarts |= {at}
+    return Step(
+        index=0, sigma=run.sigmas[0], sigma_next=run.sigmas[1], expert=0, active=None, count=0, reason="passed",
+        started=0.0, recorded=True,
+    )  # fmt: skip
+
+
+def pipeline_state(pipe: Any, latents: Tensor) -> dict[str, Any]:
+    """Return what a pipeline carries from step to step: latents, the scheduler's history, random numbers."""
+    rng = {"cpu": torch.get_rng_state()}
+    if latents.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(latents.device)
+    return {"latents": latents, "scheduler": scheduler_state(pipe.scheduler), "rng": rng}
+
+
+def restore_pipeline(pipe: Any, state: Mapping[str, Any], device: torch.device) -> Tensor:
+    """Put a `pipeline_state` back, and return the latents, which go into the pipeline by its callback."""
+    restore_scheduler(pipe.scheduler, state["scheduler"], device)
+    torch.set_rng_state(state["rng"]["cpu"])
+    if device.type == "cuda" and "cuda" in state["rng"]:
+        torch.cuda.set_rng_state(state["rng"]["cuda"], device)
+    latents: Tensor = state["latents"].to(device)
+    return latents
+
+
+def scheduler_state(scheduler: Any) -> dict[str, Any]:
+    """Return everything a scheduler holds beside its settings, whatever it is called: tensors, numbers, lists of them.
+
+    Raises:
+        ConfigError: it holds something else, such as a second scheduler.
+    """
+    state = {name: value for name, value in vars(scheduler).items() if name not in _SETTINGS}
+    for name, value in state.items():
+        if not _is_plain(value):
+            raise ConfigError(
+                f"{type(scheduler).__name__} keeps a {type(value).__name__} in {name}, which cannot be saved: run "
+                "without checkpoints, or with another scheduler."
+            )
+    return state
+
+
+def restore_scheduler(scheduler: Any, state: Mapping[str, Any], device: torch.device) -> None:
+    """Put a `scheduler_state` back, every tensor on the device of the one that it replaces, new ones on `device`."""
+    for name, value in state.items():
+        setattr(scheduler, name, _placed(value, getattr(scheduler, name, None), device))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str | Tensor)
+
+
+def _placed(value: Any, like: Any, device: torch.device) -> Any:
+    if isinstance(value, list):
+        beside = like if isinstance(like, list) and len(like) == len(value) else [None] * len(value)
+        return [_placed(item, other, device) for item, other in zip(value, beside, strict=True)]
+    if isinstance(value, Tensor):
+        return value.to(like.device if isinstance(like, Tensor) else device)
+    return value
