@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 
-from ..errors import RequestError
+from ..errors import HeterostepError, RankFailure, RequestError
 from ..hsa.config import HSAConfig
-from .facts import read_facts
+from ..parallel.mesh import ParallelMesh
+from .checkpoint import Saved
+from .facts import first_line, read_facts
 from .identity import identity_of
 from .job import Finished, Job, JobConfig, look
 from .loading import load_pipeline, pick_device, pick_dtype
@@ -34,6 +37,7 @@ from .request import (
     resolve,
 )
 from .session import apply, remove
+from .sharding import Sharding
 from .steps import StepEvents, Stop, dense_report, stopped
 
 if TYPE_CHECKING:
@@ -51,6 +55,8 @@ __all__ = [
     "StepDone",
     "VideoOutput",
 ]
+
+T = TypeVar("T")
 
 # What WanPipeline itself uses when it is given a prompt.
 _MAX_SEQUENCE_LENGTH = 512
@@ -72,9 +78,10 @@ class Engine:
         dtype: of text encoder and transformer.
         pipeline: the stock diffusers pipeline; load LoRA weights into it, or offload it, as usual.
         load_seconds: how long loading took.
+        sharding: how the work is shared with other ranks; None on one rank.
 
     Raises:
-        ConfigError: the model cannot be loaded, or the device is not there.
+        ConfigError: the model cannot be loaded, or the device is not there, or the ranks do not fit the degrees.
     """
 
     def __init__(self, config: EngineConfig | None = None) -> None:
@@ -83,10 +90,17 @@ class Engine:
         self.facts = read_facts(self.config.model)
         self.device = pick_device(self.config.device)
         self.dtype = pick_dtype(self.config.dtype, self.device)
-        self.pipeline = load_pipeline(self.facts, self.device, self.dtype)
+        self.sharding = _sharding(self.config, self.device)
+        # One rank reads the prompts for all: the text encoder may be larger than a rank's share of all else.
+        self.pipeline = load_pipeline(self.facts, self.device, self.dtype, text=self.leads)
         self.load_seconds = time.perf_counter() - start
         self._busy = threading.Lock()
         self._stop = Stop()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank reads prompts, keeps jobs and decodes; true on one rank."""
+        return self.sharding is None or self.sharding.agreement.leads
 
     def generate(self, request: GenerateRequest, job: JobConfig | None = None) -> VideoOutput:
         """Make a video and wait for it; arguments and errors as for `stream`."""
@@ -166,47 +180,76 @@ class Engine:
     def _run(
         self, request: ResolvedRequest, config: JobConfig | None, emit: Callable[[Event], None], stop: Stop
     ) -> VideoOutput:
-        """Make the video, or find it made. Runs in the worker thread."""
-        if config is None:
-            return self._make(request, None, emit, stop)
-        identity = identity_of(self.facts, request, _allocation(self.config, request), self.dtype, self.pipeline)
-        with Job(config, identity) as job:
-            finished = job.finished()
-            if finished is None:
-                return self._make(request, job, emit, stop)
-            num_tokens = math.prod(self.facts.grid(request.width, request.height, request.num_frames))
-            emit(Started(request=request, num_tokens=num_tokens, resumed_at=request.num_inference_steps))
-            return finished.output
+        """Make the video, or find it made. Runs in the worker thread.
+
+        Raises:
+            RankFailure: something else than heterostep itself found wrong; on many ranks only.
+        """
+        step = Progress()
+        try:
+            if config is None:
+                return self._make(request, None, None, None, emit, stop, step)
+            identity = identity_of(self.facts, request, _allocation(self.config, request), self.dtype, self.pipeline)
+            # All that is saved is alike on all ranks: one reads and writes it.
+            with Job(config, identity) if self.leads else contextlib.nullcontext() as job:
+                finished, saved = self._decide(lambda: _found(job))
+                if finished is None:
+                    return self._make(request, job, config.checkpoint_every, saved, emit, stop, step)
+                num_tokens = math.prod(self.facts.grid(request.width, request.height, request.num_frames))
+                emit(Started(request=request, num_tokens=num_tokens, resumed_at=request.num_inference_steps))
+                return finished.output
+        except (HeterostepError, Cancelled):
+            raise
+        except Exception as error:
+            if self.sharding is None:
+                raise
+            axis = self.sharding.mesh.world
+            raise RankFailure(
+                f"rank {axis.rank} of {axis.size} failed {step.where}: {type(error).__name__}: {first_line(error)}"
+            ) from error
 
     def _make(
-        self, request: ResolvedRequest, job: Job | None, emit: Callable[[Event], None], stop: Stop
+        self,
+        request: ResolvedRequest,
+        job: Job | None,
+        every: int | None,
+        saved: Saved | None,
+        emit: Callable[[Event], None],
+        stop: Stop,
+        progress: Progress,
     ) -> VideoOutput:
         """The life of a request: text, denoising, VAE."""
         grid = self.facts.grid(request.width, request.height, request.num_frames)
         num_tokens = math.prod(grid)
-        saved = job.newest() if job is not None else None
         emit(Started(request=request, num_tokens=num_tokens, resumed_at=saved.step if saved is not None else None))
         start = time.perf_counter()
         embeds = self._encode_text(request)
         encoded = self._clock()
-        if stop.asked:
+        if self._vote(stop.asked):
             raise stopped(0 if saved is None else saved.step, request.num_inference_steps, job if stop.save else None)
 
         hsa = _allocation(self.config, request)
-        # With every token at every step the hook changes nothing, but only through it a run can go on.
-        used = hsa if hsa is not None or job is None else HSAConfig(compute=1.0)
-        session = apply(self.pipeline, used) if used is not None else None
+        # With every token at every step the hook changes nothing, but only through it a run can go on, or be shared.
+        hooked = hsa is not None or every is not None or self.sharding is not None
+        session = apply(self.pipeline, hsa or HSAConfig(compute=1.0), sharding=self.sharding) if hooked else None
         try:
             work = num_tokens * request.num_inference_steps * (hsa.compute if hsa is not None else 1.0)
-            on_step = StepEvents(request.num_inference_steps, num_tokens, work, session, emit, stop, self._clock)
-            if job is not None:
-                on_step.keep(job, saved)
+            on_step = StepEvents(
+                request.num_inference_steps, num_tokens, work, session, emit, stop, self._clock, self._vote
+            )
+            progress.follow(on_step)
+            if every is not None:
+                on_step.keep(job, every, saved)
+            if session is not None:
+                for branch, text in zip(("cond", "uncond"), embeds.values(), strict=True):
+                    if text is not None:
+                        session.tell(branch, text.to(self.pipeline.transformer.dtype))
             latents = self._denoise(request, embeds, on_step)
-            report = session.report if session is not None else dense_report(on_step.events, grid)
+            report = session.full_report() if session is not None else dense_report(on_step.events, grid)
         finally:
             if session is not None:
                 remove(self.pipeline)  # frees the K/V caches before the VAE needs the memory
-        if stop.asked:
+        if on_step.stopping:
             raise stopped(on_step.done, request.num_inference_steps, job if stop.save else None)
         if not bool(torch.isfinite(latents).all()):
             raise RequestError(
@@ -216,7 +259,7 @@ class Engine:
         denoised = self._clock()
 
         emit(Decoding(seconds=denoised - encoded))
-        frames = self._decode(latents)
+        frames = self._decode(latents, request)
         decoded = self._clock()
         seconds = {"encode_text": encoded - start, "denoise": denoised - encoded, "decode": decoded - denoised}
         if job is not None:
@@ -237,8 +280,30 @@ class Engine:
             job.finish(output, run_record(self, output))
         return output
 
-    @torch.no_grad()
+    def _decide(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on all ranks."""
+        return make() if self.sharding is None else self.sharding.agreement.decide(make)
+
+    def _vote(self, flag: bool) -> bool:
+        """Whether any rank says yes."""
+        return flag if self.sharding is None else self.sharding.agreement.any(flag)
+
     def _encode_text(self, request: ResolvedRequest) -> dict[str, torch.Tensor | None]:
+        """Embeddings of the prompts, on every rank."""
+        if self.sharding is None:
+            return self._embed(request)
+        embeds = self._decide(
+            lambda: {name: text.cpu() for name, text in self._embed(request).items() if text is not None}
+        )
+        if self.leads and self.device.type == "cuda":
+            self.pipeline.text_encoder.to("cpu")  # until the next prompt: its memory is worth more to K/V
+        names = ("prompt_embeds", "negative_prompt_embeds")
+        return {name: embeds[name].to(self.device) if name in embeds else None for name in names}
+
+    @torch.no_grad()
+    def _embed(self, request: ResolvedRequest) -> dict[str, torch.Tensor | None]:
+        if self.sharding is not None:
+            self.pipeline.text_encoder.to(self.device)
         prompt, negative = self.pipeline.encode_prompt(
             request.prompt,
             request.negative_prompt,
@@ -268,9 +333,18 @@ class Engine:
         ).frames
         return latents
 
+    def _decode(self, latents: torch.Tensor, request: ResolvedRequest) -> NDArray[np.uint8]:
+        """Latents [1, C, F, Y, X] -> uint8 [F, H, W, 3], on every rank."""
+        if self.sharding is None:
+            return self._pixels(latents)
+        frames = torch.from_numpy(self._pixels(latents)) if self.leads else None
+        shape = (request.num_frames, request.height, request.width, 3)
+        pixels: NDArray[np.uint8] = self.sharding.agreement.send(frames, shape, torch.uint8).cpu().numpy()
+        return pixels
+
     @torch.no_grad()
-    def _decode(self, latents: torch.Tensor) -> NDArray[np.uint8]:
-        """Latents [1, C, F, Y, X] -> uint8 [F, H, W, 3], as the end of `WanPipeline.__call__` does it."""
+    def _pixels(self, latents: torch.Tensor) -> NDArray[np.uint8]:
+        """Decode as the end of `WanPipeline.__call__` does it."""
         vae = self.pipeline.vae
         latents = latents.to(device=self.pipeline._execution_device, dtype=vae.dtype)
         mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
@@ -299,6 +373,37 @@ def find_finished(config: EngineConfig, request: GenerateRequest, job: JobConfig
     resolved = resolve(request, facts)
     dtype = pick_dtype(config.dtype, pick_device(config.device))
     return look(job, identity_of(facts, resolved, _allocation(config, resolved), dtype))
+
+
+def _sharding(config: EngineConfig, device: torch.device) -> Sharding | None:
+    """Join the ranks that `config` asks for; None for one rank."""
+    parallel = config.parallel
+    if parallel is None or parallel.world_size == 1:
+        return None
+    return Sharding(ParallelMesh.create(parallel, device), parallel)
+
+
+def _found(job: Job | None) -> tuple[Finished | None, Saved | None]:
+    """A job's result, or where it can go on."""
+    assert job is not None, "asked on the rank that keeps the job"
+    finished = job.finished()
+    return finished, None if finished is not None else job.newest()
+
+
+class Progress:
+    """How far a run is, for messages."""
+
+    def __init__(self) -> None:
+        self._on_step: StepEvents | None = None
+
+    def follow(self, on_step: StepEvents) -> None:
+        """Look at a run's steps."""
+        self._on_step = on_step
+
+    @property
+    def where(self) -> str:
+        """In words."""
+        return "before its first step" if self._on_step is None else f"after {self._on_step.done} steps"
 
 
 def _allocation(config: EngineConfig, request: ResolvedRequest) -> HSAConfig | None:

@@ -25,7 +25,7 @@ from ..hsa.config import HSAConfig
 from .checkpoint import Damaged, Saved, checkpoint_name, checkpoint_steps, read_saved, remove_others, write_saved
 from .facts import first_line
 from .identity import differences
-from .report import HSAReport, StepRecord
+from .report import HSAReport, plain_step, step_from
 from .request import ResolvedRequest, StepDone, VideoOutput
 
 RESUME = ("auto", "never")
@@ -292,7 +292,7 @@ def _output_content(output: VideoOutput) -> dict[str, Any]:
         "fps": output.fps,
         "hsa": None if output.hsa is None else dataclasses.asdict(output.hsa),
         "report": {
-            "steps": [dataclasses.asdict(step) for step in report.steps],
+            "steps": [plain_step(step) for step in report.steps],
             "compute": report.compute,
             "evaluations": report.evaluations,
             "kv_bytes": report.kv_bytes,
@@ -306,7 +306,7 @@ def _output_content(output: VideoOutput) -> dict[str, Any]:
 def _output_from(content: Mapping[str, Any]) -> VideoOutput:
     """The inverse of `_output_content`."""
     report = dict(content["report"])
-    report["steps"] = [StepRecord(**step) for step in report["steps"]]
+    report["steps"] = [step_from(step) for step in report["steps"]]
     return VideoOutput(
         frames=content["frames"].numpy(),
         latents=content["latents"],

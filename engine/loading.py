@@ -39,7 +39,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def load_pipeline(facts: ModelFacts, device: torch.device, dtype: torch.dtype) -> Any:
+_TEXT = ("text_encoder", "tokenizer")
+
+
+def load_pipeline(facts: ModelFacts, device: torch.device, dtype: torch.dtype, *, text: bool = True) -> Any:
     """Load a model's stock pipeline.
 
     The VAE is kept in float32. Only safetensors are read: other weight files can run code when they are
@@ -49,6 +52,7 @@ def load_pipeline(facts: ModelFacts, device: torch.device, dtype: torch.dtype) -
         facts: says where the model is.
         device: where all its parts go.
         dtype: of text encoder and transformer.
+        text: whether to load tokenizer and text encoder; a rank that is given embeddings needs neither.
 
     Returns:
         The diffusers pipeline, its own progress bar off.
@@ -63,13 +67,15 @@ def load_pipeline(facts: ModelFacts, device: torch.device, dtype: torch.dtype) -
         folder = facts.location
         if not Path(folder).is_dir():
             folder = str(cls.download(folder, use_safetensors=True))
-        networks = _load_networks(facts, Path(folder), cls.load_config(folder), dtype)
+        index = {name: entry for name, entry in cls.load_config(folder).items() if text or name not in _TEXT}
+        networks = _load_networks(facts, Path(folder), index, dtype)
+        networks |= {} if text else dict.fromkeys(_TEXT)
         pipeline = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **networks)
     except (ConfigError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a foreign or torn folder can raise anything: OSError, KeyError, SafetensorError ...
         raise ConfigError(f"model {facts.name!r} cannot be loaded ({first_line(error)})") from error
-    for name in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
+    for name in ("transformer", "vae", "scheduler", *(_TEXT if text else ())):
         if getattr(pipeline, name, None) is None:
             raise ConfigError(f"model {facts.name!r} has no {name}, so it cannot make a video")
     pipeline.set_progress_bar_config(disable=True)

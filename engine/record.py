@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .quality import psnr, relative_l2, ssim
+from .report import plain_step
 from .request import VideoOutput
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ def run_record(engine: Engine, output: VideoOutput, dense: VideoOutput | None = 
 
     Returns:
         `model`, `family`, `device`, `dtype`, `versions`, `request`, `hsa`, `compute` (achieved), `seconds` by
-        stage, `steps`, `kv_bytes`, `evaluations` (a summary and the histogram over tokens), and perhaps
-        `against_dense`.
+        stage, `parallel` (degrees) and `ranks` (traffic and memory of each), `steps`, `kv_bytes`, `evaluations` (a
+        summary and the histogram over tokens), and perhaps `against_dense`.
     """
     report = output.report
     assert report.evaluations is not None, "a finished run has evaluations"
@@ -86,7 +87,9 @@ def run_record(engine: Engine, output: VideoOutput, dense: VideoOutput | None = 
         "hsa": None if output.hsa is None else dataclasses.asdict(output.hsa),
         "compute": report.compute,
         "seconds": {"load": engine.load_seconds, **output.seconds},
-        "steps": [dataclasses.asdict(step) for step in report.steps],
+        "parallel": None if engine.config.parallel is None else dataclasses.asdict(engine.config.parallel),
+        "ranks": [dataclasses.asdict(rank) for rank in report.ranks],
+        "steps": [plain_step(step) for step in report.steps],
         "kv_bytes": report.kv_bytes,
         "evaluations": {
             "grid": list(evaluations.shape),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 
-class Sent(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Sent:
     """What a rank sent by one kind of collective: calls, bytes to other ranks, seconds until it was done."""
 
     calls: int
@@ -55,6 +57,25 @@ class StepRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankReport:
+    """What one rank did in a run.
+
+    Attributes:
+        rank: its number.
+        sent: its traffic over all steps, by kind of collective.
+        kv_bytes: bytes of keys and values that it keeps.
+        weight_bytes: bytes of the transformers' weights that it holds.
+        peak_bytes: the most memory that it had in use, on its GPU, or of its process on a CPU.
+    """
+
+    rank: int
+    sent: dict[str, Sent]
+    kv_bytes: int
+    weight_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class HSAReport:
     """One run, finished or not.
 
@@ -65,6 +86,7 @@ class HSAReport:
             for several samples; None before the first step.
         kv_bytes: bytes of cached keys and values.
         num_steps: steps of the whole run, T.
+        ranks: what each rank did; empty on one rank.
     """
 
     steps: list[StepRecord]
@@ -72,6 +94,7 @@ class HSAReport:
     evaluations: Tensor | None
     kv_bytes: int
     num_steps: int
+    ranks: tuple[RankReport, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, lists and strings, ready for JSON."""
@@ -79,16 +102,24 @@ class HSAReport:
             "compute": self.compute,
             "num_steps": self.num_steps,
             "kv_bytes": self.kv_bytes,
-            "steps": [_plain(record) for record in self.steps],
+            **({"ranks": [asdict(rank) for rank in self.ranks]} if self.ranks else {}),
+            "steps": [plain_step(record) for record in self.steps],
             "evaluations": None if self.evaluations is None else self.evaluations.tolist(),
         }
 
 
-def _plain(record: StepRecord) -> dict[str, Any]:
-    """One step as numbers and lists; what is about ranks only where there are several."""
+def plain_step(record: StepRecord) -> dict[str, Any]:
+    """One step as numbers and lists; how ranks shared it only where there are several."""
     plain = asdict(record)
-    shared = plain.pop("parallel")
-    if shared is not None:
-        shared["sent"] = {name: sent._asdict() for name, sent in record.parallel.sent.items()}  # type: ignore[union-attr]
-        plain["parallel"] = shared
+    if record.parallel is None:
+        del plain["parallel"]
     return plain
+
+
+def step_from(plain: Mapping[str, Any]) -> StepRecord:
+    """The inverse of `plain_step`."""
+    shared = plain.get("parallel")
+    if shared is None:
+        return StepRecord(**plain)
+    sent = {name: Sent(**count) for name, count in shared["sent"].items()}
+    return StepRecord(**{**plain, "parallel": ParallelRecord(**{**shared, "sent": sent})})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, HeterostepError, RequestError
 from ..hsa.config import HSAConfig
+from ..parallel.config import ParallelConfig
 from .facts import ModelFacts
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class EngineConfig:
             on a GPU, float32 on the CPU. The VAE always runs in float32, as Wan's makers advise.
         device: a torch device such as `"cuda"`, `"cuda:1"` or `"cpu"`, or `"auto"`: the first GPU, else the
             CPU.
+        parallel: degrees of a job of several ranks, each of which makes an engine with the same settings, and is asked
+            for the same videos; None for one rank.
 
     Raises:
         ConfigError: a value is not one of these.
@@ -64,8 +67,13 @@ class EngineConfig:
     hsa: HSAConfig | None = field(default_factory=HSAConfig)
     dtype: str = "auto"
     device: str = "auto"
+    parallel: ParallelConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.parallel is not None and not isinstance(self.parallel, ParallelConfig):
+            raise ConfigError(
+                f"parallel must be a ParallelConfig such as ParallelConfig(ulysses=2), not {self.parallel!r}"
+            )
         if not isinstance(self.model, str) or not self.model.strip():
             raise ConfigError("model must be 'demo', a folder, or a hub id (owner/name), not an empty name")
         if self.hsa is not None and not isinstance(self.hsa, HSAConfig):

@@ -232,6 +232,16 @@ class Run:
             num_steps=self.num_steps,
         )
 
+    def full_report(self) -> HSAReport:
+        """The report with the traffic and the memory of each rank; every rank must ask for it."""
+        report = self.report()
+        if self.sharding is None:
+            return report
+        models = [model for _, model in self.adapter.transformers(self.pipe)]
+        steps = [record.parallel for record in self.records if record.parallel is not None]
+        own = self.sharding.rank_report(steps, report.kv_bytes, models)
+        return replace(report, ranks=tuple(self.sharding.agreement.collect(own)))
+
     def _begin(self, start: int, latents: Tensor, grid: Grid, saved: Mapping[str, Any] | None = None) -> None:
         """Start a run at step `start`, with the plan of `saved` if that is given.
 

@@ -62,6 +62,10 @@ class HSASession:
         """What the current or last run did; grows while a run goes on."""
         return self._run.report()
 
+    def full_report(self) -> HSAReport:
+        """The report with what each rank did; every rank must ask for it."""
+        return self._run.full_report()
+
     @property
     def on_step(self) -> list[Callable[[StepRecord], None]]:
         """Callables that get each step's record; append to it."""
@@ -174,6 +178,7 @@ def apply(
     *,
     parallel: ParallelConfig | None = None,
     mesh: ParallelMesh | None = None,
+    sharding: Sharding | None = None,
 ) -> HSASession:
     """Make a diffusers pipeline evaluate only the tokens that need it; the pipeline is used as before.
 
@@ -190,6 +195,7 @@ def apply(
             same settings to the same pipeline, calls it alike, with a generator of the same seed, and gets the
             same video.
         mesh: process groups for `parallel` that are there already (`ParallelMesh.from_xfuser()`); made anew without.
+        sharding: mesh and attention of earlier sessions, used again; instead of `parallel`.
 
     Returns:
         The session, whose `report` says what was done.
@@ -204,8 +210,7 @@ def apply(
         raise ConfigError(f"{type(planner).__name__} has no method plan(step, num_steps, sigma, num_tokens).")
     if mesh is not None and parallel is None:
         raise ConfigError("A mesh without parallel=ParallelConfig(...): give the degrees that it was made for.")
-    sharding = None
-    if parallel is not None and (parallel.world_size > 1 or mesh is not None):
+    if sharding is None and parallel is not None and (parallel.world_size > 1 or mesh is not None):
         device = adapter_for(pipe).transformers(pipe)[0][1].device
         sharding = Sharding(mesh or ParallelMesh.create(parallel, device), parallel)
     remove(pipe)

@@ -16,7 +16,7 @@ from ..parallel.collectives import Traffic, Transport, exchange_rows
 from ..parallel.config import ParallelConfig, check
 from ..parallel.mesh import ParallelMesh
 from ..parallel.partition import imbalance, sizes_for, slices
-from .report import ParallelRecord, Sent
+from .report import ParallelRecord, RankReport, Sent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +104,45 @@ class Sharding:
 
     def record(self, sizes: Sequence[int]) -> ParallelRecord:
         """Describe the step that ends: tokens of each rank, and what this rank sent since the last call."""
-        sent = {name: Sent(*count) for name, count in self.traffic.take().items()}
+        sent = {
+            name: Sent(calls=count.calls, bytes=count.bytes, seconds=count.seconds)
+            for name, count in self.traffic.take().items()
+        }
         return ParallelRecord(tokens=list(sizes), imbalance=imbalance(sizes), sent=sent)
+
+    def rank_report(self, steps: Sequence[ParallelRecord], kv_bytes: int, models: Sequence[Any]) -> RankReport:
+        """Sum up this rank's steps, and look at its memory."""
+        sent: dict[str, Sent] = {}
+        for step in steps:
+            for name, more in step.sent.items():
+                had = sent.get(name, Sent(calls=0, bytes=0, seconds=0.0))
+                sent[name] = Sent(
+                    calls=had.calls + more.calls, bytes=had.bytes + more.bytes, seconds=had.seconds + more.seconds
+                )
+        weights = sum(_held(parameter) for model in models for parameter in model.parameters())
+        return RankReport(
+            rank=self.mesh.world.rank,
+            sent=sent,
+            kv_bytes=kv_bytes,
+            weight_bytes=weights,
+            peak_bytes=_peak_bytes(self.mesh.device),
+        )
 
     def _by_owner(self, active: Tensor | None, grid: tuple[int, int, int]) -> Tensor:
         """Order tokens by their owner in a static cut, whose consecutive slices are then the owners' tokens."""
         raise ConfigError(f"cut={self.config.cut!r} is for benchmarks/parallel.py alone; use cut='equal'.")
+
+
+def _held(parameter: Tensor) -> int:
+    """Bytes of a parameter that are on this rank."""
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return local.nbytes
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """The most memory in use so far: of the GPU by this process, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -7,7 +7,6 @@ of it is alike on each of them.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .report import StepRecord
+from .report import plain_step, step_from
 
 if TYPE_CHECKING:
     from .run import Run, Step
@@ -55,7 +54,7 @@ def run_state(run: Run) -> dict[str, Any]:
         "forced": [[i, reason] for i, reason in run.forced.items() if reason != "resume"],
         "restarts": [i for i in sorted(run.restarts) if i >= step],
         "counts": run.counts,
-        "records": [dataclasses.asdict(record) for record in run.records],
+        "records": [plain_step(record) for record in run.records],
         "evaluations": run.evaluations,
         "branches": {name: branch.velocity.state() for name, branch in run.branches.items()},
         "planner": run.planner.state(),
@@ -92,7 +91,7 @@ def restore_run(run: Run, state: Mapping[str, Any], num_layers: int, device: tor
     for name, velocity in state["branches"].items():
         run.branch(name, num_layers).velocity.restore(velocity, device)
     run.planner.restore(state["planner"], device)
-    run.records = [StepRecord(**record) for record in state["records"]]
+    run.records = [step_from(record) for record in state["records"]]
     run.evaluations = state["evaluations"].to(device)
     run.resumed_at = at = state["step"]
     if at < run.num_steps and run.reads_kv(at):

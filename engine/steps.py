@@ -47,6 +47,7 @@ class StepEvents:
         events: of this process's steps.
         done: number of steps done, also before a resume.
         earlier: seconds by stage before a resume.
+        stopping: whether the run was told to stop.
     """
 
     def __init__(
@@ -58,8 +59,23 @@ class StepEvents:
         emit: Callable[[Event], None],
         stop: Stop,
         clock: Callable[[], float],
+        vote: Callable[[bool], bool] = bool,
     ) -> None:
+        """Follow one run.
+
+        Args:
+            num_steps: T.
+            num_tokens: N.
+            work: evaluated tokens of the whole run, as far as is known.
+            session: of the run; None for a stock pipeline.
+            emit: gets the events.
+            stop: looked at after each step.
+            clock: seconds.
+            vote: on many ranks, whether any of them says yes: what stops one stops all.
+        """
         self.events: list[StepDone] = []
+        self.stopping = False
+        self._vote = vote
         self.done, self.earlier = 0, {"denoise": 0.0, "checkpoint": 0.0}
         self._num_steps, self._num_tokens, self._work = num_steps, num_tokens, work
         self._session, self._emit, self._stop, self._clock = session, emit, stop, clock
@@ -69,12 +85,13 @@ class StepEvents:
         self._start = self._last = clock()
         self._work_done = 0
         self._job: Job | None = None
+        self._every: int | None = None
 
-    def keep(self, job: Job, saved: Saved | None) -> None:
-        """Save what is done, and go on where `saved` was."""
+    def keep(self, job: Job | None, every: int, saved: Saved | None) -> None:
+        """Save what is done every so many steps, and go on where `saved` was; without a `job` another rank saves."""
         assert self._session is not None, "only a run with a session can be saved"
-        self._job = job
-        self._session.save_every(job.every)
+        self._job, self._every = job, every
+        self._session.save_every(every)
         if saved is not None:
             self._session.resume(saved.content["session"])
             self.done, self.earlier = saved.step, dict(saved.content["seconds"])
@@ -84,9 +101,10 @@ class StepEvents:
         """The pipeline's `callback_on_step_end`; returns the tensors that are to replace the pipeline's own."""
         now = self._clock()
         # Looked at once: a step that is not saved does not end the run.
-        stopping = self._stop.asked
+        self.stopping = stopping = self._vote(self._stop.asked)
+        self._stop.save = self._stop.save or (stopping and self._vote(self._stop.save))
         self.done = max(self.done, step + 1)
-        passed = self._session.passed(step, tensors["latents"]) if self._job and self._session is not None else None
+        passed = self._session.passed(step, tensors["latents"]) if self._every and self._session is not None else None
         if passed is None:
             self._tell(step, float(pipeline.scheduler.sigmas[step]), now)
             if self._job is not None:

@@ -32,6 +32,8 @@ examples:
     heterostep generate --prompt "a red disc moves right" --compute 0.5 --output v.mp4 --heatmap h.mp4
   what does it save, and what does it cost?
     heterostep generate --prompt "a red disc moves right" --compute 0.33 --compare-dense --report r.json
+  on two ranks of this machine:
+    heterostep generate --prompt "a red disc moves right" --nproc 2 --ulysses 2 --output two.mp4
   a long one, to be given again after whatever broke it off:
     heterostep generate --prompt "a red disc moves right" --job-dir disc --output disc.mp4
 
@@ -145,6 +147,21 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     how.add_argument("--dtype", default="auto", metavar="T", help="auto (default), float32, bfloat16 or float16")
     how.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:N")
 
+    ranks = command.add_argument_group(
+        "on how many ranks",
+        "A rank is a process, with a GPU of its own where there are any. Degrees that are left out are chosen.",
+    )
+    ranks.add_argument("--nproc", type=_whole(1), metavar="P", help="start P ranks on this machine (default 1)")
+    ranks.add_argument("--ulysses", type=_whole(1), metavar="U", help="ranks that share the heads; must divide them")
+    ranks.add_argument("--ring", type=_whole(1), metavar="R", help="ranks that share the tokens; any number")
+    ranks.add_argument("--cfg", type=_whole(1), metavar="C", help="2: one guidance branch for each half of the ranks")
+    ranks.add_argument(
+        "--ring-cache",
+        metavar="F",
+        help="gathered: every ring rank keeps all K/V; sharded: its own range, queries travel; auto (default)",
+    )
+    ranks.add_argument("--kernel", metavar="K", help="attention: auto (default), sdpa, flash, flash3 or xfuser")
+
     out = command.add_argument_group("what to write")
     out.add_argument("--output", default="video.mp4", metavar="FILE", help="the video (default video.mp4)")
     out.add_argument("--heatmap", metavar="FILE", help="mp4: the video beside a map of evaluations per token")
@@ -170,7 +187,7 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     job.add_argument(
         "--resume", metavar="R", help="auto (default): go on where DIR's newest checkpoint is; never: begin anew"
     )
-    command.set_defaults(run=_generate)
+    command.set_defaults(run=_generate, rank=None)
 
 
 def _add_info(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -205,22 +222,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         foreseen failure; each of these but 0 with one sentence on stderr.
     """
     try:
-        arguments = build_parser().parse_args(argv)
+        given = sys.argv[1:] if argv is None else list(argv)
+        arguments = build_parser().parse_args(given)
+        arguments.given = given[1:]
         status: int = arguments.run(arguments)
         return status
-    except (ConfigError, RequestError) as error:
-        return _fail(str(error), EXIT_BAD_INPUT)
-    except JobStopped as stopped:
-        return _fail(str(stopped), EXIT_SAVED)
-    except KeyboardInterrupt as interrupt:
-        return _fail(f"interrupted{interrupt}", EXIT_INTERRUPTED)
-    except (HeterostepError, OSError, MemoryError) as error:
-        return _fail(str(error) or type(error).__name__, EXIT_FAILED)
-    except RuntimeError as error:
-        # torch.OutOfMemoryError, known by name: importing torch for it would slow down every --help.
-        if type(error).__name__ != "OutOfMemoryError":
+    except BaseException as error:
+        said = explain(error)
+        if said is None:
             raise
-        return _fail("the device's memory is too small for this request; take a smaller size or fewer frames", 1)
+        return _fail(*said)
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """Return the sentence and the exit code for a foreseen error; None for one that nobody foresaw."""
+    if isinstance(error, ConfigError | RequestError):
+        return str(error), EXIT_BAD_INPUT
+    if isinstance(error, JobStopped):
+        return str(error), EXIT_SAVED
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted{error}", EXIT_INTERRUPTED
+    if isinstance(error, HeterostepError | OSError | MemoryError):
+        return str(error) or type(error).__name__, EXIT_FAILED
+    # torch.OutOfMemoryError, known by name: importing torch for it would slow down every --help.
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the device's memory is too small for this request; take a smaller size or fewer frames", EXIT_FAILED
+    return None
 
 
 def _fail(message: str, status: int) -> int:

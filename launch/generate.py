@@ -26,11 +26,16 @@ from ..engine.request import (
 )
 from ..errors import ConfigError
 from ..hsa.config import HSAConfig
+from .degrees import own_flags, parallel_from
+from .local import run_ranks
 from .logs import silence_libraries
 from .signals import JobStopped, saving_signals
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+    from ..engine.job import Finished
+    from .rank import Rank
 
 MAX_SIDE = 16384
 """Greatest width and height, in pixels, that libx264 encodes."""
@@ -47,19 +52,51 @@ def generate(arguments: argparse.Namespace) -> int:
     hsa = HSAConfig(compute=arguments.compute, solver=arguments.solver, forecast=arguments.forecast, **policy)
     config = EngineConfig(model=arguments.model, hsa=hsa, dtype=arguments.dtype, device=arguments.device)
     request = _request(arguments)
-    resolved = resolve(request, read_facts(config.model))
+    facts = read_facts(config.model)
+    resolved = resolve(request, facts)
     if max(resolved.width, resolved.height) * arguments.scale > MAX_SIDE:
         raise ConfigError(f"scale {arguments.scale} makes the video larger than the {MAX_SIDE} pixels H.264 allows")
+    job, rank = _job(arguments), arguments.rank
+    parallel, reason = parallel_from(arguments, facts.num_heads, 2 if resolved.guidance_scale > 1.0 else 1)
+    config = dataclasses.replace(config, parallel=parallel)
+    quiet = arguments.quiet = arguments.quiet or (rank is not None and not rank.leads)
+    say: Callable[[str], None] = (lambda text: None) if quiet else print
 
-    job = _job(arguments)
-    say: Callable[[str], None] = (lambda text: None) if arguments.quiet else print
-    if job is None:
-        output, record = _compute(arguments, config, request)
-    else:
-        found = find_finished(config, request, job)
+    if job is not None:
+        found = _finished(config, request, job, rank)
         if found is not None:
             say(f"the job in {arguments.job_dir} is finished; nothing was computed")
-        output, record = found if found is not None else _work(arguments, config, request, job)
+            return _done(*found, paths, arguments, say)
+    if parallel is not None and rank is None:
+        say(reason)
+        logs = None if arguments.job_dir is None else Path(arguments.job_dir) / "logs"
+        return run_ranks(own_flags(arguments.given), parallel.world_size, restarts=3 if job else 0, log_dir=logs)
+    output, record = _compute(arguments, config, request) if job is None else _work(arguments, config, request, job)
+    return _done(output, record, paths, arguments, say) if rank is None or rank.leads else 0
+
+
+def _finished(config: EngineConfig, request: GenerateRequest, job: JobConfig, rank: Rank | None) -> Finished | None:
+    """The result of a job that is done; on many ranks each gets it."""
+    if rank is None or rank.leads:
+        found = find_finished(config, request, job)
+    if rank is None:
+        return found
+    # Only one process may look into the folder; a finished job needs the others no more.
+    if rank.decide("finished", lambda: found is not None):
+        if rank.leads:
+            return found
+        raise SystemExit(0)
+    return None
+
+
+def _done(
+    output: VideoOutput,
+    record: dict[str, Any],
+    paths: dict[str, Path],
+    arguments: argparse.Namespace,
+    say: Callable[[str], None],
+) -> int:
+    """Write the files and say what they are."""
     _write(output, record, paths, arguments.scale)
     for line in _summary(output, record, paths):
         say(line)

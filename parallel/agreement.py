@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import HeterostepError
 from .collectives import Traffic, Transport
 from .mesh import ParallelMesh
+
+T = TypeVar("T")
 
 
 class Agreement:
@@ -56,6 +62,43 @@ class Agreement:
         said = torch.tensor([int(flag)], device=self._device)
         dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.mesh.world.group)
         return bool(said.item())
+
+    def decide(self, make: Callable[[], T]) -> T:
+        """Let rank 0 make a value and give it to all; what it raises on purpose is raised on all.
+
+        Args:
+            make: called on rank 0 alone; what it returns is sent by pickle, between processes that trust each other.
+
+        Raises:
+            HeterostepError: of any kind, as rank 0 raised it.
+        """
+        if self.mesh.world.size == 1:
+            return make()
+        said: list[Any] = [None]
+        if self.leads:
+            try:
+                said[0] = make()
+            except HeterostepError as error:
+                said[0] = error
+        dist.broadcast_object_list(said, group=self.mesh.world.group, group_src=0, device=self._device)
+        if isinstance(said[0], HeterostepError):
+            raise said[0]
+        value: T = said[0]
+        return value
+
+    def collect(self, value: T) -> list[T]:
+        """Return every rank's value, by rank, on all ranks; sent by pickle."""
+        if self.mesh.world.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.mesh.world.size
+        dist.all_gather_object(values, value, group=self.mesh.world.group)
+        return values
+
+    def send(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return rank 0's tensor of a shape and type that all know, on all ranks."""
+        if tensor is None or not self.leads:
+            tensor = torch.empty(shape, dtype=dtype, device=self.mesh.device)
+        return self._world.broadcast(tensor.to(self.mesh.device).contiguous(), 0, "result")
 
     def same(self, tensor: Tensor) -> bool:
         """Whether `tensor` has the same bits on all ranks (two sums of its bytes are compared)."""

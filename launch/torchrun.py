@@ -1,0 +1,54 @@
+"""One rank of `torchrun --nproc-per-node P -m heterostep.launch.torchrun ...`, which takes the flags of `generate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from ..errors import ConfigError, RequestError
+from .cli import EXIT_BAD_INPUT, EXIT_FAILED, build_parser, explain
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run as one rank.
+
+    Returns:
+        The exit code of `heterostep generate`. What is wrong for all ranks alike is said by rank 0 alone; what one rank
+        alone meets, it tells the others, which then end too.
+    """
+    given = sys.argv[1:] if argv is None else list(argv)
+    arguments = build_parser().parse_args(["generate", *given])
+    if arguments.nproc is not None:
+        return _say("--nproc is for `heterostep generate`; torchrun itself starts the ranks", EXIT_BAD_INPUT)
+    from .rank import joined, wait_for_failure
+
+    try:
+        with joined(arguments.device) as rank:
+            arguments.rank = rank
+            try:
+                status: int = arguments.run(arguments)
+                return status
+            except BaseException as error:
+                said = explain(error)
+                if isinstance(error, ConfigError | RequestError):
+                    rank.fail(str(error))
+                    return _say(*said) if rank.leads and said else EXIT_BAD_INPUT
+                if isinstance(error, Exception):
+                    # A connection that broke says only that some rank has ended: that one knows why.
+                    reason = wait_for_failure(rank)
+                    rank.fail(str(error) if said else f"rank {rank.rank}: {type(error).__name__}: {error}")
+                    said = (f"rank {rank.rank} ends: {reason}", EXIT_FAILED) if reason else said
+                if said is None:
+                    raise
+                return _say(*said)
+    except ConfigError as error:
+        return _say(str(error), EXIT_BAD_INPUT)
+
+
+def _say(message: str, status: int) -> int:
+    print(f"heterostep: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
