@@ -171,10 +171,10 @@ class Run:
         if self.own_planner is not None:
             # Where steps are worth most depends on what is done with skipped ones, and the scheduler may be another.
             self.own_planner.config = replace(self.config, forecast=self.forecast, correct=self.correct)
-        self.sigmas = [float(s) for s in scheduler.sigmas]
+        self.sigmas = scheduler.sigmas.tolist()
         if not 0 <= start < self.num_steps:
             raise ConfigError(f"step {start} of {self.num_steps}: the scheduler's sigmas do not reach that step.")
-        self.experts = self.adapter.experts(self.pipe, [float(t) for t in scheduler.timesteps])
+        self.experts = self.adapter.experts(self.pipe)
         self.grid, self.batch_size = grid, latents.shape[0]
         self.forced = {0: "first step"}
         for i in range(1, min(len(self.experts), self.num_steps)):
@@ -209,7 +209,12 @@ class Run:
                     if branch.velocity.clock is not None:
                         branch.velocity.reset()
         else:
-            active = self._checked(self.planner.plan(index, self.num_steps, sigma, n), device)
+            active = self.planner.plan(index, self.num_steps, sigma, n)
+            if self.planner is not self.own_planner:
+                active = self._checked(active)
+            if active is not None:
+                # A copy that blocks would first wait for the device's queue; only CUDA may be trusted with another.
+                active = active.to(device, non_blocking=device.type == "cuda")
             reason = "full" if active is None else "partial" if active.numel() else "skipped"
             if hasattr(self.planner, "reason"):
                 reason = self.planner.reason(index)
@@ -268,8 +273,10 @@ class Run:
             return self.grid.num_tokens
         return self.counts[index] if self.counts is not None else None
 
-    def _checked(self, active: Any, device: torch.device) -> Tensor | None:
-        """Bring a plan into its normal form: None (all), empty [0] (none), or ascending int64 [A] or [B, A].
+    def _checked(self, active: Any) -> Tensor | None:
+        """Bring a user's plan into its normal form: None (all), empty [0] (none), or ascending int64 [A] or [B, A].
+
+        All of it on the host, where most plans are made: of one on a device the host needs a copy, and waits for it.
 
         Raises:
             ConfigError: it is none of these, or holds an index twice or out of range.
@@ -282,8 +289,8 @@ class Run:
         if active.ndim == 2 and active.shape[0] != batch:
             raise ConfigError(f"A plan for {active.shape[0]} samples was given, but the batch has {batch}.")
         if active.numel() == 0:
-            return active.new_empty(0, device=device)
-        active = active.to(device).sort(-1).values
+            return active.new_empty(0)
+        active = active.cpu().sort(-1).values
         if active.shape[-1] > 1 and bool((active.diff(dim=-1) <= 0).any()):
             raise ConfigError("A plan holds a token twice: every index may occur once.")
         if int(active.min()) < 0 or int(active.max()) >= n:

@@ -165,6 +165,7 @@ def test_wrong_plans_are_refused(result, message):
         (torch.randperm(48), 48),
         (torch.empty(0, dtype=torch.int64), 0),
         (torch.tensor([[5, 2]]), 2),
+        (torch.tensor([[47, 0, 3]]), 3),
     ],
 )
 def test_what_a_users_planner_may_return(result, active):
