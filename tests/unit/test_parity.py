@@ -155,6 +155,32 @@ def test_second_run_starts_clean(policy):
     assert torch.equal(again.evaluations, report.evaluations)
 
 
+@pytest.mark.parametrize("offloaded", ["before", "after"])
+def test_offloading_and_hsa_in_either_order(offloaded):
+    """The pipeline sets its offloading up anew at the end of every call: nothing of ours may be lost by that."""
+    pipe = tiny_pipeline()
+    stock = generate(pipe, steps=10)
+    hs.apply(pipe)
+    want = generate(pipe, steps=10)
+    hs.remove(pipe)
+    if offloaded == "before":
+        pipe.enable_model_cpu_offload(device="cpu")
+    session = hs.apply(pipe)
+    if offloaded == "after":
+        pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(3):
+        assert torch.equal(generate(pipe, steps=10), want)
+        assert len(session.report.steps) == 10
+    hs.remove(pipe)
+    moved = []
+    hook = pipe.transformer._hf_hook
+    hook.pre_forward = lambda *args, pre=hook.pre_forward, **kwargs: moved.append(1) or pre(*args, **kwargs)
+    assert torch.equal(generate(pipe, steps=10), stock)
+    assert len(moved) == 20
+    pipe.remove_all_hooks()
+    assert torch.equal(generate(pipe, steps=10), stock)
+
+
 @pytest.mark.parametrize("at", [0, 1, 5])
 def test_exception_in_a_callback_leaves_the_pipeline_usable(at):
     pipe = tiny_pipeline()
