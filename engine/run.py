@@ -66,7 +66,7 @@ class Run:
         self.batch_size = 0
         self.step: Step | None = None
         self.counts: list[int] | None = None
-        self.forecast, self.correct = "hold", False
+        self.forecast, self.correct, self.inference = "hold", False, False
         self.evaluations: Tensor | None = None
 
     @property
@@ -185,6 +185,10 @@ class Run:
         wanted = (self.forecast, self.correct)
         if any((branch.velocity.forecast, branch.velocity.correct) != wanted for branch in self.branches.values()):
             self.branches.clear()
+        # Buffers that were made in inference mode cannot be written to outside of it.
+        if self.inference and not torch.is_inference_mode_enabled():
+            self.branches.clear()
+        self.inference = torch.is_inference_mode_enabled()
         for branch in self.branches.values():
             branch.velocity.follow(self.sigmas)
             if branch.velocity.clock is not None:

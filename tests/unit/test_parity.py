@@ -155,6 +155,16 @@ def test_second_run_starts_clean(policy):
     assert torch.equal(again.evaluations, report.evaluations)
 
 
+def test_inference_mode_may_come_and_go():
+    pipe = tiny_pipeline()
+    hs.apply(pipe, hs.HSAConfig(policy="tokens", correct=True, kv_forecast=0.5))
+    videos = []
+    for inference in (True, False, True, False):
+        with torch.inference_mode(inference):
+            videos.append(generate(pipe, steps=10))
+    assert all(torch.equal(video, videos[0]) for video in videos)
+
+
 @pytest.mark.parametrize("offloaded", ["before", "after"])
 def test_offloading_and_hsa_in_either_order(offloaded):
     """The pipeline sets its offloading up anew at the end of every call: nothing of ours may be lost by that."""
