@@ -90,7 +90,7 @@ class RopeRows(ModelHook):
         active = self.call.active if self.call is not None else None
         if active is None or self.grid is None:
             return self.fn_ref.original_forward(hidden_states)
-        key = (self.grid, hidden_states.device)
+        key = (self.grid, hidden_states.device, *(buffer.dtype for buffer in module.buffers()))
         if key != self._key or self._table is None:
             # The stock forward reads nothing but the shape: one expanded element stands for the whole video.
             shape = (1, 1, *(n * p for n, p in zip(self.grid, self.patch, strict=True)))

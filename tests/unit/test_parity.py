@@ -155,6 +155,16 @@ def test_second_run_starts_clean(policy):
     assert torch.equal(again.evaluations, report.evaluations)
 
 
+def test_type_of_the_model_may_change_between_runs():
+    pipe = tiny_pipeline()
+    hs.apply(pipe, hs.HSAConfig(policy="tokens"))
+    generate(pipe, steps=10)
+    pipe.transformer.to(torch.bfloat16)
+    again = generate(pipe, steps=10)
+    hs.apply(pipe, hs.HSAConfig(policy="tokens"))
+    assert torch.equal(generate(pipe, steps=10), again)
+
+
 def test_inference_mode_may_come_and_go():
     pipe = tiny_pipeline()
     hs.apply(pipe, hs.HSAConfig(policy="tokens", correct=True, kv_forecast=0.5))
