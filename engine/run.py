@@ -223,6 +223,11 @@ class Run:
             if hasattr(self.planner, "reason"):
                 reason = self.planner.reason(index)
         count = n if active is None else active.shape[-1]
+        if self._count(index) not in (None, count):
+            raise ConfigError(
+                f"The planner's counts say {self._count(index)} tokens at step {index}, but its plan has {count}: what "
+                "is kept for later steps depends on the counts, so make them agree, or have none."
+            )
         if count and self.evaluations is not None:
             write_rows(self.evaluations, active, gather_rows(self.evaluations, active) + 1)
         return Step(

@@ -176,6 +176,20 @@ def test_what_a_users_planner_may_return(result, active):
     assert session.report.steps[0].reason == "first step"
 
 
+def test_plans_that_belie_their_counts_are_refused():
+    """With counts that promise whole steps no keys and values are kept, and a partial one would read stale ones."""
+    pipe = tiny_pipeline()
+    hs.apply(pipe, planner=Fixed(torch.arange(5)))
+    generate(pipe, steps=3)
+    planner = Fixed(torch.arange(5))
+    planner.counts = [48, 48, 48]
+    hs.apply(pipe, planner=planner)
+    with pytest.raises(hs.ConfigError, match="counts say 48 tokens at step 1, but its plan has 5"):
+        generate(pipe, steps=3)
+    planner.counts = [48, 5, 5]
+    assert generate(pipe, steps=3).isfinite().all()
+
+
 def test_transformer_called_outside_a_pipeline_is_stock():
     pipe = tiny_pipeline()
     x, t, e = torch.randn(1, 16, 3, 8, 8), torch.tensor([500.0]), torch.randn(1, 16, 32)
