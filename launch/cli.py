@@ -203,8 +203,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (HeterostepError, OSError, MemoryError) as error:
         return _fail(str(error) or type(error).__name__, EXIT_FAILED)
     except RuntimeError as error:
-        # torch.OutOfMemoryError, known by name: importing torch for it would slow down every --help.
-        if type(error).__name__ != "OutOfMemoryError":
+        # torch.OutOfMemoryError, known by name: importing torch for it would slow down every --help. Of the host's
+        # memory PyTorch says it in words alone.
+        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
             raise
         return _fail("the device's memory is too small for this request; take a smaller size or fewer frames", 1)
 

@@ -213,6 +213,9 @@ def test_other_failures_are_one_sentence_too(capsys, monkeypatch):
         monkeypatch.setattr(cli, "_info", lambda _, error=error: (_ for _ in ()).throw(error))
         got, out, err = run(capsys, "info")
         assert (got, out) == (status, "") and words in err and err.count("\n") == 1
+    monkeypatch.setattr(cli, "_info", lambda _: torch.empty(10**15))
+    got, out, err = run(capsys, "info")
+    assert (got, out) == (1, "") and "memory is too small" in err and err.count("\n") == 1
     monkeypatch.setattr(cli, "_info", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # a defect of ours is not hidden
         cli.main(["info"])
