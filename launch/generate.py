@@ -41,12 +41,14 @@ def generate(arguments: argparse.Namespace) -> int:
 
     say: Callable[[str], None] = (lambda text: None) if arguments.quiet else print
     engine = Engine(config)
-    dense = None
     if arguments.compare_dense:
         # The first steps of a process pay for allocations and kernel choices; neither side should.
         engine.generate(dataclasses.replace(request, compute=1.0, num_inference_steps=2))
-        dense = _run(engine, dataclasses.replace(request, compute=1.0), "dense", arguments.quiet)
+    # Before the dense run, which can take an hour: the plan may be one that cannot be met.
     output = _run(engine, request, "denoising", arguments.quiet)
+    dense = None
+    if arguments.compare_dense:
+        dense = _run(engine, dataclasses.replace(request, compute=1.0), "dense", arguments.quiet)
     record = run_record(engine, output, dense)
     _write(output, record, paths, arguments.scale)
     for line in _summary(output, record, paths):
