@@ -153,15 +153,22 @@ class Engine:
         events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
 
         def work() -> None:
+            outcome: Event | BaseException
             try:
-                events.put(self._run(request, job, events.put, stop))
+                outcome = self._run(request, job, events.put, stop)
             except BaseException as error:  # it is raised again in the caller's thread
-                events.put(error)
+                outcome = error
+            self._busy.release()
+            events.put(outcome)
 
         # A daemon, so that a second Ctrl-C ends the process even inside a step that takes minutes.
         worker = threading.Thread(target=work, name="heterostep-engine", daemon=True)
         try:
             worker.start()
+        except BaseException:  # the system had no thread to give
+            self._busy.release()
+            raise
+        try:
             while True:
                 event = events.get()
                 if isinstance(event, BaseException):
@@ -173,9 +180,9 @@ class Engine:
             if not stop.asked:  # abandoned: what is done shall not be lost
                 stop.save = True
             stop.asked = True
-            if worker.ident is not None:  # else the system had no thread to give
+            # An abandoned stream can be collected by whatever thread runs at the time, even by the worker itself.
+            if worker is not threading.current_thread():
                 worker.join()
-            self._busy.release()
 
     def _run(
         self, request: ResolvedRequest, config: JobConfig | None, emit: Callable[[Event], None], stop: Stop

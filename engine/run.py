@@ -18,6 +18,7 @@ from ..hsa.planner import StepPlanner
 from ..hsa.rows import fill_rows, gather_rows, write_rows
 from ..hsa.velocity import VelocityCache
 from .models import WanAdapter
+from .plans import checked
 from .report import HSAReport, StepRecord
 from .sharding import Sharding, Share
 from .solvers import correct_for, forecast_for
@@ -89,7 +90,7 @@ class Run:
         self.batch_size = 0
         self.step: Step | None = None
         self.counts: list[int] | None = None
-        self.forecast, self.correct = "hold", False
+        self.forecast, self.correct, self.inference = "hold", False, False
         self.evaluations: Tensor | None = None
 
     @property
@@ -253,10 +254,10 @@ class Run:
         if self.own_planner is not None:
             # Where steps are worth most depends on what is done with skipped ones, and the scheduler may be another.
             self.own_planner.config = replace(self.config, forecast=self.forecast, correct=self.correct)
-        self.sigmas = [float(s) for s in scheduler.sigmas]
+        self.sigmas = scheduler.sigmas.tolist()
         if not 0 <= start < self.num_steps:
             raise ConfigError(f"step {start} of {self.num_steps}: the scheduler's sigmas do not reach that step.")
-        self.experts = self.adapter.experts(self.pipe, [float(t) for t in scheduler.timesteps])
+        self.experts = self.adapter.experts(self.pipe)
         self.grid, self.batch_size = grid, latents.shape[0]
         self._check_ranks(latents)
         self.forced = {0: "first step"}
@@ -268,6 +269,10 @@ class Run:
         wanted = (self.forecast, self.correct)
         if any((branch.velocity.forecast, branch.velocity.correct) != wanted for branch in self.branches.values()):
             self.branches.clear()
+        # Buffers that were made in inference mode cannot be written to outside of it.
+        if self.inference and not torch.is_inference_mode_enabled():
+            self.branches.clear()
+        self.inference = torch.is_inference_mode_enabled()
         for branch in self.branches.values():
             branch.velocity.follow(self.sigmas)
             if branch.velocity.clock is not None:
@@ -334,6 +339,11 @@ class Run:
             if hasattr(self.planner, "reason") and (self.sharding is None or self.sharding.agreement.leads):
                 reason = self.planner.reason(index)
         count = n if active is None else active.shape[-1]
+        if self._count(index) not in (None, count):
+            raise ConfigError(
+                f"The planner's counts say {self._count(index)} tokens at step {index}, but its plan has {count}: what "
+                "is kept for later steps depends on the counts, so make them agree, or have none."
+            )
         if count and self.evaluations is not None:
             write_rows(self.evaluations, active, gather_rows(self.evaluations, active) + 1)
         return Step(
@@ -351,7 +361,12 @@ class Run:
         """Return what the planner says, on many ranks that of rank 0."""
         active, sharding = None, self.sharding
         if sharding is None or sharding.agreement.leads:
-            active = self._checked(self.planner.plan(index, self.num_steps, sigma, self.grid.num_tokens), device)
+            active = self.planner.plan(index, self.num_steps, sigma, self.grid.num_tokens)
+            if self.planner is not self.own_planner:
+                active = checked(active, self.grid.num_tokens, self.batch_size)
+            if active is not None:
+                # A copy that blocks would first wait for the device's queue; only CUDA may be trusted with another.
+                active = active.to(device, non_blocking=device.type == "cuda")
         return active if sharding is None else sharding.agreement.plan(active, self.batch_size)
 
     def _check_ranks(self, latents: Tensor) -> None:
@@ -407,28 +422,6 @@ class Run:
         if index in self.forced:
             return self.grid.num_tokens
         return self.counts[index] if self.counts is not None else None
-
-    def _checked(self, active: Any, device: torch.device) -> Tensor | None:
-        """Bring a plan into its normal form: None (all), empty [0] (none), or ascending int64 [A] or [B, A].
-
-        Raises:
-            ConfigError: it is none of these, or holds an index twice or out of range.
-        """
-        if active is None:
-            return None
-        n, batch = self.grid.num_tokens, self.batch_size
-        if not isinstance(active, Tensor) or active.dtype != torch.int64 or active.ndim not in (1, 2):
-            raise ConfigError("A plan must be None (all tokens) or an int64 tensor of indices [A] or [B, A].")
-        if active.ndim == 2 and active.shape[0] != batch:
-            raise ConfigError(f"A plan for {active.shape[0]} samples was given, but the batch has {batch}.")
-        if active.numel() == 0:
-            return active.new_empty(0, device=device)
-        active = active.to(device).sort(-1).values
-        if active.shape[-1] > 1 and bool((active.diff(dim=-1) <= 0).any()):
-            raise ConfigError("A plan holds a token twice: every index may occur once.")
-        if int(active.min()) < 0 or int(active.max()) >= n:
-            raise ConfigError(f"A plan holds an index out of range: with {n} tokens they lie between 0 and {n - 1}.")
-        return None if active.shape[-1] == n else active
 
 
 def fresh_weight(branch: Branch, step: Step, damping: float, since: float = math.inf) -> Tensor | None:

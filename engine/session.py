@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from diffusers.hooks import HookRegistry
@@ -142,7 +143,8 @@ class HSASession:
                 attention.set_processor(stock)
             for module in (transformer, rope):
                 registry = HookRegistry.check_if_exists_or_initialize(module)
-                registry.remove_hook(HOOK_NAME, recurse=False)
+                with _beneath_offloading(module):
+                    registry.remove_hook(HOOK_NAME, recurse=False)
                 registry.invalidate_child_registries_cache()
         self._attached.clear()
         if self._own_scheduler is not None and self.pipe.scheduler is self._own_scheduler:
@@ -164,10 +166,11 @@ class HSASession:
         rope_hook.call = call
         hook = HSAHook(self._run, expert, [attention for attention, _, _ in processors], rope_hook, call)
         hook.session = self
-        HookRegistry.check_if_exists_or_initialize(rope).register_hook(rope_hook, HOOK_NAME)
-        registry = HookRegistry.check_if_exists_or_initialize(transformer)
-        registry.register_hook(hook, HOOK_NAME)
-        registry.invalidate_child_registries_cache()
+        for module, its_hook in ((rope, rope_hook), (transformer, hook)):
+            registry = HookRegistry.check_if_exists_or_initialize(module)
+            with _beneath_offloading(module):
+                registry.register_hook(its_hook, HOOK_NAME)
+            registry.invalidate_child_registries_cache()
         self._attached.append((transformer, rope, processors))
 
 
@@ -224,6 +227,20 @@ def remove(pipe: Any) -> None:
         hook = registry.get_hook(HOOK_NAME) if registry is not None else None
         if isinstance(hook, HSAHook):
             hook.session.detach()
+
+
+@contextlib.contextmanager
+def _beneath_offloading(module: Any) -> Iterator[None]:
+    """Lay bare the forward that accelerate's offloading wraps, for hooks to be put there or taken away.
+
+    A pipeline sets its offloading up anew at the end of every call. Whatever stood around it would be lost then.
+    """
+    around = module.forward if hasattr(module, "_hf_hook") else None
+    if around is not None:
+        module.forward = module._old_forward
+    yield
+    if around is not None:
+        module._old_forward, module.forward = module.forward, around
 
 
 def _check_transformer(transformer: Any, attentions: list[Any]) -> None:

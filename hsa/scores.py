@@ -58,6 +58,7 @@ def score_levels(scores: Tensor, first: Tensor | None = None) -> Tensor:
     # The bit pattern of a non-negative float grows with the float; adding half of the dropped part rounds to
     # nearest.
     levels = (scores.float().contiguous().view(torch.int32) + (1 << (drop - 1))) >> drop
+    levels = levels.clamp(0, NUM_LEVELS // 2 - 1)  # a velocity that overflowed scores NaN, perhaps a negative one
     if first is not None:
         levels = levels + first.to(torch.int32) * (NUM_LEVELS // 2)
     return levels.long()
@@ -79,16 +80,18 @@ def top_tokens(scores: Tensor, count: int, first: Tensor | None = None) -> Tenso
         return torch.empty(batch, 0, dtype=torch.int64, device=scores.device)
     if count == n:
         return torch.arange(n, device=scores.device).expand(batch, n)
-    return torch.stack([_top_of_row(row, count) for row in score_levels(scores, first)])
-
-
-def _top_of_row(levels: Tensor, count: int) -> Tensor:
-    """Take the `count` highest of levels [N], the first ones among equals: int64 [count], ascending."""
+    levels = score_levels(scores, first)
     # Levels are few, so a histogram finds the level at which the selection ends: linear in N, and insensitive
     # to the order of the scores, unlike any selection by comparison. At equal levels the first tokens fill up
     # what is left.
-    at_least = torch.bincount(levels, minlength=NUM_LEVELS).flip(0).cumsum(0).flip(0)
-    last = (at_least >= count).sum() - 1
+    counts = levels.new_zeros(batch, NUM_LEVELS).scatter_add_(1, levels, torch.ones_like(levels))
+    at_least = counts.flip(1).cumsum(1).flip(1)
+    last = (at_least >= count).sum(1, keepdim=True) - 1
     above, ties = levels > last, levels == last
-    left = count - above.sum()
-    return (above | (ties & (ties.cumsum(0) <= left))).nonzero()[:, 0]
+    left = count - above.sum(1, keepdim=True)
+    chosen = above | (ties & (ties.cumsum(1) <= left))
+    # How many are chosen is known, so each is put in its place, and all others in one place too many: `nonzero` would
+    # have the host wait for the device.
+    place = (chosen.cumsum(1) - 1).masked_fill_(~chosen, count)
+    tokens = torch.arange(n, device=scores.device).expand(batch, n)
+    return levels.new_empty(batch, count + 1).scatter_(1, place, tokens)[:, :count]

@@ -244,8 +244,9 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return f"interrupted{error}", EXIT_INTERRUPTED
     if isinstance(error, HeterostepError | OSError | MemoryError):
         return str(error) or type(error).__name__, EXIT_FAILED
-    # torch.OutOfMemoryError, known by name: importing torch for it would slow down every --help.
-    if type(error).__name__ == "OutOfMemoryError":
+    # torch.OutOfMemoryError, known by name: importing torch for it would slow down every --help. Of the host's
+    # memory PyTorch says it in words alone.
+    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
         return "the device's memory is too small for this request; take a smaller size or fewer frames", EXIT_FAILED
     return None
 

@@ -108,7 +108,6 @@ def _compute(
 ) -> tuple[VideoOutput, dict[str, Any]]:
     """Load the model and make the video, and a dense one before it where that is asked for."""
     engine = Engine(config)
-    dense = None
     if arguments.compare_dense:
         # The first steps of a process pay for allocations and kernel choices; neither side should.
         engine.generate(dataclasses.replace(request, compute=1.0, num_inference_steps=2))

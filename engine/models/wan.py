@@ -45,13 +45,14 @@ class WanAdapter:
         return [block.attn1 for block in transformer.blocks]
 
     @staticmethod
-    def experts(pipe: Any, timesteps: Sequence[float]) -> list[int]:
+    def experts(pipe: Any) -> list[int]:
         """Expert that the pipeline will call at each step."""
-        ratio = getattr(pipe.config, "boundary_ratio", None)
+        timesteps, ratio = pipe.scheduler.timesteps, getattr(pipe.config, "boundary_ratio", None)
         if ratio is None:
             return [0] * len(timesteps)
-        boundary = ratio * pipe.scheduler.config.num_train_timesteps
-        return [0 if t >= boundary else 1 for t in timesteps]
+        # Compared as tensors, as the pipeline does it: a float of Python's is more precise than a timestep.
+        high_noise = timesteps >= ratio * pipe.scheduler.config.num_train_timesteps
+        return [0 if high else 1 for high in high_noise.tolist()]
 
     @staticmethod
     def guidance(pipe: Any, branches: Sequence[str], expert: int) -> dict[str, float]:
@@ -94,7 +95,7 @@ class RopeRows(ModelHook):
         active = self.call.active if self.call is not None else None
         if active is None or self.grid is None:
             return self.fn_ref.original_forward(hidden_states)
-        key = (self.grid, hidden_states.device)
+        key = (self.grid, hidden_states.device, *(buffer.dtype for buffer in module.buffers()))
         if key != self._key or self._table is None:
             # The stock forward reads nothing but the shape: one expanded element stands for the whole video.
             shape = (1, 1, *(n * p for n, p in zip(self.grid, self.patch, strict=True)))

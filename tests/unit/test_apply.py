@@ -165,6 +165,7 @@ def test_wrong_plans_are_refused(result, message):
         (torch.randperm(48), 48),
         (torch.empty(0, dtype=torch.int64), 0),
         (torch.tensor([[5, 2]]), 2),
+        (torch.tensor([[47, 0, 3]]), 3),
     ],
 )
 def test_what_a_users_planner_may_return(result, active):
@@ -173,6 +174,20 @@ def test_what_a_users_planner_may_return(result, active):
     generate(pipe, steps=3)
     assert [r.active for r in session.report.steps] == [48, active, active]
     assert session.report.steps[0].reason == "first step"
+
+
+def test_plans_that_belie_their_counts_are_refused():
+    """With counts that promise whole steps no keys and values are kept, and a partial one would read stale ones."""
+    pipe = tiny_pipeline()
+    hs.apply(pipe, planner=Fixed(torch.arange(5)))
+    generate(pipe, steps=3)
+    planner = Fixed(torch.arange(5))
+    planner.counts = [48, 48, 48]
+    hs.apply(pipe, planner=planner)
+    with pytest.raises(hs.ConfigError, match="counts say 48 tokens at step 1, but its plan has 5"):
+        generate(pipe, steps=3)
+    planner.counts = [48, 5, 5]
+    assert generate(pipe, steps=3).isfinite().all()
 
 
 def test_transformer_called_outside_a_pipeline_is_stock():

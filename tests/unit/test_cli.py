@@ -71,6 +71,20 @@ def test_quiet_prints_nothing(capsys, tiny_model, tmp_path):
     assert frames_of(tmp_path / "v.mp4") == 5
 
 
+def test_a_plan_that_cannot_be_met_is_said_before_the_dense_run(capsys, tiny_model, tmp_path, monkeypatch):
+    from heterostep.launch import generate
+
+    labels = []
+    original = generate._run
+    monkeypatch.setattr(generate, "_run", lambda *args: labels.append(args[2]) or original(*args))
+    status, _, err = run(
+        capsys, "generate", *PROMPT, "--model", tiny_model, "--steps", 5, "--frames", 5, "--compute", 0.1,
+        "--output", tmp_path / "v.mp4", "--compare-dense", "--device", "cpu",
+    )  # fmt: skip
+    assert status == 2 and "ask for at least compute=0.2" in err
+    assert labels == ["denoising"]
+
+
 def test_the_same_seed_gives_the_same_latents(capsys, tiny_model, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         status, *_ = run(
@@ -213,6 +227,9 @@ def test_other_failures_are_one_sentence_too(capsys, monkeypatch):
         monkeypatch.setattr(cli, "_info", lambda _, error=error: (_ for _ in ()).throw(error))
         got, out, err = run(capsys, "info")
         assert (got, out) == (status, "") and words in err and err.count("\n") == 1
+    monkeypatch.setattr(cli, "_info", lambda _: torch.empty(10**15))
+    got, out, err = run(capsys, "info")
+    assert (got, out) == (1, "") and "memory is too small" in err and err.count("\n") == 1
     monkeypatch.setattr(cli, "_info", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # a defect of ours is not hidden
         cli.main(["info"])

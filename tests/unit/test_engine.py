@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -136,6 +137,29 @@ def test_an_abandoned_stream_stops_the_run(engine, how):
     finally:
         del engine.pipeline.vae.decode
     assert not decoded
+    assert engine.generate(request()).frames.shape[0] == 9
+
+
+def test_a_stream_may_be_collected_by_its_own_worker(engine, monkeypatch):
+    """The garbage collector runs in whatever thread makes the garbage that sets it off."""
+    stream, started, closed = engine.stream(request()), threading.Event(), threading.Event()
+    original = engine.pipeline.scheduler.step
+
+    def step(*args, **kwargs):
+        if not closed.is_set():
+            assert started.wait(60)
+            stream.close()
+            closed.set()
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.pipeline.scheduler, "step", step)
+        assert isinstance(next(stream), Started)
+        started.set()
+        assert closed.wait(60)
+    deadline = time.monotonic() + 60
+    while engine._busy.locked() and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert engine.generate(request()).frames.shape[0] == 9
 
 

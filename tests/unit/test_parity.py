@@ -155,6 +155,52 @@ def test_second_run_starts_clean(policy):
     assert torch.equal(again.evaluations, report.evaluations)
 
 
+def test_type_of_the_model_may_change_between_runs():
+    pipe = tiny_pipeline()
+    hs.apply(pipe, hs.HSAConfig(policy="tokens"))
+    generate(pipe, steps=10)
+    pipe.transformer.to(torch.bfloat16)
+    again = generate(pipe, steps=10)
+    hs.apply(pipe, hs.HSAConfig(policy="tokens"))
+    assert torch.equal(generate(pipe, steps=10), again)
+
+
+def test_inference_mode_may_come_and_go():
+    pipe = tiny_pipeline()
+    hs.apply(pipe, hs.HSAConfig(policy="tokens", correct=True, kv_forecast=0.5))
+    videos = []
+    for inference in (True, False, True, False):
+        with torch.inference_mode(inference):
+            videos.append(generate(pipe, steps=10))
+    assert all(torch.equal(video, videos[0]) for video in videos)
+
+
+@pytest.mark.parametrize("offloaded", ["before", "after"])
+def test_offloading_and_hsa_in_either_order(offloaded):
+    """The pipeline sets its offloading up anew at the end of every call: nothing of ours may be lost by that."""
+    pipe = tiny_pipeline()
+    stock = generate(pipe, steps=10)
+    hs.apply(pipe)
+    want = generate(pipe, steps=10)
+    hs.remove(pipe)
+    if offloaded == "before":
+        pipe.enable_model_cpu_offload(device="cpu")
+    session = hs.apply(pipe)
+    if offloaded == "after":
+        pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(3):
+        assert torch.equal(generate(pipe, steps=10), want)
+        assert len(session.report.steps) == 10
+    hs.remove(pipe)
+    moved = []
+    hook = pipe.transformer._hf_hook
+    hook.pre_forward = lambda *args, pre=hook.pre_forward, **kwargs: moved.append(1) or pre(*args, **kwargs)
+    assert torch.equal(generate(pipe, steps=10), stock)
+    assert len(moved) == 20
+    pipe.remove_all_hooks()
+    assert torch.equal(generate(pipe, steps=10), stock)
+
+
 @pytest.mark.parametrize("at", [0, 1, 5])
 def test_exception_in_a_callback_leaves_the_pipeline_usable(at):
     pipe = tiny_pipeline()
@@ -379,3 +425,25 @@ def test_stale_keys_matter_in_these_tests():
     assert relative(generate(pipe, steps=12, latents=start), a) > 1e-4
     hs.remove(pipe)
     assert relative(generate(pipe, steps=12, latents=start), a) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("policy", "prompts"), [("joint", 1), ("tokens", 1), ("tokens", 2), ("groups", 1), ("steps", 1)]
+)
+def test_no_step_waits_for_the_device(policy, prompts):
+    """The meta device has shapes but no values: whoever reads one, and so would stall a GPU's queue, fails."""
+    pipe = tiny_pipeline()
+    pipe.transformer.to("meta")
+    pipe.scheduler.set_timesteps(10)
+    pipe._guidance_scale = 3.0
+    session = hs.apply(pipe, hs.HSAConfig(compute=0.47, policy=policy, correct=True, kv_forecast=0.5))
+    latents = torch.empty(prompts, 16, 3, 8, 8, device="meta")
+    text = torch.empty(prompts, 16, 32, device="meta")
+    for i in range(10):
+        for branch in ("cond", "uncond"):
+            with pipe.transformer.cache_context(branch, step_index=i):
+                velocity = pipe.transformer(latents, torch.empty(prompts, device="meta"), text).sample
+            assert velocity.shape == latents.shape
+    records = session._run.records
+    assert len(records) == 10
+    assert policy == "steps" or any(0 < r.active < r.total for r in records)

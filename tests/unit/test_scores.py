@@ -52,3 +52,13 @@ def test_velocity_change_rate():
     rate = velocity_change_rate(new, old, 0.5, torch.tensor([[0.6, 0.9, 0.5]]))
     assert rate[0, :2].tolist() == pytest.approx([2.0, 1.0])
     assert rate[0, 2] == 0.0  # no time between the evaluations
+
+
+def test_values_that_are_no_numbers_have_a_rank_too():
+    """A velocity that overflowed scores NaN, with the sign bit set where a processor makes it so."""
+    nan = torch.tensor([float("nan")])
+    scores = torch.stack([torch.tensor(1.0), nan[0], -nan[0], torch.tensor(2.0)])[None]
+    assert scores.view(torch.int32)[0, 1:3].sign().tolist() == [1, -1]
+    first = torch.tensor([[True, False, False, False]])
+    assert top_tokens(scores, 1, first).tolist() == [[0]]
+    assert top_tokens(scores, 3).shape == (1, 3)
