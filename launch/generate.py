@@ -106,13 +106,16 @@ def _done(
 def _compute(
     arguments: argparse.Namespace, config: EngineConfig, request: GenerateRequest
 ) -> tuple[VideoOutput, dict[str, Any]]:
-    """Load the model and make the video, and a dense one before it where that is asked for."""
+    """Load the model and make the video, and a dense one after it where that is asked for."""
     engine = Engine(config)
     if arguments.compare_dense:
         # The first steps of a process pay for allocations and kernel choices; neither side should.
         engine.generate(dataclasses.replace(request, compute=1.0, num_inference_steps=2))
-        dense = _run(engine.stream(dataclasses.replace(request, compute=1.0)), "dense", arguments.quiet)
+    # Before the dense run, which can take an hour: the plan may be one that cannot be met.
     output = _run(engine.stream(request), "denoising", arguments.quiet)
+    dense = None
+    if arguments.compare_dense:
+        dense = _run(engine.stream(dataclasses.replace(request, compute=1.0)), "dense", arguments.quiet)
     return output, run_record(engine, output, dense)
 
 

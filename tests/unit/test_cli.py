@@ -76,7 +76,7 @@ def test_a_plan_that_cannot_be_met_is_said_before_the_dense_run(capsys, tiny_mod
 
     labels = []
     original = generate._run
-    monkeypatch.setattr(generate, "_run", lambda *args: labels.append(args[2]) or original(*args))
+    monkeypatch.setattr(generate, "_run", lambda *args: labels.append(args[1]) or original(*args))
     status, _, err = run(
         capsys, "generate", *PROMPT, "--model", tiny_model, "--steps", 5, "--frames", 5, "--compute", 0.1,
         "--output", tmp_path / "v.mp4", "--compare-dense", "--device", "cpu",
