@@ -98,6 +98,13 @@ class ParallelMesh:
             device=device,
         )
 
+    @classmethod
+    def from_xfuser(cls) -> ParallelMesh:
+        """Adopt the groups of an xfuser (xDiT) job that runs in this process; see `xfuser_job.adopt`."""
+        from .xfuser_job import adopt
+
+        return adopt()
+
 
 def _groups(device_type: str, degrees: dict[str, int]) -> dict[str, dist.ProcessGroup]:
     """Make one process group for each axis of a mesh over all ranks, the last axis innermost."""
