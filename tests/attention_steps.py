@@ -56,7 +56,7 @@ def follow(layout, B, N, history, keep=True, device="cpu"):
     placement = placement_for(mesh, config)
     cache, reference = KVCache(history=history), Reference(B, N)
     g = torch.Generator().manual_seed(7)
-    worst = 0.0
+    worst, results = 0.0, []
     for active in active_sets(B, N, seed=N) if keep else [None]:
         A = N if active is None else active.shape[-1]
         q, k, v = torch.randn(3, B, A, H, D, generator=g)
@@ -72,6 +72,9 @@ def follow(layout, B, N, history, keep=True, device="cpu"):
             weight=None if weight is None else weight.to(device),
         )
         assert out.shape == (B, mine.stop - mine.start, H, D) and out.dtype == q.dtype
+        results.append((out, out.clone()))
         whole = exchange_rows(out.flatten(2), sizes, Transport(mesh.sequence)).view(B, A, H, D)
         worst = max(worst, (whole.cpu() - expected).abs().max().item())
+    # Messages share their memory, results must not.
+    assert all(torch.equal(out, copy) for out, copy in results)
     return worst
