@@ -37,7 +37,8 @@ class Plan:
 class Placement:
     """Cached attention on a mesh: heads are shared over the ulysses axis, then tokens over the ring axis.
 
-    Once per pass of the transformer, and then in each layer, on every rank of the sequence axis alike::
+    Once per step (guidance branches can share a plan), and then in each layer, on every rank of the sequence axis
+    alike::
 
         plan = placement.prepare(active, sizes, num_tokens, batch_size)
         out = placement.attend(q, k, v, plan=plan, cache=cache, weight=weight)

@@ -44,11 +44,11 @@ def active_sets(B, N, seed):
     return [*sets, None, some(N), some(min(odd, N), B), torch.arange(N)[-max(N // 3, 1) :]]
 
 
-def follow(layout, B, N, history, keep=True, device="cpu"):
+def follow(layout, B, N, history, keep=True, device="cpu", dtype=torch.float32, any_cut=False):
     """Run all steps on this rank and return the largest error of all ranks' rows.
 
     `keep`: whether there is a cache; without it only the first step, a dense one, can be made. On "cuda" each rank
-    has the GPU of its number.
+    has the GPU of its number. `any_cut`: sizes at random instead of the configured ones.
     """
     device = torch.device(device, dist.get_rank()) if device == "cuda" else torch.device(device)
     config = ParallelConfig(**layout)
@@ -59,10 +59,12 @@ def follow(layout, B, N, history, keep=True, device="cpu"):
     worst, results = 0.0, []
     for active in active_sets(B, N, seed=N) if keep else [None]:
         A = N if active is None else active.shape[-1]
-        q, k, v = torch.randn(3, B, A, H, D, generator=g)
+        q, k, v = torch.randn(3, B, A, H, D, generator=g).to(dtype)
         weight = torch.rand(B, N, generator=g) if history else None
         expected = reference.attend(q, k, v, active, weight)
         sizes = sizes_for(config, N, active)
+        if any_cut:
+            sizes = torch.randint(config.sequence_size, (A,), generator=g).bincount(minlength=len(sizes)).tolist()
         mine = slices(sizes)[mesh.sequence.rank]
         plan = placement.prepare(None if active is None else active.to(device), sizes, N, B)
         out = placement.attend(

@@ -1,6 +1,7 @@
 """Every placement against one process that keeps the same stale keys and values and attends by a plain softmax."""
 
 import pytest
+import torch
 
 from attention_steps import follow
 from heterostep.parallel.config import ParallelConfig
@@ -48,3 +49,16 @@ def test_fewer_tokens_than_ranks(layout):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 def test_a_dense_pass_needs_no_cache(layout):
     assert max(run_ranks(ParallelConfig(**layout).world_size, follow, layout, 1, 19, False, False)) < 1e-5
+
+
+@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.get("ring", 1) * x.get("ulysses", 1) == 4], ids=name_of)
+def test_any_sizes_will_do(layout):
+    for N in (7, 30):
+        assert max(run_ranks(4, follow, layout, 2, N, False, True, "cpu", torch.float32, True)) < 1e-5
+
+
+@pytest.mark.parametrize("layout", [dict(), *[x for x in LAYOUTS if x.get("ring") == 2]], ids=name_of)
+def test_half_precision(layout):
+    # One process rounds its output to 2^-8 of values up to 4; partial outputs are rounded before they are merged.
+    ranks = ParallelConfig(**layout).world_size
+    assert max(run_ranks(ranks, follow, layout, 2, 24, False, True, "cpu", torch.bfloat16)) < 3e-2

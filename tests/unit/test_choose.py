@@ -1,3 +1,4 @@
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -148,7 +149,7 @@ def test_topology_is_clear_where_there_is_nothing_to_ask(monkeypatch):
         read(["0"], Nvml([], broken=True))
     with pytest.raises(ConfigError, match="no NVIDIA GPU is visible"):
         read([], Nvml([]))
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(ConfigError, match=r"install heterostep\[gpu\]"):
         read(["0"])
 
