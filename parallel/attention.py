@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .collectives import Traffic, Transport
+from .collectives import Scratch, Traffic, Transport
 from .config import ParallelConfig
 from .kernels import pick
 from .mesh import ParallelMesh
@@ -36,7 +37,8 @@ class Plan:
 class Placement:
     """Cached attention on a mesh: heads are shared over the ulysses axis, then tokens over the ring axis.
 
-    Once per pass of the transformer, and then in each layer, on every rank of the sequence axis alike::
+    Once per step (guidance branches can share a plan), and then in each layer, on every rank of the sequence axis
+    alike::
 
         plan = placement.prepare(active, sizes, num_tokens, batch_size)
         out = placement.attend(q, k, v, plan=plan, cache=cache, weight=weight)
@@ -59,11 +61,11 @@ class Placement:
         traffic: what all its collectives sent.
     """
 
-    def __init__(self, mesh: ParallelMesh, ulysses: Transport, ring: Ring, name: str) -> None:
+    def __init__(self, mesh: ParallelMesh, ulysses: Transport, ring: Ring, scratch: Scratch, name: str) -> None:
         """Use `placement_for`."""
         self.name = name
         self.traffic = ulysses.traffic
-        self._ulysses, self._ring = ulysses, ring
+        self._ulysses, self._ring, self._scratch = ulysses, ring, scratch
         self._ring_axis, self._device = mesh.ring, mesh.device
 
     def prepare(self, active: Tensor | None, sizes: Sequence[int], num_tokens: int, batch_size: int) -> Plan:
@@ -113,7 +115,7 @@ class Placement:
         if size == 1:
             return q, k, v
         B, n, H, D = q.shape
-        packed = q.new_empty(size, n, 3, B, H // size, D)
+        packed = self._scratch.take("packed heads", q, (size, n, 3, B, H // size, D))
         for i, rows in enumerate((q, k, v)):
             packed[:, :, i] = rows.unflatten(2, (size, H // size)).permute(2, 1, 0, 3, 4)
         mine = self._ulysses.all_to_all(packed.flatten(0, 1), [n] * size, plan.peers, "heads_out")
@@ -127,7 +129,9 @@ class Placement:
             return out
         B, _, h, D = out.shape
         home = self._ulysses.all_to_all(out.transpose(0, 1), plan.peers, [plan.rows] * size, "heads_home")
-        return home.view(size, plan.rows, B, h, D).permute(2, 1, 0, 3, 4).flatten(2, 3)
+        mine = home.view(size, plan.rows, B, h, D).permute(2, 1, 0, 3, 4)
+        # A copy in any case: the message's memory is the next layer's.
+        return mine.clone(memory_format=torch.contiguous_format).flatten(2, 3)
 
 
 def placement_for(mesh: ParallelMesh, config: ParallelConfig, traffic: Traffic | None = None) -> Placement:
@@ -147,15 +151,16 @@ def placement_for(mesh: ParallelMesh, config: ParallelConfig, traffic: Traffic |
     if asked != made:
         raise ConfigError(f"cfg x ring x ulysses of {asked} on a mesh of {made}: the degrees must be the same.")
     kernel = pick(config.kernel, mesh.device)
-    ulysses = Transport(mesh.ulysses, traffic)
-    over_ring = Transport(mesh.ring, ulysses.traffic)
+    scratch = Scratch()
+    ulysses = Transport(mesh.ulysses, traffic, scratch)
+    over_ring = Transport(mesh.ring, ulysses.traffic, scratch)
     name = f"ulysses {config.ulysses}"
     ring: Ring
     if config.ring == 1:
-        ring = Whole(over_ring, kernel)
+        ring = Whole(over_ring, kernel, scratch)
     elif config.ring_cache == "gathered":
-        ring, name = Whole(over_ring, kernel), f"{name} x ring {config.ring} (gathered)"
+        ring, name = Whole(over_ring, kernel, scratch), f"{name} x ring {config.ring} (gathered)"
     else:
-        ring = Sharded(over_ring, kernel, config.weights, config.ulysses)
+        ring = Sharded(over_ring, kernel, scratch, config.weights, config.ulysses)
         name = f"{name} x ring {config.ring} (sharded)"
-    return Placement(mesh, ulysses, ring, f"{name}, {kernel.name}")
+    return Placement(mesh, ulysses, ring, scratch, f"{name}, {kernel.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -77,6 +78,29 @@ class Traffic:
         return totals
 
 
+class Scratch:
+    """Memory for messages that are read before the next of the same name is made, as in layer after layer.
+
+    On CPU large buffers come from the operating system page by page at every call, which takes longer than to fill or
+    to send them. CUDA's allocator keeps its blocks by itself: there nothing is held.
+    """
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return a contiguous uninitialised tensor of type and device of `like`."""
+        if like.device.type != "cpu":
+            return like.new_empty(shape)
+        count, key = math.prod(shape), (name, like.dtype)
+        held = self._held.get(key)
+        if held is None or held.numel() < count:
+            with torch.inference_mode(False):  # usable in and out of that mode, wherever it was made
+                held = self._held[key] = torch.empty(count, dtype=like.dtype)
+        return held[:count].view(shape)
+
+
 class Transport:
     """Collectives over one axis; rows are the first dimension, and counts are known to all beforehand.
 
@@ -84,10 +108,17 @@ class Transport:
     active tokens. Any count may be 0. With one rank nothing is called and nothing is counted.
     """
 
-    def __init__(self, axis: Axis, traffic: Traffic | None = None) -> None:
-        """Send over `axis` and count in `traffic`, which transports may share."""
+    def __init__(self, axis: Axis, traffic: Traffic | None = None, scratch: Scratch | None = None) -> None:
+        """Send over `axis`.
+
+        Args:
+            axis: the ranks.
+            traffic: where to count; transports may share one.
+            scratch: where results live until the next call of the same name; None: each call has memory of its own.
+        """
         self.axis = axis
         self.traffic = traffic if traffic is not None else Traffic()
+        self.scratch = scratch
 
     def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int], name: str) -> Tensor:
         """Send consecutive slices of `rows` to the ranks in order.
@@ -104,7 +135,7 @@ class Transport:
         if self.axis.size == 1:
             return rows
         rows = rows.contiguous()
-        out = rows.new_empty(sum(receive), *rows.shape[1:])
+        out = self._new(name, rows, (sum(receive), *rows.shape[1:]))
         nbytes = (sum(send) - send[self.axis.rank]) * _row_bytes(rows)
         with self.traffic.recorded(name, nbytes, rows.device):
             dist.all_to_all_single(out, rows, list(receive), list(send), group=self.axis.group)
@@ -118,13 +149,14 @@ class Transport:
         if self.axis.size == 1:
             return rows
         rows = rows.contiguous()
-        out = rows.new_empty(sum(sizes), *rows.shape[1:])
+        out = self._new(name, rows, (sum(sizes), *rows.shape[1:]))
         peers = self.axis.size
         with self.traffic.recorded(name, rows.shape[0] * (peers - 1) * _row_bytes(rows), rows.device):
             if rows.device.type == "cpu":
                 # gloo's all_gather and its list of tensors want equal sizes; its all_to_all_single does not.
-                copies = rows.repeat(peers, *(1,) * (rows.ndim - 1))
-                dist.all_to_all_single(out, copies, list(sizes), [rows.shape[0]] * peers, group=self.axis.group)
+                copies = self._new(f"{name} copies", rows, (peers, *rows.shape)).copy_(rows.expand(peers, *rows.shape))
+                sent = [rows.shape[0]] * peers
+                dist.all_to_all_single(out, copies.flatten(0, 1), list(sizes), sent, group=self.axis.group)
             else:
                 dist.all_to_all(list(out.split(list(sizes))), [rows] * peers, group=self.axis.group)
         return out
@@ -140,6 +172,9 @@ class Transport:
         with self.traffic.recorded(name, nbytes, tensor.device):
             dist.broadcast(tensor, group=self.axis.group, group_src=source)
         return tensor
+
+    def _new(self, name: str, like: Tensor, shape: Sequence[int]) -> Tensor:
+        return like.new_empty(shape) if self.scratch is None else self.scratch.take(name, like, shape)
 
 
 def exchange_rows(rows: Tensor, sizes: Sequence[int], transport: Transport, name: str = "rows") -> Tensor:

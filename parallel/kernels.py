@@ -10,7 +10,6 @@ import inspect
 import logging
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -197,33 +196,7 @@ def _flash3() -> Kernel:
 
 
 def _xfuser() -> Kernel:
-    """Take a kernel of xfuser's registry, whose layout is [B, H, S, D]."""
-    registry = import_module("xfuser.core.distributed.attention_backend")
-    key = _xfuser_backend(registry.AttentionBackendType)
-    call = registry.ATTENTION_FUNCTION_REGISTRY[key]
+    # Here, because only who names xfuser may import what imports it.
+    from .xfuser_job import registry_kernel
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        out, lse = call(*(t.transpose(1, 2) for t in (q, k, v)), dropout_p=0.0, is_causal=False)
-        return out.transpose(1, 2), lse
-
-    def with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = run(q, k, v)
-        if lse is None:
-            raise ConfigError(
-                f"kernel='xfuser' is {key.name} here, which returns no logsumexp, and ring_cache='sharded' merges by "
-                "it; choose FLASH, FLASH_3 or CUDNN in xfuser, or ring_cache='gathered'."
-            )
-        return out, lse[..., : q.shape[1]].transpose(1, 2).float()
-
-    return Kernel(f"xfuser {key.name}", with_lse, lambda q, k, v: run(q, k, v)[0])
-
-
-def _xfuser_backend(backends: Any) -> Any:
-    """What the running xfuser job uses, else the best that returns a logsumexp."""
-    runtime = import_module("xfuser.core.distributed.runtime_state")
-    if runtime.runtime_state_is_initialized():
-        chosen = getattr(runtime.get_runtime_state(), "attention_backend", None)
-        if chosen is not None:
-            return chosen
-    installed = import_module("xfuser.envs").PACKAGES_CHECKER.packages_info
-    return backends.FLASH_3 if installed.get("has_flash_attn_3") else backends.CUDNN
+    return registry_kernel()

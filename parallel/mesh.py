@@ -62,12 +62,15 @@ class ParallelMesh:
         """Make the groups of all axes; every rank of the job must call it, with the same `config`.
 
         With one rank no process group is needed or made. Otherwise ``torch.distributed`` is initialised already,
-        with gloo for CPU and NCCL for CUDA devices.
+        with gloo for CPU and NCCL for CUDA devices. A CUDA device becomes the current one: NCCL wants each rank to
+        have its own.
 
         Raises:
             ConfigError: the job has another number of ranks than `config`, or none was initialised.
         """
         device = torch.device(device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
         if config.world_size == 1 and not dist.is_initialized():
             return cls(cfg=Axis(), ring=Axis(), ulysses=Axis(), sequence=Axis(), world=Axis(), device=device)
         if not dist.is_initialized():
@@ -97,6 +100,13 @@ class ParallelMesh:
             world=Axis.of(dist.group.WORLD),
             device=device,
         )
+
+    @classmethod
+    def from_xfuser(cls) -> ParallelMesh:
+        """Adopt the groups of an xfuser (xDiT) job that runs in this process; see `xfuser_job.adopt`."""
+        from .xfuser_job import adopt
+
+        return adopt()
 
 
 def _groups(device_type: str, degrees: dict[str, int]) -> dict[str, dist.ProcessGroup]:

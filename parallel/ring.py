@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .collectives import Transport
+from .collectives import Scratch, Transport
 from .kernels import Kernel, merge
 from .partition import cut, slices
 
@@ -53,9 +53,9 @@ class Whole:
         active: Tensor | None
         sizes: tuple[int, ...]
 
-    def __init__(self, ring: Transport, kernel: Kernel) -> None:
+    def __init__(self, ring: Transport, kernel: Kernel, scratch: Scratch) -> None:
         """Gather over `ring`, attend by `kernel`."""
-        self._transport, self._kernel = ring, kernel
+        self._transport, self._kernel, self._scratch = ring, kernel, scratch
 
     def prepare(
         self, active: Tensor | None, sizes: Sequence[int], num_tokens: int, batch_size: int, device: torch.device
@@ -69,7 +69,7 @@ class Whole:
         """See `Ring`."""
         if self._transport.axis.size > 1:
             B, n, H, D = k.shape
-            packed = k.new_empty(n, 2, B, H, D)
+            packed = self._scratch.take("packed keys_values", k, (n, 2, B, H, D))
             packed[:, 0], packed[:, 1] = k.transpose(0, 1), v.transpose(0, 1)
             k, v = (t.transpose(0, 1) for t in self._transport.gather(packed, plan.sizes, "keys_values").unbind(1))
         if cache is not None:
@@ -126,17 +126,23 @@ class Sharded:
         owned: slice
 
     def __init__(
-        self, ring: Transport, kernel: Kernel, weights: Sequence[float] | None = None, ranks_per_part: int = 1
+        self,
+        ring: Transport,
+        kernel: Kernel,
+        scratch: Scratch,
+        weights: Sequence[float] | None = None,
+        ranks_per_part: int = 1,
     ) -> None:
         """Travel over `ring`, attend by `kernel`.
 
         Args:
             ring: transport of the ring axis.
             kernel: one with a logsumexp.
+            scratch: memory for messages.
             weights: relative speeds of all ranks of the sequence axis; None: equally fast.
             ranks_per_part: how many of these, the ulysses degree, form one ring rank.
         """
-        self._transport, self._kernel = ring, kernel
+        self._transport, self._kernel, self._scratch = ring, kernel, scratch
         self._weights, self._ranks_per_part = weights, ranks_per_part
 
     def ranges(self, num_tokens: int) -> list[slice]:
@@ -191,12 +197,18 @@ class Sharded:
     ) -> Tensor:
         """See `Ring`."""
         (B, A, n), (H, D) = plan.shape, q.shape[2:]
-        units = torch.cat([t.reshape(B * n, H * D) for t in (q, k, v)])
-        arrived = self._transport.all_to_all(
-            units.index_select(0, plan.outgoing), plan.send, plan.receive, "queries_keys_values"
+        units = self._scratch.take("units", q, (3, B, n, H, D))
+        for i, rows in enumerate((q, k, v)):
+            units[i] = rows
+        leaving = self._scratch.take("leaving", q, (sum(plan.send), H * D))
+        torch.index_select(units.view(3 * B * n, H * D), 0, plan.outgoing, out=leaving)
+        arrived = self._transport.all_to_all(leaving, plan.send, plan.receive, "queries_keys_values")
+        every_q, k, v = (
+            torch.index_select(arrived, 0, where, out=self._scratch.take(name, q, (len(where), H * D)))
+            for name, where in (("queries", plan.queries), ("keys", plan.keys), ("values", plan.values))
         )
-        every_q = arrived.index_select(0, plan.queries).view(B, A, H, D)
-        k, v = (arrived.index_select(0, where).unflatten(1, (H, D)) for where in (plan.keys, plan.values))
+        every_q = every_q.view(B, A, H, D)
+        k, v = (rows.unflatten(1, (H, D)) for rows in (k, v))
         if plan.slots is None:
             k, v = (t.view(B, len(t) // B, H, D) for t in (k, v))
             if cache is not None:
@@ -211,7 +223,9 @@ class Sharded:
         """Send partial results [B, A, H, D] with lse [B, A, H] home and merge them: [B, n, H, D]."""
         n, D, dtype = plan.shape[2], out.shape[-1], lse.dtype
         # The lse travels bit for bit as further elements of each row: one message, nothing rounded.
-        partial = torch.cat([out, lse.unsqueeze(-1).view(out.dtype)], dim=-1).transpose(0, 1)
+        bits = lse.unsqueeze(-1).view(out.dtype)
+        partial = self._scratch.take("partial", out, (out.shape[1], out.shape[0], out.shape[2], D + bits.shape[-1]))
+        partial[..., :D], partial[..., D:] = out.transpose(0, 1), bits.transpose(0, 1)
         home = self._transport.all_to_all(partial, plan.sizes, [n] * len(plan.sizes), "partial_outputs")
         home = home.view(len(plan.sizes), n, *home.shape[1:])
         lses = home[..., D:].contiguous().view(dtype).squeeze(-1)

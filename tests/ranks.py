@@ -20,11 +20,20 @@ from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar
 
+# Slow to import. The server that forks the ranks loads those which this process has loaded: its tests need them.
+# (pytest: a child imports what its parent's __main__ imports.)
+SLOW = [
+    "torch",
+    "torch.distributed.device_mesh",
+    "pytest",
+    "hypothesis",
+    "heterostep.parallel.attention",
+    "heterostep.engine.engine",
+    "heterostep.engine.session",
+    "diffusers.pipelines.wan.pipeline_wan",
+    "diffusers.pipelines.wan.pipeline_wan_i2v",
+]
 CONTEXT = multiprocessing.get_context("forkserver")
-# pytest: the child imports what its parent's __main__ imports.
-CONTEXT.set_forkserver_preload(
-    ["torch", "pytest", "hypothesis", "torch.distributed.device_mesh", "heterostep.parallel"]
-)
 
 
 class RankError(AssertionError):
@@ -66,6 +75,7 @@ class _Team:
     def __init__(self, world_size):
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self.calls = 0
+        CONTEXT.set_forkserver_preload([name for name in SLOW if name in sys.modules])
         self.pipes, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = CONTEXT.Pipe()
