@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
+
 from ..errors import ConfigError
+from ..parallel.choose import choose, resolve
 from ..parallel.config import ParallelConfig, check, degrees
+from ..parallel.kernels import pick
 
 _AXES = ("cfg", "ring", "ulysses")
 
 
 def parallel_from(
-    arguments: argparse.Namespace, num_heads: int, num_branches: int
+    arguments: argparse.Namespace, num_heads: int, num_branches: int, kv_bytes: int, device: torch.device
 ) -> tuple[ParallelConfig | None, str]:
     """Return the degrees for a job, and a sentence that says why; None for one rank.
 
@@ -21,6 +27,8 @@ def parallel_from(
         arguments: of `generate`; `rank` is set in a process that is a rank already.
         num_heads: attention heads of the model.
         num_branches: guidance branches of the request, 1 or 2.
+        kv_bytes: K/V of all tokens, layers and branches of the request.
+        device: where the ranks compute.
 
     Raises:
         ConfigError: no degrees fit; the message lists those that do.
@@ -44,10 +52,29 @@ def parallel_from(
         if how:
             raise ConfigError(f"--{next(iter(how)).replace('_', '-')} is for several ranks; start them with --nproc P")
         return None, ""
-    how |= zip(_AXES, fitting[0], strict=True)
-    config = ParallelConfig(**how)
-    chosen = "as asked" if len(asked) == len(_AXES) else f"for {num_heads} heads and {num_branches} guidance branch(es)"
-    return config, f"{size} ranks: cfg {config.cfg} x ring {config.ring} x ulysses {config.ulysses}, {chosen}"
+    config, reason = choose(size, num_heads, num_branches)
+    if asked:
+        config = ParallelConfig(**dict(zip(_AXES, fitting[0], strict=True)))  # type: ignore[arg-type]
+        reason = f"{size} ranks: cfg {config.cfg} x ring {config.ring} x ulysses {config.ulysses}"
+    config = replace(config, **{"ring_cache": "auto"} | how)
+    pick(config.kernel, device)
+    if config.ring > 1 and config.ring_cache == "auto":
+        config, why = resolve(config, kv_bytes=kv_bytes, free_bytes=_free_bytes(device, size))
+        if arguments.rank is not None:  # free memory differs from rank to rank, the form must not
+            gathered = arguments.rank.decide("gathered", lambda: config.ring_cache == "gathered")
+            config = replace(config, ring_cache="gathered" if gathered else "sharded")
+        reason = f"{reason}; {why}"
+    return config, reason
+
+
+def _free_bytes(device: torch.device, ranks: int) -> int | None:
+    """Memory that a rank of this machine may take; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // ranks
+    except (ValueError, OSError, AttributeError):
+        return None
 
 
 def own_flags(given: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from ..engine.engine import Engine, find_finished
 from ..engine.facts import read_facts
 from ..engine.files import check_writable, replacing, write_json
 from ..engine.job import JobConfig
+from ..engine.loading import pick_device, pick_dtype
 from ..engine.record import run_record
 from ..engine.request import (
     Decoding,
@@ -57,7 +59,10 @@ def generate(arguments: argparse.Namespace) -> int:
     if max(resolved.width, resolved.height) * arguments.scale > MAX_SIDE:
         raise ConfigError(f"scale {arguments.scale} makes the video larger than the {MAX_SIDE} pixels H.264 allows")
     job, rank = _job(arguments), arguments.rank
-    parallel, reason = parallel_from(arguments, facts.num_heads, 2 if resolved.guidance_scale > 1.0 else 1)
+    branches, device = 2 if resolved.guidance_scale > 1.0 else 1, pick_device(config.device)
+    num_tokens = math.prod(facts.grid(resolved.width, resolved.height, resolved.num_frames))
+    kv_bytes = branches * facts.kv_bytes(num_tokens, pick_dtype(config.dtype, device).itemsize)
+    parallel, reason = parallel_from(arguments, facts.num_heads, branches, kv_bytes, device)
     config = dataclasses.replace(config, parallel=parallel)
     quiet = arguments.quiet = arguments.quiet or (rank is not None and not rank.leads)
     say: Callable[[str], None] = (lambda text: None) if quiet else print

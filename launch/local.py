@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -37,6 +38,8 @@ def run_ranks(arguments: Sequence[str], nproc: int, *, restarts: int = 0, log_di
     Returns:
         0, or the exit code of the rank that failed first.
     """
+    # Of a rank that fails it would print more than the rank itself says.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="heterostep-") as temporary:
         # Hosted here, it outlives every attempt, and its port is free for sure.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
