@@ -61,7 +61,7 @@ def generate(arguments: argparse.Namespace) -> int:
     job, rank = _job(arguments), arguments.rank
     branches, device = 2 if resolved.guidance_scale > 1.0 else 1, pick_device(config.device)
     num_tokens = math.prod(facts.grid(resolved.width, resolved.height, resolved.num_frames))
-    kv_bytes = branches * facts.kv_bytes(num_tokens, pick_dtype(config.dtype, device).itemsize)
+    kv_bytes = branches * facts.cache_bytes(num_tokens, pick_dtype(config.dtype, device).itemsize)
     parallel, reason = parallel_from(arguments, facts.num_heads, branches, kv_bytes, device)
     config = dataclasses.replace(config, parallel=parallel)
     quiet = arguments.quiet = arguments.quiet or (rank is not None and not rank.leads)
