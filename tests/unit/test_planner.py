@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -153,3 +155,31 @@ def test_change_of_experts_does_not_count_as_change_of_tokens():
     planner.observe(2, sigmas[2], v[2] + 100.0, None)
     assert torch.equal(planner._tokens.rate, before)
     assert before.any()
+
+
+def test_a_full_step_after_a_checkpoint_teaches_as_any_other():
+    sigmas, v = shifted(T), velocities()
+    rates = []
+    for forced, switches in ((frozenset({0}), None), (frozenset({0, 2}), frozenset()), (frozenset({0, 2}), {2})):
+        planner = hs.StepPlanner()
+        planner.begin(sigmas, N, 1, forced, switches)
+        for i in range(3):
+            planner.observe(i, sigmas[i], v[i], None)
+        rates.append(planner._tokens.rate.clone())
+    assert torch.equal(rates[0], rates[1]) and not torch.equal(rates[0], rates[2])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_restored_planner_goes_on_alike(policy):
+    """Through a copy of its state, at every step."""
+    sigmas, v = shifted(T), velocities()
+    plans, whole = run(partial_planner(policy)), partial_planner(policy)
+    whole.begin(sigmas, N)
+    for i in range(T):
+        planner = partial_planner(policy)
+        planner.begin(sigmas, N)
+        planner.restore(copy.deepcopy(whole.state()))
+        for each in (whole, planner):
+            active = each.plan(i, T, sigmas[i], N)
+            assert same([active], [plans[i]])
+            each.observe(i, sigmas[i], v[i], active)
