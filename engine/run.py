@@ -121,8 +121,7 @@ class Run:
         if step is not None and index == step.index + 1:
             step.index, step.entered = index, set()
         elif step is None or index != step.index or name in step.entered:
-            self.resumed_at = 0  # another run begins
-            return False
+            return False  # another run begins
         step.entered.add(name)
         return True
 

@@ -172,14 +172,17 @@ def test_a_full_step_after_a_checkpoint_teaches_as_any_other():
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_restored_planner_goes_on_alike(policy):
     """Through a copy of its state, at every step."""
-    sigmas, v = shifted(T), velocities()
-    plans, whole = run(partial_planner(policy)), partial_planner(policy)
-    whole.begin(sigmas, N)
+    sigmas, g = shifted(T), torch.Generator().manual_seed(5)
+    v = [torch.randn(1, N, D, generator=g) for _ in range(T)]  # rates of change that change
+    first = partial_planner(policy)
+    first.begin(sigmas, N)
     for i in range(T):
-        planner = partial_planner(policy)
-        planner.begin(sigmas, N)
-        planner.restore(copy.deepcopy(whole.state()))
-        for each in (whole, planner):
-            active = each.plan(i, T, sigmas[i], N)
-            assert same([active], [plans[i]])
-            each.observe(i, sigmas[i], v[i], active)
+        second = partial_planner(policy)
+        second.begin(sigmas, N)
+        second.restore(copy.deepcopy(first.state()))
+        for j in range(i, T):
+            planners = (first, second) if j == i else (second,)
+            plans = [planner.plan(j, T, sigmas[j], N) for planner in planners]
+            assert same(plans[:1], plans[-1:])
+            for planner in planners:
+                planner.observe(j, sigmas[j], v[j], plans[0])
