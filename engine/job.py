@@ -41,7 +41,7 @@ class JobConfig:
     Attributes:
         folder: of this one video; made if it does not exist.
         checkpoint_every: number of denoising steps from one checkpoint to the next. It belongs to the plan: policies
-            that leave out tokens make the step after a checkpoint a full one.
+            that leave out tokens evaluate all of them once after each.
         resume: `"auto"` goes on where the folder's newest whole checkpoint is, or begins where there is none;
             `"never"` begins anew and removes what is there.
 
@@ -94,6 +94,7 @@ class Job:
         self._whole: list[int] = []
         self._lock: BinaryIO | None = None
         self._progress: BinaryIO | None = None
+        self._progress_works = True
 
     def __enter__(self) -> Job:
         """Make the folder and keep others out.
@@ -200,7 +201,9 @@ class Job:
             self._progress.write((json.dumps(line) + "\n").encode())
             self._progress.flush()
         except OSError as error:
-            _warn("progress.jsonl could not be written at step %d (%s)", event.step, _reason(error))
+            if self._progress_works:
+                _warn("progress.jsonl cannot be written from step %d on (%s)", event.step, _reason(error))
+            self._progress_works = False
 
     def finish(self, output: VideoOutput, record: Mapping[str, Any]) -> None:
         """Store the result, and remove the checkpoints; should that fail, they stay, and the log says so."""

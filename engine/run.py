@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..hsa.cache import KVCache
 from ..hsa.config import HSAConfig
 from ..hsa.planner import StepPlanner
+from ..hsa.policies import JointPolicy
 from ..hsa.rows import fill_rows, gather_rows, write_rows
 from ..hsa.velocity import VelocityCache
 from .models import WanAdapter
@@ -111,6 +112,9 @@ class Run:
         """
         check_resumable(self.planner)
         self.every = every
+        if self.own_planner is not None and isinstance(self.own_planner.policy, JointPolicy):
+            # A partial step that only makes up the last per cent would cost a full one after every checkpoint.
+            self.own_planner.policy = replace(self.own_planner.policy, whole=True)
 
     def resume(self, saved: Mapping[str, Any]) -> None:
         """Let the next run pass over the steps before `saved`, a `run_state`, and go on from there."""
@@ -132,8 +136,7 @@ class Run:
         if step is not None and index == step.index + 1:
             step.index, step.entered = index, set()
         elif step is None or index != step.index or name in step.entered:
-            self.resumed_at = 0  # another run begins
-            return False
+            return False  # another run begins
         step.entered.add(name)
         return True
 
@@ -189,15 +192,15 @@ class Run:
                 return False
         return False
 
-    def reads_kv(self, index: int) -> bool:
-        """Whether K/V of before step `index` are read at or after it: does a partial step come before a full one?"""
+    def reads_kv(self, index: int) -> int | None:
+        """The first step from `index` on that reads K/V of before it: a partial one before any full one; or None."""
         for later in range(index, self.num_steps):
             count = self._count(later)
             if count is None or 0 < count < self.grid.num_tokens:
-                return True
+                return later
             if count == self.grid.num_tokens:
-                return False
-        return False
+                return None
+        return None
 
     def needs_velocity(self, index: int) -> bool:
         """Whether velocities of step `index` matter beyond it: for a step that skips tokens, a correction, or AB2."""
@@ -291,7 +294,7 @@ class Run:
         self._make_plan()
 
     def _make_plan(self) -> None:
-        """Fix the size of every step; after a checkpoint all tokens are active where K/V of before would be needed."""
+        """Fix the size of every step; one after a checkpoint that would read K/V of before it is full."""
         while True:
             try:
                 self._begin_plan()
@@ -307,11 +310,11 @@ class Run:
             self.counts = list(counts) if counts is not None and len(counts) == self.num_steps else None
             if self.sharding is not None:
                 self.counts = self.sharding.agreement.counts(self.counts, self.num_steps)
-            extra = {i: "checkpoint" for i in sorted(self.restarts) if i not in self.forced and self.reads_kv(i)}
-            if not extra:
+            readers = [reader for i in sorted(self.restarts) if (reader := self.reads_kv(i)) is not None]
+            if not readers:
                 return
             # More full steps may move the others, and with them what is needed.
-            self.forced |= extra
+            self.forced |= dict.fromkeys(readers, "checkpoint")
 
     def _begin_plan(self) -> None:
         """Let the planner fix its counts."""

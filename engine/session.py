@@ -88,8 +88,9 @@ class HSASession:
     def save_every(self, every: int) -> None:
         """Plan runs for being saved by `state` after every `every`-th step, and resumed there bit for bit.
 
-        Keys and values are not saved. Where a partial step would need those of before, the step after is a full one, in
-        every run alike. (A run can be saved after any step; it then takes one more full step, if need be.)
+        Keys and values are not saved. A partial step that would read those of before is a full one, in every run alike;
+        policies of whole steps (``joint``, ``steps``) have none. A run can be saved after any step; if it has partial
+        steps, one more of them is then a full one.
 
         Raises:
             ConfigError: the planner has no `state` and `restore`.

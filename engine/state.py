@@ -62,7 +62,7 @@ def run_state(run: Run) -> dict[str, Any]:
 
 
 def restore_run(run: Run, state: Mapping[str, Any], num_layers: int, device: torch.device) -> Step:
-    """Put a state back into a run that has begun, and make its next step a full one if it needs K/V of before.
+    """Put a state back into a run that has begun; the first step that would read K/V of before becomes a full one.
 
     Args:
         run: begun with the plan of the state.
@@ -94,8 +94,9 @@ def restore_run(run: Run, state: Mapping[str, Any], num_layers: int, device: tor
     run.records = [step_from(record) for record in state["records"]]
     run.evaluations = state["evaluations"].to(device)
     run.resumed_at = at = state["step"]
-    if at < run.num_steps and run.reads_kv(at):
-        run.forced.setdefault(at, "resume")
+    reads = run.reads_kv(at)
+    if reads is not None:
+        run.forced[reads] = "resume"
     run.restarts |= {at}
     return Step(
         index=0, sigma=run.sigmas[0], sigma_next=run.sigmas[1], expert=0, active=None, count=0, reason="passed",
@@ -125,9 +126,10 @@ def scheduler_state(scheduler: Any) -> dict[str, Any]:
     """Return everything a scheduler holds beside its settings, whatever it is called: tensors, numbers, lists of them.
 
     Raises:
-        ConfigError: it holds something else, such as a second scheduler.
+        ConfigError: it holds something else, such as a second scheduler. (Functions, as of a compiled step, may be.)
     """
-    state = {name: value for name, value in vars(scheduler).items() if name not in _SETTINGS}
+    held = vars(scheduler).items()
+    state = {name: value for name, value in held if name not in _SETTINGS and not callable(value)}
     for name, value in state.items():
         if not _is_plain(value):
             raise ConfigError(

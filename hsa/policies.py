@@ -140,24 +140,27 @@ class JointPolicy(_Ranked):
     changes most; each is put where it lowers the expected error most. The rest buys whole steps. It is 0 because that
     is what wins so far (benchmarks/LOG.md): stale keys and values cost more than the tokens that are left out are
     worth. A partial step then only makes up for what whole ones cannot meet to within ``tolerance``;
-    without one no keys and values are kept at all.
+    without one no keys and values are kept at all. With ``whole`` there is none, and the target is met to within half
+    a step.
     """
 
     token_budget: float = 0.0
     partial_share: float = 0.5
     tolerance: float = 0.02
+    whole: bool = False
 
     def counts(self, schedule: Schedule, config: HSAConfig) -> list[int]:
         """See the class."""
         steps, required = schedule.num_steps, affordable_full(schedule, config)
         budget = config.compute * steps + 1e-9
+        tolerance = max(self.tolerance * steps, 0.5 if self.whole else 0.0)
         count = max(int((1 - self.token_budget) * budget), len(required), 1)
-        if not self.token_budget and budget - count > self.tolerance * steps >= count + 1 - budget:
+        if not self.token_budget and budget - count > tolerance >= count + 1 - budget:
             count += 1
         costs = _gap_costs(schedule, config, count, required)
         full = best_steps(costs, count, required)
         left = budget - len(full)
-        if left <= self.tolerance * steps and not self.token_budget:
+        if left <= tolerance and not self.token_budget:
             return [schedule.num_tokens if i in set(full) else 0 for i in range(steps)]
         partial = max(round(left / self.partial_share), math.ceil(left - 1e-6)) if self.token_budget else 1
         evaluated = add_steps(costs, full, partial)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from heterostep.engine.engine import Engine
 from heterostep.launch import cli
 
 PROMPT = ["--prompt", "a red disc moves right"]
@@ -143,6 +145,12 @@ def test_policies_and_solvers(capsys, tiny_model, tmp_path, policy, solver):
         (["--report", "r.txt"], "must end in .json"),
         (["--latents", "l.pt"], "must end in .safetensors"),
         (["--output", "v.mp4", "--heatmap", "./v.mp4"], "same name"),
+        (["--checkpoint-every", "0", "--job-dir", "j"], "at least 1"),
+        (["--checkpoint-every", "5"], "--checkpoint-every is for jobs; name a folder with --job-dir"),
+        (["--resume", "auto"], "--resume is for jobs"),
+        (["--resume", "maybe", "--job-dir", "j"], "resume must be one of auto, never, not 'maybe'"),
+        (["--job-dir", "j", "--compare-dense"], "leave out --job-dir"),
+        (["--job-dir", ""], "must be a path"),
         (["--unknown"], "unrecognized arguments: --unknown"),
         (["--comp", "0.5"], "unrecognized arguments"),
     ],
@@ -213,6 +221,59 @@ def test_help_reads_well(capsys):
         assert status == 0 and all(word in out for word in words)
     assert run(capsys)[0] == 2
     assert run(capsys, "dance")[0] == 2
+
+
+def test_a_job_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
+    def make(*more, seed=3):
+        return run(
+            capsys, "generate", *PROMPT, "--model", tiny_model, "--steps", 8, "--frames", 5, "--seed", seed,
+            "--output", tmp_path / "v.mp4", "--job-dir", tmp_path / "job", *more,
+        )  # fmt: skip
+
+    monkeypatch.setattr(Engine, "_decode", lambda *_: (_ for _ in ()).throw(MemoryError("mine")))
+    assert make()[::2] == (1, "heterostep: mine\n")
+    monkeypatch.undo()
+    status, out, err = make("--report", tmp_path / "r.json")
+    assert (status, err) == (0, "") and out.startswith("going on after step 8 of 8\n")
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["seconds"]["checkpoint"] > 0 and len(report["steps"]) == 8
+    (tmp_path / "v.mp4").unlink()
+
+    with monkeypatch.context() as patched:  # neither needs the model
+        patched.setattr("heterostep.engine.engine.load_pipeline", None)
+        status, out, _ = make("--heatmap", tmp_path / "h.mp4", "--report", tmp_path / "again.json")
+        assert status == 0 and "is finished; nothing was computed" in out
+        assert frames_of(tmp_path / "v.mp4") == frames_of(tmp_path / "h.mp4") == 5
+        assert json.loads((tmp_path / "again.json").read_text()) == report
+        status, out, err = make(seed=4)
+        assert (status, out) == (2, "") and "seed (3, now 4)" in err and err.count("\n") == 1
+    assert make("--resume", "never", "--quiet", seed=4) == (0, "", "")
+
+
+def test_signals_while_the_model_loads(capsys, tiny_model, tmp_path, monkeypatch):
+    def load(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal was not taken")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("heterostep.engine.engine.load_pipeline", load)
+    flags = ["generate", *PROMPT, "--model", tiny_model, "--output", tmp_path / "v.mp4", "--job-dir", tmp_path / "job"]
+    status, _, err = run(capsys, *flags)
+    assert status == 75 and "stopped before its first step" in err and err.count("\n") == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_between_loading_and_running_is_not_lost(capsys, tiny_model, tmp_path, monkeypatch):
+    stream = Engine.stream
+
+    def kill_first(self, *arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return stream(self, *arguments)
+
+    monkeypatch.setattr(Engine, "stream", kill_first)
+    flags = ["generate", *PROMPT, "--model", tiny_model, "--output", tmp_path / "v.mp4", "--job-dir", tmp_path / "job"]
+    status, _, err = run(capsys, *flags, "--steps", 2000, "--compute", 1)
+    assert status == 75 and "stopped after step" in err and err.count("\n") == 1
 
 
 def test_other_failures_are_one_sentence_too(capsys, monkeypatch):

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -153,3 +155,34 @@ def test_change_of_experts_does_not_count_as_change_of_tokens():
     planner.observe(2, sigmas[2], v[2] + 100.0, None)
     assert torch.equal(planner._tokens.rate, before)
     assert before.any()
+
+
+def test_a_full_step_after_a_checkpoint_teaches_as_any_other():
+    sigmas, v = shifted(T), velocities()
+    rates = []
+    for forced, switches in ((frozenset({0}), None), (frozenset({0, 2}), frozenset()), (frozenset({0, 2}), {2})):
+        planner = hs.StepPlanner()
+        planner.begin(sigmas, N, 1, forced, switches)
+        for i in range(3):
+            planner.observe(i, sigmas[i], v[i], None)
+        rates.append(planner._tokens.rate.clone())
+    assert torch.equal(rates[0], rates[1]) and not torch.equal(rates[0], rates[2])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_restored_planner_goes_on_alike(policy):
+    """Through a copy of its state, at every step."""
+    sigmas, g = shifted(T), torch.Generator().manual_seed(5)
+    v = [torch.randn(1, N, D, generator=g) for _ in range(T)]  # rates of change that change
+    first = partial_planner(policy)
+    first.begin(sigmas, N)
+    for i in range(T):
+        second = partial_planner(policy)
+        second.begin(sigmas, N)
+        second.restore(copy.deepcopy(first.state()))
+        for j in range(i, T):
+            planners = (first, second) if j == i else (second,)
+            plans = [planner.plan(j, T, sigmas[j], N) for planner in planners]
+            assert same(plans[:1], plans[-1:])
+            for planner in planners:
+                planner.observe(j, sigmas[j], v[j], plans[0])

@@ -1,0 +1,178 @@
+"""Jobs as a person or a cluster runs them: killed, told to go, and given again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from heterostep.engine.facts import DEMO_MODEL
+
+FLAGS = ["--prompt", "a red disc moves right", "--frames", 5, "--steps", 30, "--seed", 3, "--policy", "tokens"]
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+needs_demo = pytest.mark.skipif(
+    not (DEMO_MODEL / "model_index.json").is_file(), reason="no demo model in this checkout"
+)
+
+
+def start(folder, *more):
+    command = ["-m", "heterostep", "generate", *FLAGS, "--job-dir", "job", "--checkpoint-every", 5, *more]
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def progress(folder):
+    path = folder / "job" / "progress.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def after_step(process, folder, step):
+    """Wait until a run has done a step."""
+    while len(progress(folder)) <= step:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def finish(process, timeout=120):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+@needs_demo
+def test_killed_told_to_go_and_finished(tmp_path):
+    files = ["--output", "v.mp4", "--latents", "l.safetensors", "--report", "r.json"]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert finish(start(whole, *files))[0] == 0
+
+    process = start(tmp_path, *files)
+    after_step(process, tmp_path, 6)
+    process.kill()
+    assert finish(process)[0] == -signal.SIGKILL
+
+    for number, step in ((signal.SIGTERM, 9), (signal.SIGUSR1, 14)):
+        process = start(tmp_path, *files)
+        after_step(process, tmp_path, step)
+        process.send_signal(number)
+        status, out, err = finish(process)
+        assert (status, err.count("\n")) == (75, 1), err
+        assert err.startswith("heterostep: stopped after step") and "saved at step" in err
+        assert "going on after step" in out
+
+    assert not (tmp_path / "v.mp4").exists()
+    status, out, err = finish(start(tmp_path, *files))
+    assert (status, err) == (0, "") and "going on after step" in out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [step["step"] for step in report["steps"]] == list(range(30))
+    assert [json.loads(line)["step"] for line in progress(tmp_path)] == list(range(30))
+    # SIGTERM came between two checkpoints, where the policy needs one more full step each: another plan.
+    resumed = sum(step["reason"] == "resume" for step in report["steps"])
+    assert resumed <= 2
+    if not resumed:
+        assert (tmp_path / "l.safetensors").read_bytes() == (whole / "l.safetensors").read_bytes()
+
+    began = [path.read_bytes() for path in (tmp_path / "v.mp4", tmp_path / "l.safetensors", tmp_path / "r.json")]
+    for name in ("v.mp4", "l.safetensors", "r.json"):
+        (tmp_path / name).unlink()
+    status, out, err = finish(start(tmp_path, *files))
+    assert (status, err) == (0, "") and "the job in job is finished; nothing was computed" in out
+    assert [p.read_bytes() for p in (tmp_path / "v.mp4", tmp_path / "l.safetensors", tmp_path / "r.json")] == began
+
+
+@needs_demo
+def test_killed_twice_gives_the_same_bits(tmp_path):
+    files = ["--latents", "l.safetensors", "--output", "v.mp4"]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert finish(start(whole, *files))[0] == 0
+    for step in (7, 18):
+        process = start(tmp_path, *files)
+        after_step(process, tmp_path, step)
+        process.kill()
+        process.communicate()
+    status, _, err = finish(start(tmp_path, *files))
+    assert (status, err) == (0, "")
+    for name in ("l.safetensors", "v.mp4"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+@needs_demo
+def test_ctrl_c_saves_a_job(tmp_path):
+    process = start(tmp_path)
+    after_step(process, tmp_path, 2)
+    process.send_signal(signal.SIGINT)
+    status, _, err = finish(process)
+    assert status == 130
+    assert err == "heterostep: interrupted; the same command goes on with the job in job\n"
+    saved = [path.name for path in (tmp_path / "job").glob("checkpoint-*.json")]
+    assert saved and max(saved) >= "checkpoint-000003.json"
+
+
+# Forks a run of a job that saves every step, kills it at a random moment, and again, until one comes through.
+_KILLED = """
+import os, random, shutil, signal, sys, time
+import torch
+import heterostep as hs
+from heterostep.launch.logs import silence_libraries
+
+silence_libraries()
+torch.set_num_threads(1)
+model, folder, tries = sys.argv[1], sys.argv[2], int(sys.argv[3])
+engine = hs.Engine(hs.EngineConfig(model=model, device="cpu"))
+request = hs.GenerateRequest(prompt="x", width=64, height=48, num_frames=9, num_inference_steps=16, compute=0.6)
+job = hs.JobConfig(folder=folder, checkpoint_every=1)
+start = time.perf_counter()
+want = engine.generate(request, job)
+alone = time.perf_counter() - start
+moments, kills = random.Random(0), 0
+for attempt in range(tries):
+    shutil.rmtree(folder)
+    while True:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                output = engine.generate(request, job)
+                status = 0 if torch.equal(output.latents, want.latents) else 3
+            finally:
+                os._exit(status)
+        deadline = time.perf_counter() + moments.uniform(0.02, 0.7) * alone
+        while True:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done or time.perf_counter() > deadline:
+                break
+            time.sleep(0.001)
+        if done:
+            break
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+    assert os.waitstatus_to_exitcode(status) == 0, (attempt, status)
+print(kills)
+"""
+
+
+def test_killed_at_any_moment(tiny_model, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(tiny_model), str(tmp_path / "job"), "6"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 6
+    assert "is skipped" not in done.stderr  # what a kill leaves behind never looks like a checkpoint
