@@ -150,3 +150,57 @@ def test_an_exception_of_one_rank_ends_all(tmp_path):
     found = re.search(r"rank 1 of 2 failed after \d+ steps: ArithmeticError: a fault of one rank", done.stderr)
     assert found, done.stderr
     assert "rank 0 ends: rank 1 of 2 failed" in done.stderr or "rank 0 stops: rank 1 of 2 failed" in done.stderr
+
+
+LONG = ("--prompt", "a red disc moves right", "--seed", "7", "--steps", "30", "--output", "v.mp4")
+LONG += ("--latents", "l.safetensors", "--job-dir", "job", "--checkpoint-every", "3")
+
+
+def begun(folder, name, *degrees, lines=8):
+    """Start a job on ranks, and wait until some steps are done."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "heterostep", "generate", *LONG, *map(str, degrees)],
+        cwd=folder, env=os.environ | {"HETEROSTEP_TEST": name}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    progress = folder / "job" / "progress.jsonl"
+    while not progress.exists() or len(progress.read_text().splitlines()) < lines:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("degrees", [("--nproc", 2, "--ulysses", 2), ("--nproc", 2, "--cfg", 2)], ids=str)
+def test_a_stopped_job_goes_on_with_other_degrees(tmp_path, degrees):
+    whole = run([sys.executable, "-m", "heterostep", "generate", *LONG], cwd=_folder(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    folder = _folder(tmp_path / "broken")
+    process = begun(folder, "", *degrees)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert "it was saved at step" in err
+    done = run([sys.executable, "-m", "heterostep", "generate", *LONG], cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step" in done.stdout
+    latents = [load_file(path / "l.safetensors")["latents"] for path in (folder, tmp_path / "whole")]
+    assert (latents[0] - latents[1]).abs().max() < 1e-4
+    lines = [json.loads(line) for line in (folder / "job" / "progress.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(30))
+    again = run([sys.executable, "-m", "heterostep", "generate", *LONG, *map(str, degrees)], cwd=folder)
+    assert again.returncode == 0 and "finished; nothing was computed" in again.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="ranks are found in /proc")
+def test_local_ranks_start_again_after_a_kill(tmp_path):
+    name = str(time.time_ns())
+    process = begun(tmp_path, name, "--nproc", 2, "--ring", 2)
+    os.kill(rank_of(name, 0), signal.SIGKILL)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "starting again" in err
+    whole = run(
+        [sys.executable, "-m", "heterostep", "generate", *LONG, "--nproc", "2", "--ring", "2"],
+        cwd=_folder(tmp_path / "whole"),
+    )
+    assert whole.returncode == 0, whole.stderr
+    assert torch.equal(*(load_file(path / "l.safetensors")["latents"] for path in (tmp_path, tmp_path / "whole")))
