@@ -172,7 +172,8 @@ class HSAHook(ModelHook):
         self.call.attend = lambda q, k, v, cache: self.run.sharding.attend(share, q, k, v, cache, weight)  # type: ignore[union-attr]
         self.rope.grid = grid
         try:
-            out = self.fn_ref.original_forward(pack(rows, patch), timestep, text, return_dict=False, **rest)[0]
+            with self.run.sharding.timed():  # type: ignore[union-attr]
+                out = self.fn_ref.original_forward(pack(rows, patch), timestep, text, return_dict=False, **rest)[0]
         finally:
             self._unbind()
         return unpack(out, patch)

@@ -25,11 +25,13 @@ class ParallelRecord:
     Attributes:
         tokens: evaluated tokens of each rank that works on one guidance branch.
         imbalance: the most of these over their mean; 1 is perfect.
+        seconds: this rank's time in the transformer, without that in collectives.
         sent: this rank's traffic, by kind of collective. Seconds include the wait for ranks that come late.
     """
 
     tokens: list[int]
     imbalance: float
+    seconds: float
     sent: dict[str, Sent]
 
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..parallel.agreement import Agreement
 from ..parallel.attention import Placement, Plan, placement_for
 from ..parallel.collectives import Traffic, Transport, exchange_rows
 from ..parallel.config import ParallelConfig, check
 from ..parallel.mesh import ParallelMesh
 from ..parallel.partition import imbalance, sizes_for, slices
+from ..parallel.speeds import Speeds
 from .report import ParallelRecord, RankReport, Sent
+
+_PASS = "pass"
+_OUTSIDE = ("plan", "velocity", "result")
+"""Traffic that is not part of a pass of the transformer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,7 @@ class Sharding:
         traffic: what was sent since the last `record`.
         placement: the attention.
         agreement: how the ranks come to one decision.
+        speeds: of the ranks, where they are measured.
     """
 
     def __init__(self, mesh: ParallelMesh, config: ParallelConfig) -> None:
@@ -61,6 +67,7 @@ class Sharding:
         self.placement: Placement = placement_for(mesh, config, self.traffic)
         self._sequence, self._world = Transport(mesh.sequence, self.traffic), Transport(mesh.world, self.traffic)
         self.agreement = Agreement(mesh, self.traffic)
+        self.speeds = Speeds(mesh, self.agreement)
 
     def check(self, num_heads: int, num_branches: int) -> None:
         """Raise ConfigError unless the degrees suit a model's heads and a request's guidance branches."""
@@ -73,9 +80,7 @@ class Sharding:
     def share(self, active: Tensor | None, grid: tuple[int, int, int], batch_size: int) -> Share:
         """Cut the active tokens (None: all of `grid`; [A]; [B, A]) anew, and plan the attention to them."""
         num_tokens = grid[0] * grid[1] * grid[2]
-        sizes = sizes_for(self.config, num_tokens, active, grid)
-        if self.config.cut != "equal":
-            active = self._by_owner(active, grid)
+        sizes = sizes_for(self.config, num_tokens, active, grid, self.speeds.weights)
         listed = torch.arange(num_tokens, device=self.mesh.device) if active is None else active
         rank = self.mesh.sequence.rank
         tokens = listed[..., slices(sizes)[rank]]
@@ -102,13 +107,22 @@ class Sharding:
         every = exchange_rows(rows[:, : share.rows], sizes, self._world, "velocity")
         return list(every.split(sum(share.sizes), dim=1))
 
+    def timed(self) -> AbstractContextManager[None]:
+        """Take the time of this rank's pass, without making a GPU wait."""
+        return self.traffic.recorded(_PASS, 0, self.mesh.device)
+
     def record(self, sizes: Sequence[int]) -> ParallelRecord:
-        """Describe the step that ends: tokens of each rank, and what this rank sent since the last call."""
+        """Describe the step that ends: tokens of each rank, and what this rank did since the last call."""
+        totals = self.traffic.take()
+        passed = totals.pop(_PASS, None)
         sent = {
-            name: Sent(calls=count.calls, bytes=count.bytes, seconds=count.seconds)
-            for name, count in self.traffic.take().items()
+            name: Sent(calls=count.calls, bytes=count.bytes, seconds=count.seconds) for name, count in totals.items()
         }
-        return ParallelRecord(tokens=list(sizes), imbalance=imbalance(sizes), sent=sent)
+        inside = sum(count.seconds for name, count in sent.items() if name not in _OUTSIDE)
+        seconds = max(passed.seconds - inside, 0.0) if passed is not None else 0.0
+        if sizes and self.config.cut == "measured":
+            self.speeds.observe(sizes[self.mesh.sequence.rank] * (passed.calls if passed is not None else 1), seconds)
+        return ParallelRecord(tokens=list(sizes), imbalance=imbalance(sizes), seconds=seconds, sent=sent)
 
     def rank_report(self, steps: Sequence[ParallelRecord], kv_bytes: int, models: Sequence[Any]) -> RankReport:
         """Sum up this rank's steps, and look at its memory."""
@@ -127,10 +141,6 @@ class Sharding:
             weight_bytes=weights,
             peak_bytes=_peak_bytes(self.mesh.device),
         )
-
-    def _by_owner(self, active: Tensor | None, grid: tuple[int, int, int]) -> Tensor:
-        """Order tokens by their owner in a static cut, whose consecutive slices are then the owners' tokens."""
-        raise ConfigError(f"cut={self.config.cut!r} is for benchmarks/parallel.py alone; use cut='equal'.")
 
 
 def _held(parameter: Tensor) -> int:

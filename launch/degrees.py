@@ -34,9 +34,8 @@ def parallel_from(
         ConfigError: no degrees fit; the message lists those that do.
     """
     asked: dict[str, Any] = {axis: getattr(arguments, axis) for axis in _AXES if getattr(arguments, axis) is not None}
-    how: dict[str, Any] = {
-        name: getattr(arguments, name) for name in ("ring_cache", "kernel") if getattr(arguments, name) is not None
-    }
+    flags = ("ring_cache", "cut", "kernel")
+    how: dict[str, Any] = {name: getattr(arguments, name) for name in flags if getattr(arguments, name) is not None}
     size = arguments.rank.world_size if arguments.rank is not None else arguments.nproc or 1
     # The widest first: branches need least exchange, then heads.
     fitting = [

@@ -11,7 +11,7 @@ from ..errors import ConfigError
 
 RING_CACHES = ("auto", "gathered", "sharded")
 KERNELS = ("auto", "sdpa", "flash", "flash3", "xfuser")
-CUTS = ("equal", "contiguous", "interleaved")
+CUTS = ("equal", "measured", "contiguous", "interleaved")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,10 @@ class ParallelConfig:
             times the memory) or ``sharded`` (K/V of its own range of tokens; queries travel). ``auto`` takes
             ``gathered`` where `choose.resolve` found it to fit into memory, else ``sharded``.
         kernel: attention kernel, see `kernels.pick`.
-        cut: how the active tokens are cut among the ranks: ``equal`` anew for each step. ``contiguous`` and
-            ``interleaved`` give tokens fixed owners, as other engines do, and exist for the benchmark only.
+        cut: how the active tokens are cut among the ranks, anew for each step: ``equal``, or ``measured``: by the
+            ranks' speeds over the first steps, for machines that differ (sums are then rounded otherwise, so that two
+            such runs agree to rounding only). ``contiguous`` and ``interleaved`` give tokens fixed owners, as other
+            engines do, and exist for the benchmark only.
         weights: relative speeds of the ring * ulysses ranks of a sequence group, ring-major; None: equally fast.
 
     Raises:

@@ -55,6 +55,7 @@ def sizes_for(
     num_tokens: int,
     active: Tensor | None = None,
     grid: tuple[int, int, int] | None = None,
+    speeds: Sequence[float] | None = None,
 ) -> list[int]:
     """Rows that each rank of the sequence axis computes at one step, ring-major.
 
@@ -63,13 +64,14 @@ def sizes_for(
         num_tokens: N.
         active: int64 [A] or [B, A]; None for all tokens.
         grid: tokens (F, Y, X) of a video, which ``interleaved`` uses.
+        speeds: of the ranks, as far as ``measured`` knows them.
 
     Raises:
         ConfigError: a static cut was asked for with a set of tokens for each sample; counts per rank differ then.
     """
     parts = config.sequence_size
-    if config.cut == "equal":
-        return cut(num_tokens if active is None else active.shape[-1], parts, config.weights)
+    if config.cut in ("equal", "measured"):
+        return cut(num_tokens if active is None else active.shape[-1], parts, speeds or config.weights)
     if active is None:
         active = torch.arange(num_tokens)
     elif active.ndim == 2:

@@ -1,6 +1,7 @@
 """A pipeline on many ranks makes the video that it makes on one."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -104,6 +105,30 @@ def test_dense(layout):
 def test_forecasts_of_keys_and_velocities(forecast):
     config = HSAConfig(compute=0.4, policy="tokens", forecast=forecast, kv_forecast=0.5)
     assert_same("euler", config, None, {"ulysses": 2, "ring": 2, "ring_cache": "sharded"}, steps=12)
+
+
+def slowed(layout, changes):
+    """Sizes of each step when rank 1 takes longer for a pass."""
+    pipe = tiny.tiny_pipeline("euler", heads=4)
+    session = apply(pipe, HSAConfig(compute=1.0), parallel=ParallelConfig(**layout))
+    if torch.distributed.get_rank() == 1:
+        pipe.transformer.blocks[0].ffn.register_forward_hook(lambda *_: time.sleep(0.2))
+    tiny.generate(pipe, **changes)
+    return [step.parallel.tokens for step in session.report.steps]
+
+
+@pytest.mark.parametrize("layout", [{"ulysses": 2}, {"ring": 2, "ring_cache": "sharded"}], ids=str)
+def test_a_slow_rank_gets_fewer_tokens(layout):
+    one, other = ranks.run_ranks(2, slowed, {**layout, "cut": "measured"}, {"steps": 6})
+    assert one == other
+    assert one[0] == [24, 24]
+    assert all(sum(sizes) == 48 for sizes in one)
+    assert one[-1][1] < 20
+
+
+@pytest.mark.parametrize("cut", ["measured", "contiguous", "interleaved"])
+def test_cuts_do_not_change_the_video(cut):
+    assert_same("euler", None, "odd", {"ulysses": 2, "cut": cut})
 
 
 def test_without_guidance():
