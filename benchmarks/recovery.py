@@ -117,8 +117,9 @@ def write(args: argparse.Namespace, results: list[dict]) -> None:
     args.output.with_suffix(".md").write_text(
         f"""# Killing ranks
 
-{args.tries} jobs of {args.nproc} ranks (gloo, demo model, policy `tokens`, {args.steps} steps, a checkpoint every {EVERY})
-under `torchrun --max-restarts 3`; in each a random rank got SIGKILL at a random step. `python benchmarks/recovery.py`.
+{args.tries} jobs of {args.nproc} ranks (gloo, demo model, policy `tokens`, {args.steps} steps, checkpoints every
+{EVERY}) under `torchrun --max-restarts 3`; in each a random rank got SIGKILL at a random step. Made by
+`python benchmarks/recovery.py`.
 
 | | |
 |---|---:|

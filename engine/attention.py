@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ..hsa.cache import KVCache
 
+_TEXT_LENGTH = 512
+"""Text positions of Wan's models; what comes before them is the image."""
+
 
 class AttentionCall:
     """What the processors of one transformer must know about the forward pass that is running.
@@ -87,6 +90,83 @@ class CachedWanAttnProcessor(WanAttnProcessor):
         )
         out = out.flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
+
+
+class TextKV:
+    """Keys and values of the prompt in one layer, for one guidance branch: constant over the steps of a run."""
+
+    def __init__(self) -> None:
+        """Know nothing yet."""
+        self.text: tuple[Tensor, Tensor] | None = None
+        self.image: tuple[Tensor, Tensor] | None = None
+
+
+class CachedTextAttnProcessor(WanAttnProcessor):
+    """Wan's cross-attention with the prompt's keys and values computed once a run, bit for bit the stock one.
+
+    ``store`` is set before each pass to the guidance branch's; without it the processor is the stock one.
+    """
+
+    def __init__(self, replaced: WanAttnProcessor) -> None:
+        """Stand in for the processor `replaced`, with the same attention kernel."""
+        super().__init__()
+        self.store: TextKV | None = None
+        self._attention_backend = replaced._attention_backend
+        self._parallel_config = replaced._parallel_config
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attend: hidden_states [B, A, H * D] -> [B, A, H * D]; arguments as diffusers' WanAttnProcessor."""
+        store = self.store
+        if store is None or encoder_hidden_states is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        if store.text is None:
+            _fill(store, attn, encoder_hidden_states)
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        image = None if store.image is None else self._attend(query, *store.image, None)
+        assert store.text is not None
+        out = self._attend(query, *store.text, attention_mask)
+        if image is not None:
+            out = out + image
+        return attn.to_out[1](attn.to_out[0](out))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        out = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=0.0,
+            is_causal=False,
+            backend=self._attention_backend,
+            parallel_config=None,
+        )
+        return out.flatten(2, 3).type_as(query)
+
+
+def _fill(store: TextKV, attn: Any, states: Tensor) -> None:
+    """Compute the keys and values of a prompt, and of the image that Wan's I2V puts before it."""
+    if attn.add_k_proj is not None:
+        length = states.shape[1] - _TEXT_LENGTH
+        image, states = states[:, :length], states[:, length:]
+        if attn.fused_projections:
+            key, value = attn.to_added_kv(image).chunk(2, dim=-1)
+        else:
+            key, value = attn.add_k_proj(image), attn.add_v_proj(image)
+        key = attn.norm_added_k(key)
+        store.image = key.unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1))
+    if attn.fused_projections:
+        key, value = attn.to_kv(states).chunk(2, dim=-1)
+    else:
+        key, value = attn.to_k(states), attn.to_v(states)
+    key = attn.norm_k(key)
+    store.text = key.unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1))
 
 
 def _project(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from ..errors import ConfigError
-from .attention import AttentionCall
+from .attention import AttentionCall, TextKV
 from .run import Branch, Run, Step, fresh_weight
 from .tokens import Grid, Patch, gather_rows, pack, patchify, unpack, unpatchify
 
@@ -40,20 +40,23 @@ class HSAHook(ModelHook):
 
     _is_stateful = True
 
-    def __init__(self, run: Run, expert: int, attentions: list[Any], rope: Any, call: AttentionCall) -> None:
+    def __init__(
+        self, run: Run, expert: int, attentions: list[Any], texts: list[Any], rope: Any, call: AttentionCall
+    ) -> None:
         """Serve one transformer.
 
         Args:
             run: shared by the hooks of all experts.
             expert: number of this transformer.
             attentions: the self-attention of every layer, with our processor set.
+            texts: our processors of the cross-attention to the prompt.
             rope: the hook on the model's rotary embedding.
             call: shared by processors and `rope`.
         """
         super().__init__()
         self.run, self.expert = run, expert
         self.attentions, self.processors = attentions, [attention.processor for attention in attentions]
-        self.rope, self.call = rope, call
+        self.texts, self.rope, self.call = texts, rope, call
         self.contexts = _Contexts()
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -108,6 +111,7 @@ class HSAHook(ModelHook):
     def _full(self, step: Step, branch: Branch, patch: Patch, grid: Grid, args: tuple[Any, ...]) -> Tensor:
         """All tokens: the stock pass, of which only what later steps need is kept."""
         latents, timestep, text, rest = args
+        self._bind_text(branch)
         if self.run.needs_kv(step.index):
             self._bind(branch, step)
         velocity = self.fn_ref.original_forward(latents, timestep, text, return_dict=False, **rest)[0]
@@ -213,12 +217,21 @@ class HSAHook(ModelHook):
                     'use policy="steps".'
                 )
             processor.cache = cache
+        self._bind_text(branch)
         self.call.cached, self.call.active = True, step.active
         if step.active is not None:
             self.call.weight = fresh_weight(branch, step, self.run.kv_damping, self.run.kv_since)
 
+    def _bind_text(self, branch: Branch) -> None:
+        """Point the processors of the cross-attention to what the branch knows of its prompt."""
+        stores = branch.text.setdefault(self.expert, [TextKV() for _ in self.texts])
+        for processor, store in zip(self.texts, stores, strict=True):
+            processor.store = store
+
     def _unbind(self) -> None:
         """Make the processors stock again, also after an exception."""
         self.call.clear()
+        for processor in self.texts:
+            processor.store = None
         for processor in self.processors:
             processor.cache = None

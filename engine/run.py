@@ -18,6 +18,7 @@ from ..hsa.planner import StepPlanner
 from ..hsa.policies import JointPolicy
 from ..hsa.rows import fill_rows, gather_rows, write_rows
 from ..hsa.velocity import VelocityCache
+from .attention import TextKV
 from .models import WanAdapter
 from .plans import checked
 from .report import HSAReport, StepRecord
@@ -29,10 +30,11 @@ from .tokens import Grid
 
 @dataclass(kw_only=True)
 class Branch:
-    """Caches of one guidance branch ("cond", "uncond"); two experts share them."""
+    """Caches of one guidance branch ("cond", "uncond"); two experts share them, but for the prompt's K/V, `text`."""
 
     velocity: VelocityCache
     layers: list[KVCache]
+    text: dict[int, list[TextKV]] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -277,6 +279,7 @@ class Run:
             self.branches.clear()
         self.inference = torch.is_inference_mode_enabled()
         for branch in self.branches.values():
+            branch.text.clear()
             branch.velocity.follow(self.sigmas)
             if branch.velocity.clock is not None:
                 branch.velocity.reset()

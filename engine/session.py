@@ -52,7 +52,7 @@ class HSASession:
             pipe.scheduler = self._own_scheduler
         self._run = Run(pipe, adapter, config, planner, sharding)
         self.planner = self._run.planner
-        # Transformer, its rotary embedding, and (attention, its stock processor, ours) of every layer.
+        # Transformer, its rotary embedding, and (attention, its stock processor, ours) wherever we set one.
         self._saved: Mapping[str, Any] | None = None
         self._attached: list[tuple[Any, Any, list[tuple[Any, Any, Any]]]] = []
         for expert, transformer in adapter.transformers(pipe):
@@ -163,9 +163,16 @@ class HSASession:
             ours = adapter.processor(call, stock)
             attention.set_processor(ours)
             processors.append((attention, stock, ours))
+        layers = [attention for attention, _, _ in processors]
+        texts = []
+        for attention in adapter.text_attentions(transformer):
+            stock = attention.processor
+            texts.append(adapter.text_processor(stock))
+            attention.set_processor(texts[-1])
+            processors.append((attention, stock, texts[-1]))
         rope, rope_hook = adapter.rope(transformer)
         rope_hook.call = call
-        hook = HSAHook(self._run, expert, [attention for attention, _, _ in processors], rope_hook, call)
+        hook = HSAHook(self._run, expert, layers, texts, rope_hook, call)
         hook.session = self
         for module, its_hook in ((rope, rope_hook), (transformer, hook)):
             registry = HookRegistry.check_if_exists_or_initialize(module)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import ModelHook
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
-from ..attention import AttentionCall, CachedWanAttnProcessor
+from ..attention import AttentionCall, CachedTextAttnProcessor, CachedWanAttnProcessor
 from ..tokens import Grid, Patch, gather_rows
 
 
@@ -19,6 +20,7 @@ class WanAdapter:
 
     pipelines = ("WanPipeline", "WanImageToVideoPipeline")
     processor = CachedWanAttnProcessor
+    text_processor = CachedTextAttnProcessor
 
     @classmethod
     def recognises(cls, pipe: Any) -> bool:
@@ -43,6 +45,12 @@ class WanAdapter:
     def attentions(transformer: Any) -> list[Any]:
         """Self-attention modules, one per layer: the only place where tokens meet."""
         return [block.attn1 for block in transformer.blocks]
+
+    @staticmethod
+    def text_attentions(transformer: Any) -> list[Any]:
+        """Cross-attention modules with the stock processor, whose keys and values are those of the prompt."""
+        found = [block.attn2 for block in transformer.blocks]
+        return [attention for attention in found if type(attention.processor) is WanAttnProcessor]
 
     @staticmethod
     def experts(pipe: Any) -> list[int]:
