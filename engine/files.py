@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -78,6 +79,9 @@ def write_durably(path: str | os.PathLike[str], content: bytes) -> None:
         folder = os.open(Path(path).parent, os.O_RDONLY)
         try:
             os.fsync(folder)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a file system that has nothing to bring to disk
+                raise
         finally:
             os.close(folder)
 

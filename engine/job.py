@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -267,6 +268,10 @@ def _exclude_others(lock: BinaryIO, folder: Path) -> None:
         raise ConfigError(
             f"the job folder {str(folder)!r} is in use by another run: wait for it, or name another folder"
         ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        _warn("the file system of %s has no locks: do not start the same job twice", str(folder))
 
 
 def _open_progress(path: Path, step: int) -> BinaryIO:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,49 +52,8 @@ def finish(process, timeout=120):
 
 
 @needs_demo
-def test_killed_told_to_go_and_finished(tmp_path):
+def test_killed_twice_gives_the_same_bits_and_is_found_again(tmp_path):
     files = ["--output", "v.mp4", "--latents", "l.safetensors", "--report", "r.json"]
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    assert finish(start(whole, *files))[0] == 0
-
-    process = start(tmp_path, *files)
-    after_step(process, tmp_path, 6)
-    process.kill()
-    assert finish(process)[0] == -signal.SIGKILL
-
-    for number, step in ((signal.SIGTERM, 9), (signal.SIGUSR1, 14)):
-        process = start(tmp_path, *files)
-        after_step(process, tmp_path, step)
-        process.send_signal(number)
-        status, out, err = finish(process)
-        assert (status, err.count("\n")) == (75, 1), err
-        assert err.startswith("heterostep: stopped after step") and "saved at step" in err
-        assert "going on after step" in out
-
-    assert not (tmp_path / "v.mp4").exists()
-    status, out, err = finish(start(tmp_path, *files))
-    assert (status, err) == (0, "") and "going on after step" in out
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert [step["step"] for step in report["steps"]] == list(range(30))
-    assert [json.loads(line)["step"] for line in progress(tmp_path)] == list(range(30))
-    # SIGTERM came between two checkpoints, where the policy needs one more full step each: another plan.
-    resumed = sum(step["reason"] == "resume" for step in report["steps"])
-    assert resumed <= 2
-    if not resumed:
-        assert (tmp_path / "l.safetensors").read_bytes() == (whole / "l.safetensors").read_bytes()
-
-    began = [path.read_bytes() for path in (tmp_path / "v.mp4", tmp_path / "l.safetensors", tmp_path / "r.json")]
-    for name in ("v.mp4", "l.safetensors", "r.json"):
-        (tmp_path / name).unlink()
-    status, out, err = finish(start(tmp_path, *files))
-    assert (status, err) == (0, "") and "the job in job is finished; nothing was computed" in out
-    assert [p.read_bytes() for p in (tmp_path / "v.mp4", tmp_path / "l.safetensors", tmp_path / "r.json")] == began
-
-
-@needs_demo
-def test_killed_twice_gives_the_same_bits(tmp_path):
-    files = ["--latents", "l.safetensors", "--output", "v.mp4"]
     whole = tmp_path / "whole"
     whole.mkdir()
     assert finish(start(whole, *files))[0] == 0
@@ -101,11 +61,34 @@ def test_killed_twice_gives_the_same_bits(tmp_path):
         process = start(tmp_path, *files)
         after_step(process, tmp_path, step)
         process.kill()
-        process.communicate()
-    status, _, err = finish(start(tmp_path, *files))
-    assert (status, err) == (0, "")
+        assert finish(process)[0] == -signal.SIGKILL
+    assert not (tmp_path / "v.mp4").exists()
+    status, out, err = finish(start(tmp_path, *files))
+    assert (status, err) == (0, "") and "going on after step" in out
     for name in ("l.safetensors", "v.mp4"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    assert [json.loads(line)["step"] for line in progress(tmp_path)] == list(range(30))
+
+    names = ("v.mp4", "l.safetensors", "r.json")
+    made = [(tmp_path / name).read_bytes() for name in names]
+    for name in names:
+        (tmp_path / name).unlink()
+    status, out, err = finish(start(tmp_path, *files))
+    assert (status, err) == (0, "") and "the job in job is finished; nothing was computed" in out
+    assert [(tmp_path / name).read_bytes() for name in names] == made
+
+
+@needs_demo
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_go(tmp_path, number):
+    process = start(tmp_path)
+    after_step(process, tmp_path, 6)
+    process.send_signal(number)
+    status, _, err = finish(process)
+    assert status == 75
+    assert re.fullmatch(r"heterostep: stopped after step (\d+) of 30; it was saved at step \1 in 'job', .*\n", err), err
+    step = len(progress(tmp_path))
+    assert (tmp_path / "job" / f"checkpoint-{step:06d}.json").exists()
 
 
 @needs_demo

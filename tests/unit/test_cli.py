@@ -251,7 +251,7 @@ def test_a_job_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
 
 
 def test_signals_while_the_model_loads(capsys, tiny_model, tmp_path, monkeypatch):
-    def load(*_):
+    def load(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal was not taken")
 

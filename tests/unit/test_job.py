@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import re
 import resource
@@ -378,6 +380,15 @@ def test_a_folder_is_used_by_one_run(engine, unbroken, tiny_model, tmp_path):
         find_finished(engine.config, request(), job(tmp_path))
     stream.close()
     same(other.generate(request(), job(tmp_path, resume="never")), unbroken)
+
+
+def test_a_file_system_without_locks_is_said(engine, unbroken, tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    same(engine.generate(request(), job(tmp_path)), unbroken)
+    assert "has no locks" in caplog.messages[0]
 
 
 def test_folders_that_cannot_be_used(engine, tmp_path):

@@ -174,15 +174,20 @@ def test_a_restored_planner_goes_on_alike(policy):
     """Through a copy of its state, at every step."""
     sigmas, g = shifted(T), torch.Generator().manual_seed(5)
     v = [torch.randn(1, N, D, generator=g) for _ in range(T)]  # rates of change that change
-    first = partial_planner(policy)
-    first.begin(sigmas, N)
-    for i in range(T):
-        second = partial_planner(policy)
-        second.begin(sigmas, N)
-        second.restore(copy.deepcopy(first.state()))
-        for j in range(i, T):
-            planners = (first, second) if j == i else (second,)
-            plans = [planner.plan(j, T, sigmas[j], N) for planner in planners]
-            assert same(plans[:1], plans[-1:])
-            for planner in planners:
-                planner.observe(j, sigmas[j], v[j], plans[0])
+    states, plans = [], []
+
+    def go_on(planner, begin):
+        for i in range(begin, T):
+            states.append(copy.deepcopy(planner.state()))
+            active = planner.plan(i, T, sigmas[i], N)
+            planner.observe(i, sigmas[i], v[i], active)
+            yield active
+
+    planner = partial_planner(policy)
+    planner.begin(sigmas, N)
+    plans += go_on(planner, 0)
+    for begin, state in enumerate(states[:T]):
+        planner = partial_planner(policy)
+        planner.begin(sigmas, N)
+        planner.restore(state)
+        assert same(list(go_on(planner, begin)), plans[begin:])
