@@ -93,7 +93,8 @@ class Engine:
         self.dtype = pick_dtype(self.config.dtype, self.device)
         self.sharding = _sharding(self.config, self.device)
         # One rank reads the prompts for all: the text encoder may be larger than a rank's share of all else.
-        self.pipeline = load_pipeline(self.facts, self.device, self.dtype, text=self.leads)
+        shards = self.sharding.mesh if self.sharding is not None and self.config.shard_weights else None
+        self.pipeline = load_pipeline(self.facts, self.device, self.dtype, text=self.leads, shards=shards)
         self.load_seconds = time.perf_counter() - start
         self._busy = threading.Lock()
         self._stop = Stop()
