@@ -1,6 +1,7 @@
 """Weights that are sharded over the ranks give the video of whole ones, from a fraction of the memory."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 import ranks
 import tiny
 from heterostep import ConfigError, Engine, EngineConfig, GenerateRequest, HSAConfig, ParallelConfig, apply, remove
+from heterostep.engine.facts import read_facts
+from heterostep.engine.loading import load_pipeline
 from heterostep.parallel.mesh import ParallelMesh
 from heterostep.parallel.weights import shard_weights
 
@@ -141,3 +144,19 @@ def test_one_rank_keeps_its_weights():
     model = tiny.tiny_transformer()
     shard_weights(model, model.blocks, ParallelMesh.create(ParallelConfig()))
     assert type(model).__name__ == "WanTransformer3DModel"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_weights_are_read_in_place():
+    pipe = load_pipeline(read_facts("demo"), torch.device("cpu"), torch.float32, text=False)
+    mapped = Path("/proc/self/maps").read_text()
+    assert "transformer/diffusion_pytorch_model.safetensors" in mapped
+    # The pages belong to the file, so that all ranks of a machine share them.
+    address = pipe.transformer.blocks[0].ffn.net[2].weight.data_ptr()
+    for line in mapped.splitlines():
+        start, end = (int(number, 16) for number in line.split()[0].split("-"))
+        if start <= address < end:
+            assert line.endswith("diffusion_pytorch_model.safetensors")
+            break
+    else:
+        raise AssertionError("the weight is in no mapping")
