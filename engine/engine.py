@@ -39,6 +39,7 @@ from .request import (
 from .session import apply, remove
 from .sharding import Sharding
 from .steps import StepEvents, Stop, dense_report, stopped
+from .tiles import can_share, decode_shared
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -92,7 +93,8 @@ class Engine:
         self.dtype = pick_dtype(self.config.dtype, self.device)
         self.sharding = _sharding(self.config, self.device)
         # One rank reads the prompts for all: the text encoder may be larger than a rank's share of all else.
-        self.pipeline = load_pipeline(self.facts, self.device, self.dtype, text=self.leads)
+        shards = self.sharding.mesh if self.sharding is not None and self.config.shard_weights else None
+        self.pipeline = load_pipeline(self.facts, self.device, self.dtype, text=self.leads, shards=shards)
         self.load_seconds = time.perf_counter() - start
         self._busy = threading.Lock()
         self._stop = Stop()
@@ -342,24 +344,36 @@ class Engine:
 
     def _decode(self, latents: torch.Tensor, request: ResolvedRequest) -> NDArray[np.uint8]:
         """Latents [1, C, F, Y, X] -> uint8 [F, H, W, 3], on every rank."""
+        pixels = self._pixels(latents)
         if self.sharding is None:
-            return self._pixels(latents)
-        frames = torch.from_numpy(self._pixels(latents)) if self.leads else None
+            assert pixels is not None
+            return pixels
+        frames = None if pixels is None else torch.from_numpy(pixels)
         shape = (request.num_frames, request.height, request.width, 3)
-        pixels: NDArray[np.uint8] = self.sharding.agreement.send(frames, shape, torch.uint8).cpu().numpy()
-        return pixels
+        sent: NDArray[np.uint8] = self.sharding.agreement.send(frames, shape, torch.uint8).cpu().numpy()
+        return sent
 
     @torch.no_grad()
-    def _pixels(self, latents: torch.Tensor) -> NDArray[np.uint8]:
-        """Decode as the end of `WanPipeline.__call__` does it."""
+    def _pixels(self, latents: torch.Tensor) -> NDArray[np.uint8] | None:
+        """Decode as the end of `WanPipeline.__call__` does it, on rank 0; others help with large videos."""
         vae = self.pipeline.vae
+        shared = self.sharding is not None and can_share(vae, latents)
+        if not (shared or self.leads):
+            return None
         latents = latents.to(device=self.pipeline._execution_device, dtype=vae.dtype)
         mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
         inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
-        video = vae.decode(latents / inverse_std + mean, return_dict=False)[0]
-        frames = self.pipeline.video_processor.postprocess_video(video, output_type="np")[0]
+        latents = latents / inverse_std + mean
+        if shared:
+            assert self.sharding is not None
+            video = decode_shared(vae, latents, self.sharding.agreement)
+        else:
+            video = vae.decode(latents, return_dict=False)[0]
+        pixels: NDArray[np.uint8] | None = None
+        if video is not None:
+            frames = self.pipeline.video_processor.postprocess_video(video, output_type="np")[0]
+            pixels = (frames * 255.0).round().astype(np.uint8)
         self.pipeline.maybe_free_model_hooks()
-        pixels: NDArray[np.uint8] = (frames * 255.0).round().astype(np.uint8)
         return pixels
 
     def _clock(self) -> float:

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..parallel.mesh import ParallelMesh
+from ..parallel.weights import shard_weights
 from .facts import ModelFacts, first_line
+from .models import adapter_for
 
 # Absent tensors that a message names; a wrong folder can lack hundreds.
 _NAMED = 3
@@ -42,7 +45,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 _TEXT = ("text_encoder", "tokenizer")
 
 
-def load_pipeline(facts: ModelFacts, device: torch.device, dtype: torch.dtype, *, text: bool = True) -> Any:
+def load_pipeline(
+    facts: ModelFacts,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    text: bool = True,
+    shards: ParallelMesh | None = None,
+) -> Any:
     """Load a model's stock pipeline.
 
     The VAE is kept in float32. Only safetensors are read: other weight files can run code when they are
@@ -53,6 +63,7 @@ def load_pipeline(facts: ModelFacts, device: torch.device, dtype: torch.dtype, *
         device: where all its parts go.
         dtype: of text encoder and transformer.
         text: whether to load tokenizer and text encoder; a rank that is given embeddings needs neither.
+        shards: ranks that each keep a part of the transformers' weights; None: all of them are kept.
 
     Returns:
         The diffusers pipeline, its own progress bar off.
@@ -79,6 +90,10 @@ def load_pipeline(facts: ModelFacts, device: torch.device, dtype: torch.dtype, *
         if getattr(pipeline, name, None) is None:
             raise ConfigError(f"model {facts.name!r} has no {name}, so it cannot make a video")
     pipeline.set_progress_bar_config(disable=True)
+    if shards is not None:
+        adapter = adapter_for(pipeline)
+        for _, transformer in adapter.transformers(pipeline):
+            shard_weights(transformer, adapter.blocks(transformer), shards)
     return pipeline.to(device)
 
 

@@ -58,6 +58,8 @@ class EngineConfig:
             CPU.
         parallel: degrees of a job of several ranks, each of which makes an engine with the same settings, and is asked
             for the same videos; None for one rank.
+        shard_weights: let each rank keep a part of the transformers' weights, and gather one layer at a time: for
+            models too large for a device. LoRA weights cannot be loaded into them then.
 
     Raises:
         ConfigError: a value is not one of these.
@@ -68,12 +70,17 @@ class EngineConfig:
     dtype: str = "auto"
     device: str = "auto"
     parallel: ParallelConfig | None = None
+    shard_weights: bool = False
 
     def __post_init__(self) -> None:
         if self.parallel is not None and not isinstance(self.parallel, ParallelConfig):
             raise ConfigError(
                 f"parallel must be a ParallelConfig such as ParallelConfig(ulysses=2), not {self.parallel!r}"
             )
+        if not isinstance(self.shard_weights, bool):
+            raise ConfigError(f"shard_weights must be True or False, not {self.shard_weights!r}")
+        if self.shard_weights and (self.parallel is None or self.parallel.world_size == 1):
+            raise ConfigError("shard_weights needs several ranks to share the weights; name them with parallel")
         if not isinstance(self.model, str) or not self.model.strip():
             raise ConfigError("model must be 'demo', a folder, or a hub id (owner/name), not an empty name")
         if self.hsa is not None and not isinstance(self.hsa, HSAConfig):

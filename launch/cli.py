@@ -161,6 +161,11 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="gathered: every ring rank keeps all K/V; sharded: its own range, queries travel; auto (default)",
     )
     ranks.add_argument("--cut", metavar="C", help="equal (default), or measured: faster ranks get more tokens")
+    ranks.add_argument(
+        "--shard-weights",
+        action="store_true",
+        help="each rank keeps a part of the weights: less memory, more traffic",
+    )
     ranks.add_argument("--kernel", metavar="K", help="attention: auto (default), sdpa, flash, flash3 or xfuser")
 
     out = command.add_argument_group("what to write")

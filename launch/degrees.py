@@ -48,6 +48,8 @@ def parallel_from(
         check(config, world_size=size, num_heads=num_heads, num_branches=num_branches)
         raise ConfigError(f"{size} ranks cannot be {' x '.join(f'{a} {n}' for a, n in asked.items())}")
     if size == 1:
+        if arguments.shard_weights:
+            how["shard_weights"] = True
         if how:
             raise ConfigError(f"--{next(iter(how)).replace('_', '-')} is for several ranks; start them with --nproc P")
         return None, ""

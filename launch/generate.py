@@ -63,7 +63,7 @@ def generate(arguments: argparse.Namespace) -> int:
     num_tokens = math.prod(facts.grid(resolved.width, resolved.height, resolved.num_frames))
     kv_bytes = branches * facts.cache_bytes(num_tokens, pick_dtype(config.dtype, device).itemsize)
     parallel, reason = parallel_from(arguments, facts.num_heads, branches, kv_bytes, device)
-    config = dataclasses.replace(config, parallel=parallel)
+    config = dataclasses.replace(config, parallel=parallel, shard_weights=arguments.shard_weights)
     quiet = arguments.quiet = arguments.quiet or (rank is not None and not rank.leads)
     say: Callable[[str], None] = (lambda text: None) if quiet else print
 

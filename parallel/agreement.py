@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -93,6 +94,27 @@ class Agreement:
         values: list[Any] = [None] * self.mesh.world.size
         dist.all_gather_object(values, value, group=self.mesh.world.group)
         return values
+
+    def bring(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Return the tensors of every rank, by rank, on rank 0, and [] on all others.
+
+        Any rank may have any number of tensors of any shapes, but all of one type.
+        """
+        if self.mesh.world.size == 1:
+            return [list(tensors)]
+        told = self.collect([(tuple(tensor.shape), tensor.dtype) for tensor in tensors])
+        dtype = next((dtype for part in told for _, dtype in part), torch.float32)
+        flat = [tensor.to(self.mesh.device).flatten() for tensor in tensors]
+        rows = torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=self.mesh.device)
+        sizes = [sum(math.prod(shape) for shape, _ in part) for part in told]
+        others = self.mesh.world.size - 1
+        receive = sizes if self.leads else [0] * len(sizes)
+        received = self._world.all_to_all(rows, [len(rows)] + [0] * others, receive, "result")
+        if not self.leads:
+            return []
+        shapes = [[shape for shape, _ in part] for part in told]
+        pieces = iter(received.split([math.prod(shape) for part in shapes for shape in part]))
+        return [[next(pieces).view(shape) for shape in part] for part in shapes]
 
     def send(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return rank 0's tensor of a shape and type that all know, on all ranks."""

@@ -42,6 +42,11 @@ class WanAdapter:
         return Patch(*transformer.config.patch_size)
 
     @staticmethod
+    def blocks(transformer: Any) -> list[Any]:
+        """The layers, in the order in which they run."""
+        return list(transformer.blocks)
+
+    @staticmethod
     def attentions(transformer: Any) -> list[Any]:
         """Self-attention modules, one per layer: the only place where tokens meet."""
         return [block.attn1 for block in transformer.blocks]

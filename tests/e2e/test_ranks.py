@@ -37,7 +37,7 @@ def alone(tmp_path_factory):
     "degrees",
     [
         ("--nproc", 2, "--ulysses", 2),
-        ("--nproc", 2, "--ring", 2, "--ring-cache", "sharded"),
+        ("--nproc", 2, "--ring", 2, "--ring-cache", "sharded", "--shard-weights"),
         ("--nproc", 4, "--cfg", 2, "--ulysses", 2),
     ],
     ids=lambda degrees: " ".join(map(str, degrees)),
@@ -62,6 +62,7 @@ def test_many_ranks_make_the_video_of_one(alone, tmp_path, degrees):
         (("--nproc", 3, "--ulysses", 3), "one of 1, 2, 4"),
         (("--nproc", 2, "--ulysses", 4), "product must be equal"),
         (("--ulysses", 2), "job of 1"),
+        (("--shard-weights",), "several ranks"),
         (("--nproc", 2, "--cfg", 2, "--guidance", 1), "cfg=2 with 1 guidance branch"),
         (("--nproc", 2, "--kernel", "flash"), "flash"),
         (("--nproc", 2, "--ring-cache", "everywhere"), "one of auto, gathered, sharded"),

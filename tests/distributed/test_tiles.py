@@ -1,0 +1,129 @@
+"""Ranks that share the tiles of a VAE make the video of one rank that decodes all of them."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+import ranks
+import tiny
+from heterostep import Engine, EngineConfig, GenerateRequest, ParallelConfig
+from heterostep.engine.sharding import Sharding
+from heterostep.engine.tiles import can_share, decode_shared
+from heterostep.parallel.mesh import ParallelMesh
+
+TILE, STRIDE = 64, 48
+
+
+def build_vae(kind):
+    if kind == "wan21":
+        vae = tiny.tiny_pipeline().vae
+    else:  # of TI2V-5B: pixels are packed into patches, 16 times smaller latents
+        torch.manual_seed(0)
+        vae = AutoencoderKLWan(
+            base_dim=8,
+            z_dim=16,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.0] * 16,
+            latents_std=[1.0] * 16,
+            is_residual=True,
+            in_channels=12,
+            out_channels=12,
+            patch_size=2,
+            scale_factor_spatial=16,
+        ).eval()
+    vae.tile_sample_min_height = vae.tile_sample_min_width = TILE
+    vae.tile_sample_stride_height = vae.tile_sample_stride_width = STRIDE
+    return vae
+
+
+def latents_of(vae, height, width):
+    ratio = vae.spatial_compression_ratio
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(1, 16, 3, height // ratio, width // ratio, generator=generator)
+
+
+def share(kind, height, width):
+    """What this rank gets, how many chunks of frames its decoder decoded, and whether the VAE is as before."""
+    vae = build_vae(kind)
+    size = torch.distributed.get_world_size()
+    config = ParallelConfig(ring=size)
+    agreement = Sharding(ParallelMesh.create(config), config).agreement
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    vae.decoder.conv_in.register_forward_pre_hook(count)
+    latents = latents_of(vae, height, width)
+    assert can_share(vae, latents)
+    with torch.no_grad():
+        video = decode_shared(vae, latents, agreement)
+    return video, calls, not vae.use_tiling and "forward" not in vars(vae.decoder)
+
+
+@pytest.mark.parametrize("kind", ["wan21", "wan22"])
+@pytest.mark.parametrize(
+    ("size", "height", "width", "tiles"),
+    [(2, 128, 128, 9), (3, 96, 160, 8), (3, 64, 96, 4), (2, 256, 64, 12)],
+)
+@torch.no_grad()
+def test_shared_tiles_make_the_same_video(kind, size, height, width, tiles):
+    vae = build_vae(kind)
+    vae.use_tiling = True
+    want = vae.decode(latents_of(vae, height, width)).sample
+    results = ranks.run_ranks(size, share, kind, height, width)
+    assert torch.equal(results[0][0], want)
+    assert [video for video, _, _ in results[1:]] == [None] * (size - 1)
+    # Three latent frames are three chunks of each tile.
+    assert [calls for _, calls, _ in results] == [3 * len(range(rank, tiles, size)) for rank in range(size)]
+    assert all(restored for _, _, restored in results)
+
+
+@torch.no_grad()
+def test_more_ranks_than_tiles():
+    vae = build_vae("wan21")
+    vae.use_tiling = True
+    want = vae.decode(latents_of(vae, 48, 96)).sample  # two tiles
+    results = ranks.run_ranks(3, share, "wan21", 48, 96)
+    assert torch.equal(results[0][0], want)
+    assert [calls for _, calls, _ in results] == [3, 3, 0]
+
+
+def test_what_is_not_shared():
+    vae = build_vae("wan21")
+    assert not can_share(vae, latents_of(vae, TILE, TILE))  # one tile
+    assert can_share(vae, latents_of(vae, TILE + 16, TILE))
+    assert not can_share(torch.nn.Identity(), latents_of(vae, 256, 256))
+
+
+@torch.no_grad()
+def test_the_decoder_is_restored_after_an_error():
+    vae = build_vae("wan21")
+    vae.decoder.conv_in = torch.nn.Identity()  # takes no cache
+    config = ParallelConfig()
+    agreement = Sharding(ParallelMesh.create(config), config).agreement
+    with pytest.raises(TypeError):
+        decode_shared(vae, latents_of(vae, 96, 96), agreement)
+    assert not vae.use_tiling and "forward" not in vars(vae.decoder)
+
+
+def frames_of(layout):
+    """A video of the demo model whose VAE was given tiles smaller than it."""
+    engine = Engine(EngineConfig(model="demo", parallel=ParallelConfig(**layout) if layout else None))
+    vae = engine.pipeline.vae
+    vae.tile_sample_min_height = vae.tile_sample_min_width = 32
+    vae.tile_sample_stride_height = vae.tile_sample_stride_width = 24
+    vae.use_tiling = not layout
+    video = engine.generate(GenerateRequest(prompt="a red disc moves right", num_inference_steps=2, num_frames=5))
+    assert video.seconds["decode"] > 0
+    return video.frames
+
+
+def test_the_engine_shares_a_large_video():
+    alone = frames_of({})
+    for frames in ranks.run_ranks(2, frames_of, {"cfg": 2}):
+        # Latents differ in their last bits between one rank and two.
+        assert abs(frames.astype(int) - alone).max() <= 1
