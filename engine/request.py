@@ -81,6 +81,11 @@ class EngineConfig:
             raise ConfigError(f"shard_weights must be True or False, not {self.shard_weights!r}")
         if self.shard_weights and (self.parallel is None or self.parallel.world_size == 1):
             raise ConfigError("shard_weights needs several ranks to share the weights; name them with parallel")
+        if self.shard_weights and self.parallel is not None and self.parallel.cut == "measured":
+            raise ConfigError(
+                "shard_weights with cut='measured': ranks that gather each layer together wait for each other, so that "
+                "none is seen to be faster; take cut='equal'"
+            )
         if not isinstance(self.model, str) or not self.model.strip():
             raise ConfigError("model must be 'demo', a folder, or a hub id (owner/name), not an empty name")
         if self.hsa is not None and not isinstance(self.hsa, HSAConfig):

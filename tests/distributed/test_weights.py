@@ -132,6 +132,7 @@ def test_the_engine_shards_weights():
     [
         ({"shard_weights": True}, "several ranks"),
         ({"shard_weights": True, "parallel": ParallelConfig()}, "several ranks"),
+        ({"shard_weights": True, "parallel": ParallelConfig(ulysses=2, cut="measured")}, "cut='equal'"),
         ({"shard_weights": 1, "parallel": ParallelConfig(ulysses=2)}, "True or False"),
     ],
 )

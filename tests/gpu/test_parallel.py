@@ -5,11 +5,17 @@ import math
 import pytest
 import torch
 
+import tiny
 from attention_steps import follow
+from heterostep import HSAConfig, apply
+from heterostep.engine.sharding import Sharding
+from heterostep.engine.tiles import decode_shared
 from heterostep.errors import ConfigError
 from heterostep.parallel.config import ParallelConfig
 from heterostep.parallel.kernels import pick
+from heterostep.parallel.mesh import ParallelMesh
 from heterostep.parallel.topology import read
+from heterostep.parallel.weights import shard_weights
 from ranks import run_ranks
 
 GPUS = torch.cuda.device_count()
@@ -64,6 +70,37 @@ def test_placements_over_nccl(layout):
     ranks = ParallelConfig(**layout).world_size
     for B, N, history in ((1, 24, False), (2, 37, True), (2, 3, False)):
         assert max(run_ranks(ranks, follow, layout, B, N, history, True, "cuda", backend="nccl")) < 1e-4
+
+
+def video_on_gpus(sharded):
+    """Latents of a run, bytes of weights, and frames whose tiles the ranks shared."""
+    layout = ParallelConfig(ulysses=torch.distributed.get_world_size())
+    device = torch.device("cuda", torch.distributed.get_rank())
+    mesh = ParallelMesh.create(layout, device)
+    pipe = tiny.tiny_pipeline("euler", heads=4, layers=8)
+    if sharded:
+        shard_weights(pipe.transformer, pipe.transformer.blocks, mesh)
+    pipe.to(device)
+    session = apply(pipe, HSAConfig(compute=0.5, policy="tokens"), parallel=layout, mesh=mesh)
+    latents = tiny.generate(pipe, steps=12, **{name: text.to(device) for name, text in tiny.embeddings().items()})
+    pipe.vae.tile_sample_min_height = pipe.vae.tile_sample_min_width = 32
+    pipe.vae.tile_sample_stride_height = pipe.vae.tile_sample_stride_width = 24
+    with torch.no_grad():
+        frames = decode_shared(pipe.vae, latents, Sharding(mesh, layout).agreement)
+        pipe.vae.use_tiling = True
+        alone = pipe.vae.decode(latents).sample
+    same = frames is None or bool((frames - alone).abs().max() < 1e-3)
+    return latents.cpu(), session.full_report().ranks[0].weight_bytes, same
+
+
+@pytest.mark.skipif(GPUS < 2, reason="needs 2 GPUs")
+def test_sharded_weights_and_tiles_over_nccl():
+    whole = run_ranks(2, video_on_gpus, False, backend="nccl")
+    sharded = run_ranks(2, video_on_gpus, True, backend="nccl")
+    for (latents, held, same), (want, all_held, _) in zip(sharded, whole, strict=True):
+        assert (latents - want).abs().max() < 1e-4
+        assert held < 0.75 * all_held
+        assert same
 
 
 @needs_gpu
