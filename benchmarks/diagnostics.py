@@ -300,7 +300,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", default=["joint", "tokens"], help="default: joint tokens")
     parser.add_argument("--computes", nargs="+", type=float, default=[0.5, 0.33], help="default: .5 .33")
     parser.add_argument("--steps", type=int, default=40, help="dense steps (40)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale (3)")
+    parser.add_argument("--guidance", type=float, default=1.5, help="guidance scale (1.5)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further clip after so long")
     parser.add_argument("--latent-only", action="store_true", help="compare latents only (the moving mask is decoded)")
     parser.add_argument("--output", type=pathlib.Path, default=REPORTS / "diagnostics-demo", help="without suffix")

@@ -78,7 +78,7 @@ class Bench:
         fingerprint: short hash of the transformer's weights.
     """
 
-    def __init__(self, model: str | os.PathLike[str], guidance: float = 3.0, device: str = "cpu") -> None:
+    def __init__(self, model: str | os.PathLike[str], guidance: float = 1.5, device: str = "cpu") -> None:
         """Load a pipeline folder."""
         folder = pathlib.Path(model)
         if not (folder / "model_index.json").is_file():

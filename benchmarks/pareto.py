@@ -230,7 +230,7 @@ def parse_arguments() -> argparse.Namespace:
         "--variant", action="append", default=[], metavar='NAME={"field": value}', help="one more HSAConfig"
     )
     parser.add_argument("--steps", type=int, default=40, help="dense steps (40)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale (3)")
+    parser.add_argument("--guidance", type=float, default=1.5, help="guidance scale (1.5)")
     parser.add_argument("--calibration-clips", type=int, default=2, help="clips that baselines are tuned on (2)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; the next run goes on")
     parser.add_argument("--latent-only", action="store_true", help="compare latents only: no VAE, no scorer")

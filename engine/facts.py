@@ -31,7 +31,7 @@ class Defaults(NamedTuple):
 
 # The values that the models' makers publish; for small models, those of the demo model.
 DEFAULTS: Mapping[str, Defaults] = {
-    "Wan small": Defaults(64, 64, 17, 8, 40, 3.0),
+    "Wan small": Defaults(64, 64, 17, 8, 40, 1.5),
     "Wan 1.3B": Defaults(832, 480, 81, 16, 50, 5.0),
     "Wan 14B": Defaults(832, 480, 81, 16, 50, 5.0),
     "Wan 2.2 A14B": Defaults(1280, 720, 81, 16, 40, 4.0, 3.0),

@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--model", type=pathlib.Path, help="pipeline folder; default: the one in the package")
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--linear", action="store_true", help="decode with the linear transform instead of the VAE")
     parser.add_argument("--real", action="store_true", help="score drawn clips instead: the scorer's own check")
     parser.add_argument("--output", type=pathlib.Path, help="write the figures here as JSON")

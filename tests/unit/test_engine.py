@@ -41,7 +41,7 @@ def stock(folder, **changes):
     pipe = WanPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     arguments = {k: v for k, v in {**SMALL, "num_inference_steps": 6, **changes}.items() if k != "seed"}
-    arguments.setdefault("guidance_scale", 3.0)
+    arguments.setdefault("guidance_scale", DEFAULTS["Wan small"].guidance_scale)
 
     def run(output_type):
         generator = torch.Generator("cpu").manual_seed(SMALL["seed"])
@@ -78,7 +78,11 @@ def test_hsa_is_apply_on_the_stock_pipeline(engine, tiny_model):
     generator = torch.Generator("cpu").manual_seed(3)
     arguments = {k: v for k, v in SMALL.items() if k != "seed"}
     latents = pipe(
-        **arguments, num_inference_steps=20, guidance_scale=3.0, generator=generator, output_type="latent"
+        **arguments,
+        num_inference_steps=20,
+        guidance_scale=DEFAULTS["Wan small"].guidance_scale,
+        generator=generator,
+        output_type="latent",
     ).frames
     output = engine.generate(request(num_inference_steps=20, compute=0.5))
     assert torch.equal(output.latents, latents)
@@ -93,7 +97,7 @@ def test_events_tell_the_story(engine):
     events = list(engine.stream(request(num_inference_steps=20, compute=0.4)))
     started, *steps, decoding, output = events
     assert isinstance(started, Started) and started.num_tokens == 3 * 3 * 4
-    assert started.request.guidance_scale == 3.0
+    assert started.request.guidance_scale == DEFAULTS["Wan small"].guidance_scale
     assert isinstance(decoding, Decoding) and isinstance(output, hs.VideoOutput)
     assert all(isinstance(step, StepDone) for step in steps)
     assert [step.step for step in steps] == list(range(20))
@@ -277,7 +281,11 @@ def test_defaults_come_from_the_model(engine):
     resolved = resolve(hs.GenerateRequest(prompt=PROMPT, fps=5), engine.facts)
     defaults = DEFAULTS["Wan small"]
     assert resolved == dataclasses.replace(
-        resolved, width=defaults.width, num_frames=defaults.num_frames, fps=5, guidance_scale=3.0
+        resolved,
+        width=defaults.width,
+        num_frames=defaults.num_frames,
+        fps=5,
+        guidance_scale=defaults.guidance_scale,
     )
 
 
