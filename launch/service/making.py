@@ -23,7 +23,7 @@ from ...engine.request import (
     StepDone,
     VideoOutput,
 )
-from ...errors import RequestError
+from ...errors import ConfigError, RequestError
 from ...hsa.config import HSAConfig
 from ..logs import silence_libraries
 from .render import webp, write_files
@@ -54,7 +54,7 @@ def make_videos(line: Line, options: dict[str, Any]) -> None:
         task = line.tasks.get()
         try:
             _make(line, engine, preview, task)
-        except RequestError as error:
+        except (RequestError, ConfigError) as error:  # a share that so few steps cannot meet is the planner's ConfigError
             line.answer("refused", message=str(error))
         except Cancelled:
             line.answer("stopped" if line.wanted.get(task["id"]) == "stop" else "cancelled")
