@@ -23,7 +23,11 @@ from .service import VideoService
 from .streams import video_events, wait_for
 
 _PAGE = Path(__file__).parent / "page"
-_PAGE_FILES = {"app.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}
+_PAGE_FILES = {
+    **{name: "text/javascript" for name in ("api.js", "app.js", "text.js", "viewer.js")},
+    "style.css": "text/css",
+    "icon.svg": "image/svg+xml",
+}
 # The page needs nothing from anywhere else; whatever gets into it can load nothing and send nothing.
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src blob:; "

@@ -29,7 +29,6 @@ CREATE TABLE jobs (
     progress INTEGER NOT NULL DEFAULT 0,
     step INTEGER NOT NULL DEFAULT 0,
     num_steps INTEGER NOT NULL DEFAULT 0,
-    active REAL,
     eta_seconds REAL,
     created_at REAL NOT NULL,
     started_at REAL,
@@ -67,7 +66,7 @@ class Job:
         status: queued, in_progress, completed, failed or cancelled.
         stage: what an in_progress job does: denoising, decoding.
         progress: 0 to 100; 100 only when the files are there.
-        active: share of the tokens that the last step evaluated.
+        hsa: what was computed: for a running job the share of each step so far, `{"steps": [...]}`.
         faults: what went wrong and was recovered from: cause, message, step, at.
         attempt: how often it was begun.
         lease: the process that runs it.
@@ -86,7 +85,6 @@ class Job:
     progress: int
     step: int
     num_steps: int
-    active: float | None
     eta_seconds: float | None
     created_at: float
     started_at: float | None

@@ -35,6 +35,7 @@ class Follower:
         self._job, self._store, self._tally = job, store, tally
         self._rest = rest(num_pixels(job))
         self._written, self._preview = 0.0, b""
+        self._shares: list[float] = []
         self.step = 0
         self.made: Made | None = None
 
@@ -42,6 +43,8 @@ class Follower:
         """Write down what an event says."""
         if isinstance(event, Began):
             self.step = event.step
+            # What an earlier attempt evaluated is told at the end.
+            self._shares = [0.0] * event.step
             if self._job.attempt == 1:
                 self._tally.observe("heterostep_queue_seconds", time.time() - self._job.created_at)
             self._store.progress(self._job, stage="denoising", step=event.step, progress=self._progress(event))
@@ -56,6 +59,7 @@ class Follower:
 
     def _step(self, event: Stepped) -> None:
         self.step = event.step
+        self._shares.append(round(event.active, 4))
         self._preview = event.preview or self._preview
         self._tally.observe("heterostep_step_seconds", event.seconds)
         self._tally.observe("heterostep_active_fraction", event.active)
@@ -68,7 +72,7 @@ class Follower:
             stage="denoising",
             step=event.step,
             progress=self._progress(event),
-            active=event.active,
+            hsa={"steps": self._shares},
             eta_seconds=event.eta_seconds + self._rest,
         )
         self._written, self._preview = now, b""

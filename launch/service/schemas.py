@@ -80,10 +80,11 @@ class Video(BaseModel):
     queue_position: int | None = Field(description="Jobs that come before this one, while it is queued.")
     stage: str | None = Field(description="starting, denoising or decoding, while it is in progress.")
     step: int = Field(description="Denoising steps that are done.")
-    active: float | None = Field(description="Share of the tokens that the last step evaluated.")
     eta_seconds: float | None
     cancel_requested: bool
-    hsa: dict[str, Any] | None = Field(description="What was computed: share of dense, for each step and token.")
+    hsa: dict[str, Any] | None = Field(
+        description="What was computed; `steps` is the share of the tokens that each step evaluated, so far."
+    )
     timing: dict[str, float] | None = Field(description="Seconds by stage.")
     faults: list[Fault]
 
@@ -183,7 +184,6 @@ def to_video(job: Job, *, position: int | None, keep_seconds: float) -> Video:
         queue_position=position,
         stage=job.stage or None,
         step=job.step,
-        active=job.active,
         eta_seconds=job.eta_seconds,
         cancel_requested=job.cancel_requested,
         hsa=dict(job.hsa) if job.hsa is not None else None,
