@@ -167,7 +167,9 @@ def _application(settings: ServiceSettings, gpus: int | None) -> Any:
     VideoService(settings).close()  # says what is wrong with model, keys and data directory before anything starts
     replicas, settings = settings.replicas, dataclasses.replace(settings, replicas=1)
     if gpus is None:
-        gpus = 1 if ray.cluster_resources().get("GPU", 0.0) >= 1.0 else 0
+        # `serve run` builds the application before it starts a cluster, which is then one of this machine.
+        found = ray.cluster_resources().get("GPU", 0.0) if ray.is_initialized() else Path("/dev/nvidiactl").exists()
+        gpus = 1 if found else 0
 
     class VideoReplica:
         def __init__(self, settings: ServiceSettings) -> None:
@@ -201,14 +203,15 @@ def _serve_on_ray(settings: ServiceSettings, arguments: argparse.Namespace) -> i
     import ray
     from ray import serve
 
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     options = {} if arguments.ray_address is not None else {"include_dashboard": False}
     ray.init(address=arguments.ray_address, log_to_driver=False, **options)
     try:
         serve.start(http_options={"host": arguments.host, "port": arguments.port})
         serve.run(_application(settings, arguments.gpus_per_replica), name="heterostep", route_prefix="/")
+        stop = threading.Event()
+        # Not before: Ray sets handlers of its own when it starts.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         print(f"heterostep serves {settings.model} at http://{arguments.host}:{arguments.port}/ on Ray", flush=True)
         stop.wait()
     finally:
