@@ -12,8 +12,9 @@ import httpx2
 
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 _FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--force-device-scale-factor=1",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+    "--force-device-scale-factor=1",
 )  # fmt: skip
 DRIVER, CHROMIUM = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -45,7 +46,9 @@ class Browser:
             self.http.close()
 
     def _do(self, path: str, body: dict | None = None) -> object:
-        answer = self.http.post(self.session + path, json=body) if body is not None else self.http.get(self.session + path)
+        answer = (
+            self.http.post(self.session + path, json=body) if body is not None else self.http.get(self.session + path)
+        )
         value = answer.json()["value"]
         assert answer.status_code == 200, value
         return value

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import httpx2
-import openai
+import pytest
 
 KEYS = {"alice": "alice-0123456789abcdef", "bob": "bob-0123456789abcdef"}
 PROMPT = "a red disc moves right"
@@ -29,6 +29,8 @@ class Server:
     """
 
     def __init__(self, data_dir: Path, *flags: object, keys: bool = False, port: int = 0):
+        for module in ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "openai"):
+            pytest.importorskip(module, reason="the extras 'serve' and 'dev' are not installed")
         self.data_dir, self.log = data_dir, data_dir.with_name(f"{data_dir.name}.log")
         if keys:
             key_file = data_dir.with_name("keys.txt")
@@ -38,8 +40,10 @@ class Server:
         self.scratch = data_dir.with_name("scratch")
         self.scratch.mkdir(exist_ok=True)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "heterostep", "serve", "--no-ray", "--port", str(port)]
-            + ["--data-dir", str(data_dir), *map(str, flags)],
+            [
+                *(sys.executable, "-m", "heterostep", "serve", "--no-ray"),
+                *("--port", str(port), "--data-dir", str(data_dir), *map(str, flags)),
+            ],
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TMPDIR": str(self.scratch)},
             cwd=self.scratch,
             stdout=subprocess.PIPE,
@@ -52,8 +56,10 @@ class Server:
         headers = {"authorization": f"Bearer {KEYS['alice']}"} if keys else {}
         self.http = httpx2.Client(base_url=self.url, headers=headers, timeout=60.0)
 
-    def client(self, name: str = "alice", key: str | None = None) -> openai.OpenAI:
-        """The official client, which does not try again by itself: every error is seen."""
+    def client(self, name: str = "alice", key: str | None = None):
+        """The official openai client, which does not try again by itself: every error is seen."""
+        import openai
+
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or KEYS[name], max_retries=0)
 
     def healthy(self) -> Server:

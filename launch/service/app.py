@@ -24,7 +24,7 @@ from .streams import video_events, wait_for
 
 _PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = {
-    **{name: "text/javascript" for name in ("api.js", "app.js", "text.js", "viewer.js")},
+    **dict.fromkeys(("api.js", "app.js", "text.js", "viewer.js"), "text/javascript"),
     "style.css": "text/css",
     "icon.svg": "image/svg+xml",
 }

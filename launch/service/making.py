@@ -54,7 +54,10 @@ def make_videos(line: Line, options: dict[str, Any]) -> None:
         task = line.tasks.get()
         try:
             _make(line, engine, preview, task)
-        except (RequestError, ConfigError) as error:  # a share that so few steps cannot meet is the planner's ConfigError
+        except (
+            RequestError,
+            ConfigError,
+        ) as error:  # a share that so few steps cannot meet is the planner's ConfigError
             line.answer("refused", message=str(error))
         except Cancelled:
             line.answer("stopped" if line.wanted.get(task["id"]) == "stop" else "cancelled")

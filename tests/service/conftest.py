@@ -2,9 +2,6 @@ from __future__ import annotations
 
 import pytest
 
-for module in ("fastapi", "uvicorn", "prometheus_client", "openai"):
-    pytest.importorskip(module, reason="the extras 'serve' and 'dev' are not installed")
-
 from serving import Server
 
 

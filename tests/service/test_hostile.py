@@ -1,4 +1,4 @@
-"""Hostile requests: whatever comes, no 500, no crash, no file where none belongs, and a good request works afterwards."""
+"""Hostile requests: whatever comes, no 500, no crash, no stray file, and a good request works afterwards."""
 
 from __future__ import annotations
 
@@ -209,10 +209,9 @@ def test_uploads(server, name, content, kind):
 
 def test_an_upload_that_is_too_large(server):
     files = {"input_reference": ("big.png", b"\0" * (17 << 20), "image/png")}
-    try:
+    # Or the connection is closed while the rest is on its way.
+    with contextlib.suppress(httpx2.TransportError):
         assert server.http.post("/v1/videos", data={"prompt": PROMPT}, files=files).status_code == 413
-    except httpx2.TransportError:
-        pass  # the connection was closed while the rest was on its way
     assert server.http.get("/ready").status_code == 200
 
 
@@ -263,7 +262,8 @@ PATHS = [
     "/v1/videos/" + "a" * 8000, "/v1/videos/x/content?variant=video&variant=../x", "/v1/videos?limit=0",
     "/v1/videos?limit=-1", "/v1/videos?limit=99999999999999999999", "/v1/videos?limit=1e3", "/v1/videos?order=up",
     "/v1/videos?after=' OR 1=1 --", "/v1/videos?after=" + "%00" * 10, "/v1/videos/' OR '1'='1", "/v1/videos/\u202e",
-    "/v1/models/../../x", "/docs/../x", "//evil.example/%2f..", "/v1/videos/x/events/x", "/v1/videos/sync", "/favicon.ico",
+    "/v1/models/../../x", "/docs/../x", "//evil.example/%2f..", "/v1/videos/x/events/x", "/v1/videos/sync",
+    "/favicon.ico",
 ]  # fmt: skip
 
 
@@ -278,20 +278,24 @@ def test_paths(server, path):
 
 
 RAW = [
-    b"\x00" * 100, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 50, b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
+    b"\x00" * 100,
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 50, b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
     b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", b"GET /" + b"a" * 100_000,
-    b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 5000 + b"\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 100_000,
+    b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 5000 + b"\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 100_000,
     b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
     b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999999999999\r\n\r\nx",
     b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
-    b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n",
+    b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    b"GET / HTTP/1.1\r\n\r\n",
     b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nFFFFFFFFFFFFFFFF\r\n",
     b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: eA==\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n\r\n",
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET http://evil.example/ HTTP/1.1\r\nHost: evil.example\r\n\r\n",
-    b"CONNECT evil.example:443 HTTP/1.1\r\nHost: evil.example\r\n\r\n", b"GET / HTTP/1.1\r\nHost: \xff\r\nA\x00: b\r\n\r\n",
+    b"CONNECT evil.example:443 HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: \xff\r\nA\x00: b\r\n\r\n",
 ]  # fmt: skip
 
 

@@ -6,11 +6,12 @@ import io
 
 import av
 import numpy as np
-import openai
 import pytest
 from PIL import Image
 
 from serving import PROMPT, STEPS
+
+openai = pytest.importorskip("openai", reason="the extra 'dev' is not installed")
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 FAST = {"num_inference_steps": STEPS}

@@ -45,7 +45,9 @@ class Deployment:
             return self.http.get(path).status_code
 
     def create(self, **fields):
-        return self.http.post("/v1/videos", json={"prompt": PROMPT, "num_inference_steps": STEPS, **fields}).json()["id"]
+        return self.http.post("/v1/videos", json={"prompt": PROMPT, "num_inference_steps": STEPS, **fields}).json()[
+            "id"
+        ]
 
     def video(self, id):
         return self.http.get(f"/v1/videos/{id}").json()

@@ -57,7 +57,9 @@ def test_a_kill_between_the_files_and_the_row_is_not_made_twice(start):
     server.kill_everything()
     # What the file holds when the process dies after the files are complete, but before the row says so.
     with sqlite3.connect(server.data_dir / "jobs.sqlite3") as db:
-        db.execute("UPDATE jobs SET status = 'in_progress', lease = 'gone', hsa = NULL, timing = NULL, completed_at = NULL")
+        db.execute(
+            "UPDATE jobs SET status = 'in_progress', lease = 'gone', hsa = NULL, timing = NULL, completed_at = NULL"
+        )
     db.close()
     made = (server.data_dir / "results" / id / "video.mp4").stat().st_mtime_ns
     again = start()
