@@ -64,7 +64,7 @@ class Server:
 
     def healthy(self) -> Server:
         """Wait until a job could run."""
-        wait_until(lambda: self.http.get("/health").status_code == 200, 120)
+        wait_until(lambda: self.http.get("/health").status_code == 200, 280)
         return self
 
     def create(self, prompt: str = PROMPT, **fields: object) -> str:
@@ -76,12 +76,12 @@ class Server:
     def video(self, id: str) -> dict:
         return self.http.get(f"/v1/videos/{id}").json()
 
-    def finished(self, id: str, timeout: float = 90) -> dict:
+    def finished(self, id: str, timeout: float = 240) -> dict:
         """Wait for the end of a video; returns it."""
         wait_until(lambda: self.video(id)["status"] not in ("queued", "in_progress"), timeout)
         return self.video(id)
 
-    def running(self, id: str, step: int = 1, timeout: float = 60) -> None:
+    def running(self, id: str, step: int = 1, timeout: float = 200) -> None:
         """Wait until `step` steps of a video are done."""
         wait_until(lambda: self.video(id)["step"] >= step, timeout)
 

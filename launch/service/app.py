@@ -24,7 +24,7 @@ from .streams import video_events, wait_for
 
 _PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = {
-    **dict.fromkeys(("api.js", "app.js", "text.js", "viewer.js"), "text/javascript"),
+    **dict.fromkeys(("api.js", "app.js", "docs.js", "text.js", "viewer.js"), "text/javascript"),
     "style.css": "text/css",
     "icon.svg": "image/svg+xml",
 }
@@ -224,8 +224,18 @@ def metrics(service: Service) -> Response:
 @router.get("/", include_in_schema=False)
 def page() -> FileResponse:
     """The web page."""
+    return _html("index.html")
+
+
+@router.get("/docs", include_in_schema=False)
+def documentation() -> FileResponse:
+    """The description of the API, for people; for programs it is at /openapi.json."""
+    return _html("docs.html")
+
+
+def _html(name: str) -> FileResponse:
     headers = {"content-security-policy": _PAGE_POLICY, "cache-control": "no-cache"}
-    return FileResponse(_PAGE / "index.html", media_type="text/html", headers=headers)
+    return FileResponse(_PAGE / name, media_type="text/html", headers=headers)
 
 
 @router.get("/page/{name}", include_in_schema=False)
@@ -265,6 +275,8 @@ def create_app(service: VideoService) -> FastAPI:
         version=__version__,
         description="Videos from text. Compatible with OpenAI's video API.",
         lifespan=lifespan,
+        # FastAPI's own page loads scripts of others from elsewhere, into the origin that holds the user's key.
+        docs_url=None,
         redoc_url=None,
     )
     app.state.service = service

@@ -163,3 +163,13 @@ def test_the_key_is_asked_for(browser, server):
     assert not browser.run("return document.querySelector('#key-dialog').open")
     assert browser.run("return localStorage.length") == 0
     browser.complaints()
+
+
+def test_the_description_of_the_api(browser, server):
+    browser.open(f"{server.url}/docs")
+    browser.until("return document.querySelectorAll('#operations section').length > 10")
+    headings = browser.run("return [...document.querySelectorAll('h2')].map((h) => h.innerText.replace(/\\s+/g, ' '))")
+    assert "POST /v1/videos" in headings and "GET /v1/videos/{video_id}/events" in headings
+    fields = browser.run("return [...document.querySelectorAll('th')].map((h) => h.innerText)")
+    assert {"prompt *", "compute", "num_inference_steps", "idempotency-key", "timing"} <= set(fields)
+    assert browser.complaints() == []

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +21,8 @@ from heterostep.launch.service.intake import BadField, to_request
 from heterostep.launch.service.jobs import JobStore
 from heterostep.launch.service.lease import Lease, is_held
 from heterostep.launch.service.logs import LOGGER, JsonLines, say
-from heterostep.launch.service.metrics import Metrics, Tally
+from heterostep.launch.service.metrics import COUNTERS, HISTOGRAMS, Metrics, Tally
+from heterostep.launch.service.process_runner import ProcessRunner
 from heterostep.launch.service.results import complete, is_complete, read_manifest
 from heterostep.launch.service.retention import sweep
 from heterostep.launch.service.schemas import CreateVideo
@@ -253,3 +256,21 @@ def test_logs_are_one_line_of_json(caplog):
     record = json.loads(line)
     assert record["event"] == "job begun" and record["job"] == "video_1" and record["level"] == "info"
     assert record["time"].endswith("+00:00")
+
+
+def test_the_dashboard_asks_for_figures_that_there_are(tmp_path):
+    store, tally = JobStore(tmp_path / "jobs.sqlite3"), Tally()
+    for name in COUNTERS:
+        tally.count(name, **dict.fromkeys(COUNTERS[name][1], "x"))
+    for name in HISTOGRAMS:
+        tally.observe(name, 0.5, **dict.fromkeys(HISTOGRAMS[name][1], "x"))
+    runner = ProcessRunner(ServiceSettings(data_dir=tmp_path))
+    told = family(re.findall(r"^(heterostep_\w+)", Metrics(store, tally, [runner]).text().decode(), re.M))
+    store.close()
+    dashboard = (Path(__file__).parents[2] / "docs" / "grafana.json").read_text()
+    targets = [target["expr"] for panel in json.loads(dashboard)["panels"] for target in panel["targets"]]
+    assert family(re.findall(r"heterostep_\w+", " ".join(targets))) == told
+
+
+def family(names):
+    return {re.sub("_(total|bucket|sum|count)$", "", name) for name in names}
