@@ -9,15 +9,16 @@ PIP       := $(BIN)/python -m pip --disable-pip-version-check -qq install -c con
 THREADS   := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format clean
+.PHONY: help install demo serve-demo test check format clean
 
 help:
-	@echo "make demo     make a video of the demo model, its heat map and a report in out/, against a dense run"
-	@echo "make test     run the whole test suite"
-	@echo "make check    lint, formatting, types, import rules"
-	@echo "make install  only set up $(VENV)"
-	@echo "make format   format the code"
-	@echo "make clean    remove $(VENV), out/ and caches"
+	@echo "make demo        make a video of the demo model, its heat map and a report in out/, against a dense run"
+	@echo "make serve-demo  serve the demo model at http://127.0.0.1:8000/, with a web page; jobs and videos in out/service"
+	@echo "make test        run the whole test suite"
+	@echo "make check       lint, formatting, types, import rules"
+	@echo "make install     only set up $(VENV)"
+	@echo "make format      format the code"
+	@echo "make clean       remove $(VENV), out/ and caches"
 
 # Two stamps: the demo waits only for what it needs. A change of the listed files installs anew.
 $(VENV)/.runtime: pyproject.toml constraints.txt
@@ -28,6 +29,10 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	@# torch first: any later requirement is then satisfied by this build and pulls no other.
 	@$(PIP) "torch==2.13.0"
 	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.runtime
+	@$(PIP) -e ".[serve]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
@@ -42,6 +47,10 @@ demo: $(VENV)/.runtime
 	@mkdir -p out
 	@$(THREADS) $(BIN)/heterostep generate --prompt "a red disc moves right" --seed 3 --compute 0.5 \
 	    --output out/demo.mp4 --scale 5 --heatmap out/demo-steps.mp4 --report out/demo.json --compare-dense
+
+# By tokens, so that the map has something to show.
+serve-demo: $(VENV)/.serve
+	@$(THREADS) $(BIN)/heterostep serve --no-ray --policy tokens --data-dir out/service
 
 test: $(VENV)/.dev
 	@$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q

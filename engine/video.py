@@ -94,6 +94,31 @@ def spread_tokens(values: NDArray[Any], num_frames: int, height: int, width: int
     return values[index].repeat(height // rows, axis=1).repeat(width // columns, axis=2)
 
 
+def count_range(evaluations: NDArray[np.integer[Any]]) -> tuple[int, int]:
+    """Counts at the two ends of the heat map's colours."""
+    low, high = int(evaluations.min()), int(evaluations.max())
+    # A map of equal counts is all one colour; the scale then runs from nothing to that count.
+    return (low if high > low else 0), high
+
+
+def overlay_frames(frames: NDArray[np.uint8], evaluations: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+    """Draw a map of how often each token was evaluated over a grey copy of the video.
+
+    Args:
+        frames: uint8 [F, H, W, 3].
+        evaluations: [f, y, x], how many of the steps each token went through the transformer.
+
+    Returns:
+        uint8 [F, H, W, 3].
+    """
+    floor, high = count_range(evaluations)
+    heat = (spread_tokens(np.asarray(evaluations), *frames.shape[:3]) - floor) / max(high - floor, 1)
+    colours = matplotlib.colormaps[_COLOUR_MAP](heat)[..., :3] * 255.0
+    grey = frames.astype(np.float64) @ np.array([0.2126, 0.7152, 0.0722])
+    overlay: NDArray[np.uint8] = (0.7 * colours + 0.3 * grey[..., None]).round().astype(np.uint8)
+    return overlay
+
+
 def heatmap_frames(
     frames: NDArray[np.uint8], evaluations: NDArray[np.integer[Any]], shares: Sequence[float]
 ) -> NDArray[np.uint8]:
@@ -109,14 +134,8 @@ def heatmap_frames(
     """
     num_frames, height, width = frames.shape[:3]
     scale = scale_for(height, width)
-    counts = spread_tokens(np.asarray(evaluations), num_frames, height, width)
-    low, high = int(counts.min()), int(counts.max())
-    # A map of equal counts is all one colour; the scale then runs from nothing to that count.
-    floor = low if high > low else 0
-    heat = (counts - floor) / max(high - floor, 1)
-    colours = matplotlib.colormaps[_COLOUR_MAP](heat)[..., :3] * 255.0
-    grey = frames.astype(np.float64) @ np.array([0.2126, 0.7152, 0.0722])
-    overlay = (0.7 * colours + 0.3 * grey[..., None]).round().astype(np.uint8)
+    floor, high = count_range(evaluations)
+    overlay = overlay_frames(frames, evaluations)
 
     left, right = _enlarge(frames, scale), _enlarge(overlay, scale)
     panel_height, panel_width = left.shape[1:3]

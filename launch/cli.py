@@ -22,6 +22,7 @@ examples:
   heterostep generate --prompt "a red disc moves right" --compute 0.5
   heterostep generate --prompt "a cat on a beach" --model ./Wan2.1-T2V-1.3B-Diffusers --output cat.mp4
   heterostep info --model demo
+  heterostep serve --no-ray --data-dir ./videos
 
 `heterostep COMMAND --help` explains the flags of a command.
 """
@@ -38,6 +39,18 @@ examples:
     heterostep generate --prompt "a red disc moves right" --job-dir disc --output disc.mp4
 
 Whatever is left out takes the model's own default; `heterostep info --model M` shows them.
+"""
+
+
+_SERVE_EPILOG = """\
+examples:
+  on this machine, without Ray: API and web page at http://127.0.0.1:8000/
+    heterostep serve --no-ray --data-dir ./videos
+  two replicas of one GPU each on Ray Serve, for everybody who has a key:
+    heterostep serve --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --replicas 2 --gpus-per-replica 1 \\
+        --host 0.0.0.0 --api-key-file keys.txt --data-dir /srv/videos
+
+docs/serving.md describes the API, the settings, and what is lost when.
 """
 
 
@@ -101,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_info(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -205,6 +219,51 @@ def _add_info(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.set_defaults(run=_info)
 
 
+def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _add_command(commands, "serve", "serve videos over HTTP, with a web page", _SERVE_EPILOG)
+    what = command.add_argument_group("what to serve")
+    what.add_argument("--model", default="demo", metavar="M", help="'demo' (default), a folder, or a hub id")
+    what.add_argument(
+        "--compute", type=_share, default=0.5, metavar="C", help="share of dense work where a request says none (0.5)"
+    )
+    what.add_argument("--policy", default="joint", metavar="P", help="how it is spent: joint, tokens, groups or steps")
+    what.add_argument("--dtype", default="auto", metavar="T", help="auto (default), float32, bfloat16 or float16")
+    what.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:N")
+
+    where = command.add_argument_group("where")
+    where.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default: this machine)")
+    where.add_argument("--port", type=_whole(0), default=8000, metavar="N", help="port (default 8000; 0 takes any)")
+    where.add_argument(
+        "--data-dir", default="heterostep-data", metavar="DIR", help="jobs and results (default ./heterostep-data)"
+    )
+    where.add_argument("--replicas", type=_whole(1), default=1, metavar="R", help="models at work at once (default 1)")
+    where.add_argument("--no-ray", action="store_true", help="one service process with its workers, without Ray")
+    where.add_argument("--ray-address", metavar="A", help="a running Ray cluster, such as auto; else one is started")
+    where.add_argument(
+        "--gpus-per-replica", type=_whole(0), metavar="W", help="on Ray: GPUs for each (default 1 where there are any)"
+    )
+
+    who = command.add_argument_group("who, and how much")
+    who.add_argument("--api-key-file", metavar="F", help="a key a line, with a name before it; else everybody may call")
+    who.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="on a loopback address without keys: a further name that browsers may use; may be repeated",
+    )
+    who.add_argument("--max-queue", type=_whole(1), default=100, metavar="N", help="videos in the queue (default 100)")
+    who.add_argument("--max-prompt", type=_whole(1), default=4000, metavar="N", help="characters (default 4000)")
+    who.add_argument(
+        "--max-pixels", type=_whole(1), metavar="N", help="width x height x frames (default: 4 x the model's)"
+    )
+    who.add_argument("--max-frames", type=_whole(1), metavar="N", help="frames (default 4 x the model's)")
+    who.add_argument("--max-steps", type=_whole(1), metavar="N", help="denoising steps (default 4 x the model's)")
+    who.add_argument("--keep-days", type=_scale, default=30.0, metavar="N", help="finished videos stay (default 30)")
+    who.add_argument("--keep-gib", type=_scale, default=20.0, metavar="N", help="as long as all fit into (default 20)")
+    command.set_defaults(run=_serve)
+
+
 def _generate(arguments: argparse.Namespace) -> int:
     from .generate import generate
 
@@ -215,6 +274,12 @@ def _info(arguments: argparse.Namespace) -> int:
     from .info import info
 
     return info(arguments)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from .serve import serve
+
+    return serve(arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

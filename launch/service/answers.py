@@ -1,0 +1,76 @@
+"""Answers that are not videos: errors in OpenAI's form, and the description of a body that FastAPI cannot see."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from ...errors import RequestError
+from .database import StoreUnavailable
+from .intake import BadField
+from .jobs import QueueFull
+from .logs import say
+from .schemas import CreateVideo
+from .service import VideoService
+
+_CODES = {401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed", 408: "timeout"}
+
+
+def error_answer(
+    status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Any = None
+) -> JSONResponse:
+    """One sentence for people and a code for programs, as the openai client expects them."""
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    error = {"message": message, "type": kind, "param": param, "code": code or _CODES.get(status)}
+    return JSONResponse({"error": error}, status, headers)
+
+
+def add_error_answers(app: FastAPI, service: VideoService) -> None:
+    """Turn every exception into an answer of that form."""
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        return error_answer(error.status_code, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return error_answer(400, f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}", param=name)
+
+    @app.exception_handler(RequestError)
+    async def refused(request: Request, error: RequestError) -> Response:
+        return error_answer(400, str(error), param=error.param if isinstance(error, BadField) else None)
+
+    @app.exception_handler(QueueFull)
+    async def full(request: Request, error: QueueFull) -> Response:
+        headers = {"retry-after": str(service.retry_after())}
+        return error_answer(429, str(error), code="queue_full", headers=headers)
+
+    @app.exception_handler(StoreUnavailable)
+    async def unavailable(request: Request, error: StoreUnavailable) -> Response:
+        say("store unavailable", logging.ERROR, reason=str(error))
+        return error_answer(503, "the job store cannot be used now; try again later", headers={"retry-after": "5"})
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # to nobody
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        say("request failed", logging.ERROR, error=type(error).__name__)
+        return error_answer(500, "the service failed; its log says more")
+
+
+def openapi_body() -> dict[str, Any]:
+    """The body of a request for a video, as JSON or as a form with an image."""
+    schema = CreateVideo.model_json_schema()
+    form = {**schema, "properties": {**schema["properties"], "input_reference": {"type": "string", "format": "binary"}}}
+    kinds = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}}
+    return {"requestBody": {"required": True, "content": kinds}}

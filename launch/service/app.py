@@ -1,0 +1,290 @@
+"""The HTTP API: OpenAI's video API, and beside it events, cancelling, waiting, health, metrics and the web page."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from ... import __version__
+from ...errors import RequestError
+from .answers import add_error_answers, openapi_body
+from .guard import Guard
+from .intake import read_create
+from .results import FILES
+from .schemas import DeletedVideo, ErrorBody, Health, ModelCard, ModelList, Video, VideoList
+from .service import VideoService
+from .streams import video_events, wait_for
+
+_PAGE = Path(__file__).parent / "page"
+_PAGE_FILES = {
+    **dict.fromkeys(("api.js", "app.js", "docs.js", "text.js", "viewer.js"), "text/javascript"),
+    "style.css": "text/css",
+    "icon.svg": "image/svg+xml",
+}
+# The page needs nothing from anywhere else; whatever gets into it can load nothing and send nothing.
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+_BEARER = HTTPBearer(auto_error=False, description="A key of the service's key file.")
+
+router = APIRouter(responses=_ERRORS)
+
+
+def service_of(request: Request) -> VideoService:
+    """The service behind this application."""
+    service: VideoService = request.app.state.service
+    return service
+
+
+Service = Annotated[VideoService, Depends(service_of)]
+
+
+def owner_of(
+    request: Request, service: Service, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
+) -> str:
+    """Whose key a request brings; the empty name where the service has no keys."""
+    if service.keys is None:
+        return ""
+    owner = service.keys.owner(request.headers.get("authorization"))
+    if owner is None:
+        raise HTTPException(401, "a valid API key is needed: Authorization: Bearer KEY", {"www-authenticate": "Bearer"})
+    return owner
+
+
+Owner = Annotated[str, Depends(owner_of)]
+IdempotencyKey = Annotated[
+    str | None, Header(min_length=1, max_length=255, description="The same key again gives the same video again.")
+]
+
+
+@router.post("/v1/videos", response_model=Video, openapi_extra=openapi_body())
+async def create(request: Request, service: Service, owner: Owner, idempotency_key: IdempotencyKey = None) -> Video:
+    """Queue a video."""
+    body, fingerprint = await read_create(request)
+    video, _ = await run_in_threadpool(service.submit, body, owner, fingerprint, idempotency_key)
+    return video
+
+
+@router.post(
+    "/v1/videos/sync",
+    response_class=FileResponse,
+    openapi_extra=openapi_body(),
+    responses={200: {"content": {"video/mp4": {"schema": {"type": "string", "format": "binary"}}}}},
+)
+async def create_and_wait(
+    request: Request, service: Service, owner: Owner, idempotency_key: IdempotencyKey = None
+) -> Response:
+    """Make a video and answer with its file. When the client goes away, the video is cancelled."""
+    body, fingerprint = await read_create(request)
+    queued, _ = await run_in_threadpool(service.submit, body, owner, fingerprint, idempotency_key)
+    video = await wait_for(service, request, queued.id, owner)
+    if video is None:
+        raise HTTPException(503, f"the wait for video {queued.id} was broken off; ask for it by its id")
+    if video.status != "completed":
+        assert video.error is not None, "a video that is not completed says why"
+        raise HTTPException(400 if video.error.code == "invalid_request" else 500, video.error.message)
+    path, media_type = service.file(video.id, "video")
+    assert video.timing is not None, "a completed video has times"
+    headers = {"x-video-id": video.id, "x-inference-time-s": f"{video.timing['total']:.3f}"}
+    return FileResponse(path, media_type=media_type, headers=headers)
+
+
+@router.get("/v1/videos")
+def list_videos(
+    service: Service,
+    owner: Owner,
+    after: Annotated[str | None, Query(max_length=200, description="Id of the last video of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> VideoList:
+    """List your videos, newest first unless told otherwise."""
+    videos, more = service.list(owner, after=after, limit=limit, newest_first=order == "desc")
+    ids = [video.id for video in videos]
+    return VideoList(data=videos, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None, has_more=more)
+
+
+@router.get("/v1/videos/{video_id}")
+def retrieve(video_id: str, service: Service, owner: Owner, response: Response) -> Video:
+    """Tell how a video goes."""
+    video = _found(service.find(video_id, owner), video_id)
+    # The openai client asks again after this time.
+    response.headers["openai-poll-after-ms"] = "500"
+    return video
+
+
+@router.delete("/v1/videos/{video_id}")
+def delete(video_id: str, service: Service, owner: Owner) -> DeletedVideo:
+    """Remove a video and its files; one that is still being made is cancelled first."""
+    if not service.delete(video_id, owner):
+        raise _missing(video_id)
+    return DeletedVideo(id=video_id)
+
+
+@router.post("/v1/videos/{video_id}/cancel")
+def cancel(video_id: str, service: Service, owner: Owner) -> Video:
+    """Cancel a video: at once while it is queued, within one step while it is made; a finished one stays as it is."""
+    return _found(service.cancel(video_id, owner), video_id)
+
+
+@router.get(
+    "/v1/videos/{video_id}/events",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
+def events(video_id: str, service: Service, owner: Owner) -> StreamingResponse:
+    """Follow a video by server-sent events: queued, starting, step, decoding, then completed, failed or cancelled."""
+    _found(service.find(video_id, owner), video_id)
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamingResponse(video_events(service, video_id, owner), media_type="text/event-stream", headers=headers)
+
+
+@router.api_route(
+    "/v1/videos/{video_id}/content",
+    methods=["GET"],
+    response_class=FileResponse,
+    responses={
+        code: {
+            "content": {kind: {"schema": {"type": "string", "format": "binary"}} for _, kind in FILES.values()},
+            "description": text,
+        }
+        for code, text in ((200, "The file."), (206, "The part of it that Range asked for."))
+    },
+)
+def content(
+    video_id: str,
+    service: Service,
+    owner: Owner,
+    variant: Literal["video", "thumbnail", "spritesheet", "heatmap", "report"] = "video",
+) -> FileResponse:
+    """Download a completed video, or a picture, map or report of it; Range requests are honoured."""
+    video = _found(service.find(video_id, owner), video_id)
+    path, media_type = service.file(video_id, variant)
+    if video.status != "completed":
+        raise RequestError(f"video {video_id} is {video.status}; its content is there when it is completed")
+    if not path.is_file():
+        raise _missing(video_id)
+    return FileResponse(
+        path,
+        media_type=media_type,
+        filename=f"{video_id}-{path.name}",
+        content_disposition_type="inline",
+        headers={"cache-control": "private, max-age=3600"},
+    )
+
+
+@router.get("/v1/models")
+def list_models(service: Service, owner: Owner) -> ModelList:
+    """List the model that is served."""
+    return ModelList(data=[service.card()])
+
+
+@router.get("/v1/models/{model:path}")
+def retrieve_model(model: str, service: Service, owner: Owner) -> ModelCard:
+    """Describe the model that is served."""
+    if model != service.model:
+        raise HTTPException(404, f"model {model[:80]!r} is not served here; this service has {service.model!r}")
+    return service.card()
+
+
+@router.get("/health", responses={503: {"model": Health}})
+def health(service: Service, response: Response) -> Health:
+    """Say whether a job could run now."""
+    trouble = service.trouble
+    response.status_code = 200 if trouble is None else 503
+    return Health(status="healthy" if trouble is None else "unhealthy", reason=trouble)
+
+
+@router.get("/ready", responses={503: {"model": Health}})
+def ready(service: Service, response: Response) -> Health:
+    """Say whether jobs are taken; they may have to wait until one can run."""
+    response.status_code = 503 if service.stopping else 200
+    reason = "the service is stopping" if service.stopping else None
+    return Health(status="healthy" if reason is None else "unhealthy", reason=reason)
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+def metrics(service: Service) -> Response:
+    """All figures, for Prometheus."""
+    return Response(service.metrics.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
+
+
+@router.get("/", include_in_schema=False)
+def page() -> FileResponse:
+    """The web page."""
+    return _html("index.html")
+
+
+@router.get("/docs", include_in_schema=False)
+def documentation() -> FileResponse:
+    """The description of the API, for people; for programs it is at /openapi.json."""
+    return _html("docs.html")
+
+
+def _html(name: str) -> FileResponse:
+    headers = {"content-security-policy": _PAGE_POLICY, "cache-control": "no-cache"}
+    return FileResponse(_PAGE / name, media_type="text/html", headers=headers)
+
+
+@router.get("/page/{name}", include_in_schema=False)
+def page_file(name: str) -> FileResponse:
+    """What the web page is made of."""
+    if name not in _PAGE_FILES:
+        raise HTTPException(404, "there is no such file")
+    return FileResponse(_PAGE / name, media_type=_PAGE_FILES[name], headers={"cache-control": "no-cache"})
+
+
+def _found(video: Video | None, video_id: str) -> Video:
+    if video is None:
+        raise _missing(video_id)
+    return video
+
+
+def _missing(video_id: str) -> HTTPException:
+    return HTTPException(404, f"there is no video {video_id[:80]!r}")
+
+
+def create_app(service: VideoService) -> FastAPI:
+    """The application of a service, which it starts and stops with itself.
+
+    Under uvicorn and as a Ray Serve ingress alike.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await run_in_threadpool(service.start)
+        try:
+            yield
+        finally:
+            await run_in_threadpool(service.stop)
+
+    app = FastAPI(
+        title="heterostep",
+        version=__version__,
+        description="Videos from text. Compatible with OpenAI's video API.",
+        lifespan=lifespan,
+        # FastAPI's own page loads scripts of others from elsewhere, into the origin that holds the user's key.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.service = service
+    app.include_router(router)
+    add_error_answers(app, service)
+
+    def counted(method: str, route: str, status: int) -> None:
+        service.tally.count("heterostep_http_requests", method=method, route=route, code=str(status))
+
+    app.add_middleware(Guard, allowed_hosts=service.settings.allowed_hosts, counted=counted)
+    return app

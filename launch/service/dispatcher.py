@@ -1,0 +1,277 @@
+"""From the queue to the runners and back: claims, progress, retries, cancelling, and what an earlier process left."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...engine.request import Cancelled, ResolvedRequest
+from ...errors import RequestError
+from .database import Job, StoreUnavailable
+from .events import Made, RunnerLost, Stopped
+from .follower import Follower, num_pixels
+from .jobs import JobStore
+from .lease import Lease, is_held
+from .logs import say
+from .metrics import Tally
+from .results import complete, folder_bytes, is_complete, read_manifest
+from .retention import sweep
+from .runner import Runner, Task
+from .settings import ServiceSettings
+
+MAX_RETRIES = 2
+"""How often a job is begun again after the runner was lost with it."""
+MAX_RESTARTS = 10
+"""How often it is begun again after the whole service died with it: once more could be its fault."""
+
+_IDLE_SECONDS = 0.25
+_WATCH_SECONDS = 0.2
+_FLUSH_SECONDS = 2.0
+_SWEEP_SECONDS = 60.0
+
+
+class Dispatcher:
+    """Keeps the runners busy with the jobs of one model; a thread for each runner, and one that watches.
+
+    Attributes:
+        runners: as given.
+        mean_seconds: that the last videos took, the newer the more they count; None before the first.
+    """
+
+    def __init__(
+        self, settings: ServiceSettings, model: str, store: JobStore, runners: Sequence[Runner], tally: Tally
+    ) -> None:
+        """Prepare; `start` begins."""
+        self._settings, self._model, self._store, self._tally = settings, model, store, tally
+        self.runners = runners
+        self._lease: Lease | None = None
+        self._stopping = threading.Event()
+        self._wake = threading.Condition()
+        self._running: dict[str, Runner] = {}
+        self._threads: list[threading.Thread] = []
+        # Of the last video, seconds for a pixel: what is left to do when denoising ends.
+        self._after_denoising = 0.0
+        self.mean_seconds: float | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether a job could run now, in this process."""
+        return not self.broken and any(runner.ready for runner in self.runners)
+
+    @property
+    def broken(self) -> bool:
+        """Whether a thread has died that should run as long as the process."""
+        return not self._stopping.is_set() and not all(thread.is_alive() for thread in self._threads)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why not."""
+        if self._stopping.is_set():
+            return "the service is stopping"
+        if self.broken:
+            return "a thread of the dispatcher has died"
+        return next((runner.trouble for runner in self.runners if runner.trouble), "the model is being loaded")
+
+    @property
+    def hopeless(self) -> str | None:
+        """Why no runner can ever run a job; None while there is hope."""
+        reasons = [runner.trouble for runner in self.runners if runner.hopeless]
+        return reasons[0] if len(reasons) == len(self.runners) else None
+
+    def start(self) -> None:
+        """Take up what an earlier process left behind, and begin to work."""
+        self._lease = Lease(self._settings.leases)
+        self._adopt()
+        sweep(self._settings, self._store)
+        self._threads = [threading.Thread(target=self._drive, args=(runner,), daemon=True) for runner in self.runners]
+        self._threads.append(threading.Thread(target=self._watch, daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, grace_seconds: float = 10.0) -> None:
+        """Save what runs, put it back into the queue, and end the runners."""
+        self._stopping.set()
+        self.wake()
+        deadline = time.monotonic() + grace_seconds
+        while self._running and time.monotonic() < deadline:
+            # Again and again: the first time may have been just before a run began.
+            for runner in self.runners:
+                runner.stop()
+            time.sleep(_WATCH_SECONDS)
+        for runner in self.runners:
+            runner.close()
+        for thread in self._threads:
+            thread.join(5.0)
+        if self._lease is not None:
+            self._lease.release()
+        self._tally.flush(self._store)
+
+    def wake(self) -> None:
+        """Say that something was queued or is to be cancelled: it is seen at once instead of soon."""
+        with self._wake:
+            self._wake.notify_all()
+
+    def _pause(self, seconds: float) -> None:
+        with self._wake:
+            if not self._stopping.is_set():
+                self._wake.wait(seconds)
+
+    # One thread for each runner.
+
+    def _drive(self, runner: Runner) -> None:
+        assert self._lease is not None
+        unsettled: Job | None = None
+        while not self._stopping.is_set():
+            try:
+                if unsettled is not None:
+                    self._settle(unsettled, "error", "how it ended could not be recorded", unsettled.step)
+                    unsettled = None
+                runner.tend()
+                job = self._store.claim(self._lease.name, self._model) if runner.ready else None
+                if job is None:
+                    self._pause(_IDLE_SECONDS)
+                    continue
+                unsettled = job
+                self._serve(job, runner)
+                unsettled = None
+            except StoreUnavailable as error:
+                say("store unavailable", logging.ERROR, reason=str(error))
+                self._stopping.wait(1.0)
+            except Exception:  # a thread that ends would leave its runner idle for ever
+                say("dispatcher failed", logging.ERROR, exc_info=True)
+                self._stopping.wait(1.0)
+
+    def _serve(self, job: Job, runner: Runner) -> None:
+        """One attempt at a job."""
+        say("job begun", job=job.id, attempt=job.attempt)
+        folder = self._settings.results / f".{job.id}.{job.attempt}.{job.lease}"
+        state = self._settings.state / job.id
+        follower = Follower(job, self._store, self._tally, self._rest)
+        self._running[job.id] = runner
+        try:
+            folder.mkdir()
+            state.mkdir(exist_ok=True)
+            task = Task(id=job.id, request=ResolvedRequest(**job.request), folder=folder, state=state)
+            with contextlib.closing(runner.run(task)) as events:
+                for event in events:
+                    follower.see(event)
+            self._complete(job, follower.made, folder)
+        except Cancelled:
+            self._end(job, "cancelled", {"code": "cancelled", "message": f"cancelled after step {follower.step}"})
+        except Stopped:
+            self._store.requeue(job, None)
+            say("job saved", job=job.id, step=follower.step)
+        except RequestError as error:
+            self._end(job, "failed", {"code": "invalid_request", "message": str(error)})
+        except RunnerLost as error:
+            if self._stopping.is_set():  # it was closed, not lost
+                self._store.requeue(job, None)
+            else:
+                self._settle(job, error.cause, str(error), follower.step)
+        except OSError as error:
+            self._settle(job, "error", f"the results could not be written ({error.strerror})", follower.step)
+        finally:
+            del self._running[job.id]
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _rest(self, pixels: int) -> float:
+        """Estimate of the seconds from the last step to the files."""
+        return self._after_denoising * pixels
+
+    def _complete(self, job: Job, made: Made | None, folder: Path) -> None:
+        """Make the result visible: files first, then the row. After a kill between the two, the files are found."""
+        assert made is not None, "a run ends with Made or an exception"
+        if self._store.cancelled([job.id]):  # too late for the runner, but not for the user
+            raise Cancelled("cancelled")
+        timing = {"queued": (job.started_at or 0.0) - job.created_at, **made.seconds}
+        complete(folder, self._settings.results / job.id, {"hsa": made.hsa, "timing": timing})
+        self._after_denoising = (made.seconds["decode"] + made.seconds["write"]) / num_pixels(job)
+        total, mean = made.seconds["total"], self.mean_seconds
+        self.mean_seconds = total if mean is None else 0.7 * mean + 0.3 * total
+        if self._finish(job):
+            for stage, seconds in made.seconds.items():
+                self._tally.observe("heterostep_stage_seconds", seconds, stage=stage)
+
+    def _finish(self, job: Job) -> bool:
+        """Record that the files of a job are complete."""
+        target = self._settings.results / job.id
+        manifest = read_manifest(target)
+        done = self._store.finish(
+            job,
+            "completed",
+            progress=100,
+            step=job.request["num_inference_steps"],
+            hsa=manifest["hsa"],
+            timing=manifest["timing"],
+            bytes=folder_bytes(target),
+        )
+        if done:
+            shutil.rmtree(self._settings.state / job.id, ignore_errors=True)
+            say("job completed", job=job.id, seconds=round(manifest["timing"]["total"], 3))
+        return done
+
+    def _end(self, job: Job, status: str, error: dict[str, str]) -> None:
+        if self._store.finish(job, status, error=error):
+            shutil.rmtree(self._settings.state / job.id, ignore_errors=True)
+            say(f"job {status}", job=job.id, reason=error["message"])
+
+    def _settle(self, job: Job, cause: str, message: str, step: int) -> None:
+        """Decide about a job that no runner has any more: it is complete, begun again, or given up."""
+        if is_complete(self._settings.results / job.id):
+            self._finish(job)
+            return
+        limit = MAX_RESTARTS if cause == "restart" else MAX_RETRIES
+        before = sum((fault["cause"] == "restart") == (cause == "restart") for fault in job.faults)
+        fault = {"cause": cause, "message": message, "step": step, "at": int(time.time())}
+        if before < limit:
+            if self._store.requeue(job, fault):
+                self._tally.count("heterostep_recoveries", cause=cause)
+                say("job requeued", logging.WARNING, job=job.id, cause=cause, reason=message, step=step)
+        else:
+            why = f"given up after {before + 1} attempts; the last time, {message}"
+            if self._store.give_up(job, fault, {"code": "runner_lost", "message": why}):
+                shutil.rmtree(self._settings.state / job.id, ignore_errors=True)
+                say("job failed", logging.ERROR, job=job.id, cause=cause, reason=why, step=step)
+
+    # One thread for everything else.
+
+    def _watch(self) -> None:
+        flushed = swept = time.monotonic()
+        while not self._stopping.is_set():
+            try:
+                self._cancel_wanted()
+                now = time.monotonic()
+                if now - flushed > _FLUSH_SECONDS:
+                    flushed = now
+                    self._tally.flush(self._store)
+                    self._adopt()
+                if now - swept > _SWEEP_SECONDS:
+                    swept = now
+                    sweep(self._settings, self._store)
+            except Exception:  # as in _drive
+                say("watch failed", logging.ERROR, exc_info=True)
+                self._stopping.wait(1.0)
+            self._pause(_WATCH_SECONDS)
+
+    def _cancel_wanted(self) -> None:
+        running = dict(self._running)
+        if running:
+            for id in self._store.cancelled(list(running)):
+                running[id].cancel()
+
+    def _adopt(self) -> None:
+        """Take up the jobs of processes that are no more."""
+        assert self._lease is not None
+        for job in self._store.running():
+            if (
+                job.lease is not None
+                and job.lease != self._lease.name
+                and not is_held(self._settings.leases, job.lease)
+            ):
+                self._settle(job, "restart", "the service was restarted", job.step)
+                self.wake()

@@ -1,0 +1,81 @@
+"""One attempt's progress, written into the job store and the figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from .database import Job
+from .events import Began, Decoding, Event, Made, Stepped
+from .jobs import JobStore
+from .metrics import Tally
+
+# Progress of a quick model is written no more often than anybody can see it.
+_WRITE_SECONDS = 0.1
+# Denoising is nearly all of the work; the last percents are decoding and writing.
+_DENOISED = 95
+
+
+def num_pixels(job: Job) -> int:
+    """Width x height x frames."""
+    request = job.request
+    return int(request["width"] * request["height"] * request["num_frames"])
+
+
+class Follower:
+    """Sees the events of one attempt.
+
+    Attributes:
+        step: how many steps are done.
+        made: the result, when it is there.
+    """
+
+    def __init__(self, job: Job, store: JobStore, tally: Tally, rest: Callable[[int], float]) -> None:
+        """Follow an attempt at `job`; `rest` estimates the seconds from the last step to the files, from the pixels."""
+        self._job, self._store, self._tally = job, store, tally
+        self._rest = rest(num_pixels(job))
+        self._written, self._preview = 0.0, b""
+        self._shares: list[float] = []
+        self.step = 0
+        self.made: Made | None = None
+
+    def see(self, event: Event) -> None:
+        """Write down what an event says."""
+        if isinstance(event, Began):
+            self.step = event.step
+            # What an earlier attempt evaluated is told at the end.
+            self._shares = [0.0] * event.step
+            if self._job.attempt == 1:
+                self._tally.observe("heterostep_queue_seconds", time.time() - self._job.created_at)
+            self._store.progress(self._job, stage="denoising", step=event.step, progress=self._progress(event))
+        elif isinstance(event, Stepped):
+            self._step(event)
+        elif isinstance(event, Decoding):
+            self._store.progress(
+                self._job, stage="decoding", step=self.step, progress=_DENOISED, eta_seconds=self._rest
+            )
+        else:
+            self.made = event
+
+    def _step(self, event: Stepped) -> None:
+        self.step = event.step
+        self._shares.append(round(event.active, 4))
+        self._preview = event.preview or self._preview
+        self._tally.observe("heterostep_step_seconds", event.seconds)
+        self._tally.observe("heterostep_active_fraction", event.active)
+        now = time.monotonic()
+        if now - self._written < _WRITE_SECONDS and event.step < event.num_steps:
+            return
+        self._store.progress(
+            self._job,
+            preview=self._preview or None,
+            stage="denoising",
+            step=event.step,
+            progress=self._progress(event),
+            hsa={"steps": self._shares},
+            eta_seconds=event.eta_seconds + self._rest,
+        )
+        self._written, self._preview = now, b""
+
+    def _progress(self, event: Began | Stepped) -> int:
+        return _DENOISED * event.step // event.num_steps

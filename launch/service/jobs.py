@@ -1,0 +1,290 @@
+"""The jobs: every change of one is a transaction, and survives a kill of everything that reads and writes them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ...engine.request import ResolvedRequest
+from ...errors import HeterostepError, RequestError
+from .database import Database, Job
+
+_CANCELLED = {"code": "cancelled", "message": "the video was cancelled"}
+_FINISHED = "status IN ('completed', 'failed', 'cancelled')"
+
+
+class QueueFull(HeterostepError):
+    """As many jobs wait as may wait."""
+
+
+class KeyReused(RequestError):
+    """An Idempotency-Key came again with another request."""
+
+
+class JobStore:
+    """Every change of a job is one transaction; several processes on one machine may share the file.
+
+    What a user must not lose (that a job exists, how it ended) is on the disk when the call returns. Progress is not
+    worth a disk flush: after a power cut it may be a little older.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open or make the file; ConfigError if it is no job store."""
+        self._db = Database(path)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    # Users' side.
+
+    def create(
+        self,
+        *,
+        id: str,
+        owner: str,
+        model: str,
+        request: ResolvedRequest,
+        max_queue: int,
+        idempotency_key: str | None = None,
+        fingerprint: str | None = None,
+    ) -> tuple[Job, bool]:
+        """Queue a job, or find the one that the same `idempotency_key` made.
+
+        Args:
+            id: the server's own, new.
+            owner: whose key.
+            model: that will make it.
+            request: what to make.
+            max_queue: how many jobs may wait.
+            idempotency_key: the client's name for this request.
+            fingerprint: of what the client asked, to tell a repetition from another request.
+
+        Returns:
+            The job, and whether it is new.
+
+        Raises:
+            QueueFull: `max_queue` jobs wait.
+            KeyReused: `idempotency_key` was used for another request.
+        """
+        with self._db.writing():
+            if idempotency_key is not None:
+                rows = self._db.select("owner = ? AND idempotency_key = ? AND NOT deleted", (owner, idempotency_key))
+                if rows and rows[0].fingerprint != fingerprint:
+                    raise KeyReused(
+                        "this Idempotency-Key was used for another request; take a new key for a new request"
+                    )
+                if rows:
+                    return rows[0], False
+            waiting = self._db.execute("SELECT count(*) FROM jobs WHERE status = 'queued'").fetchone()[0]
+            if waiting >= max_queue:
+                raise QueueFull(f"{waiting} videos are waiting, and at most {max_queue} may; try again later")
+            self._db.execute(
+                "INSERT INTO jobs (id, owner, model, request, num_steps, idempotency_key, fingerprint, created_at) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    id,
+                    owner,
+                    model,
+                    json.dumps(asdict(request)),
+                    request.num_inference_steps,
+                    idempotency_key,
+                    fingerprint,
+                    time.time(),
+                ),
+            )
+            return self._db.select("id = ?", (id,))[0], True
+
+    def get(self, id: str, owner: str) -> Job | None:
+        """Return a job of an owner; None if there is none, or it is another's."""
+        with self._db.reading():
+            rows = self._db.select("id = ? AND owner = ? AND NOT deleted", (id, owner))
+        return rows[0] if rows else None
+
+    def page(self, owner: str, *, after: str | None, limit: int, newest_first: bool) -> tuple[list[Job], bool]:
+        """Return up to `limit` jobs of an owner, and whether there are more.
+
+        Raises:
+            RequestError: `after` is no job of this owner.
+        """
+        sign, order = ("<", "DESC") if newest_first else (">", "ASC")
+        where = "owner = ? AND NOT deleted"
+        values: tuple[str | int, ...] = (owner,)
+        with self._db.reading():
+            if after is not None:
+                cursor = self.get(after, owner)
+                if cursor is None:
+                    raise RequestError("after must be the id of one of your videos; leave it out to begin at the start")
+                where, values = f"{where} AND seq {sign} ?", (owner, cursor.seq)
+            rows = self._db.select(f"{where} ORDER BY seq {order} LIMIT {limit + 1:d}", values)
+        return rows[:limit], len(rows) > limit
+
+    def position(self, job: Job) -> int:
+        """How many jobs are served before a queued one."""
+        with self._db.reading():
+            found = self._db.execute(
+                "SELECT count(*) FROM jobs WHERE status = 'queued' AND model = ? AND seq < ?", (job.model, job.seq)
+            ).fetchone()
+        return int(found[0])
+
+    def preview(self, id: str, since: int) -> tuple[int, bytes] | None:
+        """Return the newest preview of a job as (step, WebP), if it is of a later step than `since`."""
+        with self._db.reading():
+            found = self._db.execute("SELECT step, image FROM previews WHERE id = ? AND step > ?", (id, since))
+            return found.fetchone()
+
+    def cancel(self, id: str, owner: str) -> Job | None:
+        """Cancel a queued job at once, or ask for the end of a running one; a finished one stays as it is."""
+        with self._db.writing():
+            job = self.get(id, owner)
+            if job is None:
+                return None
+            if job.status == "queued":
+                self._finish(job, "cancelled", error=_CANCELLED)
+            elif job.status == "in_progress":
+                self._db.update(id, cancel_requested=1)
+            return self._db.select("id = ?", (id,))[0]
+
+    def delete(self, id: str, owner: str) -> Job | None:
+        """Make a job unfindable; a running one is cancelled and swept away afterwards (`swept`)."""
+        with self._db.writing():
+            job = self.cancel(id, owner)
+            if job is not None:
+                self._db.update(id, deleted=1, idempotency_key=None)
+            return job
+
+    # Runners' side.
+
+    def claim(self, lease: str, model: str) -> Job | None:
+        """Take the oldest queued job of a model, for the process that holds `lease`."""
+        with self._db.writing():
+            rows = self._db.select("status = 'queued' AND model = ? ORDER BY seq LIMIT 1", (model,))
+            if not rows:
+                return None
+            job = rows[0]
+            self._db.update(
+                job.id,
+                status="in_progress",
+                stage="starting",
+                lease=lease,
+                attempt=job.attempt + 1,
+                started_at=job.started_at or time.time(),
+            )
+            return self._db.select("id = ?", (job.id,))[0]
+
+    def progress(self, job: Job, preview: bytes | None = None, **columns: Any) -> None:
+        """Say how far a job is; not worth a disk flush. No-op where the job is no longer this attempt's."""
+        with self._db.writing(durable=False):
+            if self._held(job):
+                self._db.update(job.id, **columns)
+                if preview is not None:
+                    row = (job.id, columns["step"], preview)
+                    self._db.execute("INSERT OR REPLACE INTO previews VALUES (?, ?, ?)", row)
+
+    def cancelled(self, ids: list[str]) -> list[str]:
+        """Which of these jobs their owners want to end."""
+        with self._db.reading():
+            marks = ", ".join("?" * len(ids))
+            found = self._db.execute(f"SELECT id FROM jobs WHERE cancel_requested AND id IN ({marks})", ids)
+            return [id for (id,) in found]
+
+    def finish(self, job: Job, status: str, **columns: Any) -> bool:
+        """End a job; False where it is no longer this attempt's."""
+        with self._db.writing():
+            if not self._held(job):
+                return False
+            self._finish(job, status, **columns)
+            return True
+
+    def requeue(self, job: Job, fault: Mapping[str, Any] | None) -> bool:
+        """Put a job back to where it was in the queue, with what went wrong; None takes the attempt back."""
+        with self._db.writing():
+            if not self._held(job):
+                return False
+            current = self._db.select("id = ?", (job.id,))[0]
+            if current.cancel_requested:
+                self._finish(current, "cancelled", error=_CANCELLED)
+                return True
+            faults = [*current.faults, fault] if fault is not None else list(current.faults)
+            attempt = current.attempt if fault is not None else current.attempt - 1
+            self._db.update(
+                job.id,
+                status="queued",
+                stage="",
+                lease=None,
+                eta_seconds=None,
+                faults=faults,
+                attempt=attempt,
+            )
+            return True
+
+    def give_up(self, job: Job, fault: Mapping[str, Any], error: Mapping[str, Any]) -> bool:
+        """Fail a job for good, with what went wrong the last time."""
+        with self._db.writing():
+            if not self._held(job):
+                return False
+            faults = [*self._db.select("id = ?", (job.id,))[0].faults, fault]
+            self._finish(job, "failed", error=error, faults=faults)
+            return True
+
+    def running(self) -> list[Job]:
+        """Jobs that some process runs, or ran when it died."""
+        with self._db.reading():
+            return self._db.select("status = 'in_progress'", ())
+
+    def counts(self) -> dict[str, int]:
+        """Number of jobs by status."""
+        with self._db.reading():
+            return dict(self._db.execute("SELECT status, count(*) FROM jobs WHERE NOT deleted GROUP BY status"))
+
+    def finished(self) -> list[Job]:
+        """Finished jobs, oldest first."""
+        with self._db.reading():
+            return self._db.select(f"{_FINISHED} ORDER BY completed_at")
+
+    def known(self) -> set[str]:
+        """Ids of all jobs."""
+        with self._db.reading():
+            return {id for (id,) in self._db.execute("SELECT id FROM jobs")}
+
+    def result_bytes(self) -> int:
+        """Size of all results."""
+        with self._db.reading():
+            return int(self._db.execute("SELECT coalesce(sum(bytes), 0) FROM jobs").fetchone()[0])
+
+    def remove(self, id: str) -> None:
+        """Forget a finished job."""
+        with self._db.writing():
+            self._db.execute("DELETE FROM previews WHERE id = ?", (id,))
+            self._db.execute(f"DELETE FROM jobs WHERE id = ? AND {_FINISHED}", (id,))
+
+    # Figures: counters that survive a restart, and are the same in every process.
+
+    def add_figures(self, changes: Mapping[tuple[str, str], float]) -> None:
+        """Add to figures by (name, labels as JSON)."""
+        with self._db.writing(durable=False):
+            self._db.add_figures(changes)
+
+    def figures(self) -> dict[tuple[str, str], float]:
+        """All figures by (name, labels as JSON)."""
+        with self._db.reading():
+            found = self._db.execute("SELECT name, labels, value FROM figures")
+            return {(name, labels): value for name, labels, value in found}
+
+    def _held(self, job: Job) -> bool:
+        held = self._db.execute(
+            "SELECT 1 FROM jobs WHERE id = ? AND status = 'in_progress' AND lease = ? AND attempt = ?",
+            (job.id, job.lease, job.attempt),
+        )
+        return held.fetchone() is not None
+
+    def _finish(self, job: Job, status: str, **columns: Any) -> None:
+        ended = {"stage": "", "lease": None, "eta_seconds": None, "completed_at": time.time()}
+        self._db.update(job.id, status=status, **ended, **columns)
+        self._db.execute("DELETE FROM previews WHERE id = ?", (job.id,))
+        labels = json.dumps({"status": status})
+        self._db.add_figures({("heterostep_requests", labels): 1.0})

@@ -1,0 +1,121 @@
+"""What a worker does: load the model, then make one video after the other."""
+
+from __future__ import annotations
+
+import base64
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...engine.engine import Engine
+from ...engine.preview import Preview
+from ...engine.request import (
+    Cancelled,
+    Decoding,
+    EngineConfig,
+    Event,
+    GenerateRequest,
+    Started,
+    StepDone,
+    VideoOutput,
+)
+from ...errors import ConfigError, RequestError
+from ...hsa.config import HSAConfig
+from ..logs import silence_libraries
+from .render import webp, write_files
+from .worker import Line
+
+_PREVIEW_SIDE = 320
+_TOO_LARGE = "the device's memory is too small for this request; take a smaller size or fewer frames"
+
+
+def make_videos(line: Line, options: dict[str, Any]) -> None:
+    """Serve tasks for ever.
+
+    Args:
+        line: where they come from.
+        options: model, compute, policy, dtype, device, index.
+
+    Raises:
+        HeterostepError: the model cannot be loaded.
+    """
+    silence_libraries()
+    hsa = HSAConfig(compute=options["compute"], policy=options["policy"])
+    device = _device(options["device"], options["index"])
+    engine = Engine(EngineConfig(model=options["model"], hsa=hsa, dtype=options["dtype"], device=device))
+    preview = Preview(engine.pipeline)
+    line.on_wish = engine.cancel
+    line.answer("ready", seconds=engine.load_seconds, device=str(engine.device))
+    while True:
+        task = line.tasks.get()
+        try:
+            _make(line, engine, preview, task)
+        except (
+            RequestError,
+            ConfigError,
+        ) as error:  # a share that so few steps cannot meet is the planner's ConfigError
+            line.answer("refused", message=str(error))
+        except Cancelled:
+            line.answer("stopped" if line.wanted.get(task["id"]) == "stop" else "cancelled")
+        except Exception as error:
+            if _out_of_memory(error):
+                line.answer("refused", message=_TOO_LARGE)
+            else:
+                traceback.print_exc()
+                line.answer("failed", message=f"the engine failed ({type(error).__name__})")
+        line.wanted.pop(task["id"], None)
+
+
+def _make(line: Line, engine: Engine, preview: Preview, task: dict[str, Any]) -> None:
+    for event in _stream(engine, GenerateRequest(**task["request"]), Path(task["state"])):
+        # A wish that came before the run began was lost to the engine.
+        if task["id"] in line.wanted:
+            engine.cancel()
+        if isinstance(event, Started):
+            line.answer("began", num_steps=event.request.num_inference_steps, num_tokens=event.num_tokens)
+        elif isinstance(event, StepDone):
+            picture = preview.take()
+            line.answer(
+                "stepped",
+                step=event.step + 1,
+                num_steps=event.num_steps,
+                active=event.active / event.total,
+                seconds=event.seconds,
+                eta_seconds=event.eta_seconds,
+                preview=None if picture is None else base64.b64encode(webp(picture, _PREVIEW_SIDE, 60)).decode(),
+            )
+        elif isinstance(event, Decoding):
+            line.answer("decoding", seconds=event.seconds)
+        else:
+            if line.wanted.get(task["id"]) == "cancel":
+                raise Cancelled("cancelled while decoding")
+            _write(line, engine, preview, event, Path(task["folder"]))
+
+
+def _stream(engine: Engine, request: GenerateRequest, state: Path) -> Iterator[Event]:
+    """Make the video; `state` is where a job that is to go on after a kill keeps its saved steps."""
+    return engine.stream(request)
+
+
+def _write(line: Line, engine: Engine, preview: Preview, output: VideoOutput, folder: Path) -> None:
+    start = time.perf_counter()
+    hsa = write_files(folder, engine, output)
+    preview.learn(output.latents, output.frames)
+    seconds = time.perf_counter() - start
+    timing = {**output.seconds, "write": seconds, "total": output.seconds["total"] + seconds}
+    line.answer("made", hsa=hsa, seconds=timing)
+
+
+def _device(name: str, index: int) -> str:
+    """The device of one of several workers: with "auto", each gets a GPU of its own as far as they go."""
+    count = torch.cuda.device_count() if name == "auto" and torch.cuda.is_available() else 0
+    return f"cuda:{index % count}" if count else name
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # On the CPU PyTorch raises no type of its own.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,206 @@
+"""`VideoService`: what the HTTP API does, without HTTP."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ...engine.facts import read_facts
+from .database import Job
+from .dispatcher import Dispatcher
+from .intake import to_request
+from .jobs import JobStore, QueueFull
+from .metrics import Metrics, Tally
+from .process_runner import ProcessRunner
+from .results import FILES
+from .retention import forget
+from .runner import Runner
+from .schemas import CreateVideo, ModelCard, Video, to_video
+from .security import ApiKeys
+from .settings import ServiceSettings, limits_for, public_name
+
+Version = tuple[int, int | None]
+"""Of a job's row, and its place in the queue: something to show has changed when this has."""
+
+RunnerFactory = Callable[[ServiceSettings, int], Runner]
+
+_DAY = 86400.0
+_MAX_RETRY_AFTER = 60
+# Nobody has made a video here yet.
+_UNKNOWN_SECONDS = 10.0
+
+
+class VideoService:
+    """One process of the service: a job store, which it may share with others, and runners of its own.
+
+    Attributes:
+        settings: as given.
+        keys: who may call; None: everybody.
+        tally: figures of this process that are not yet written.
+        metrics: the page of all figures.
+        model: what the API calls the model.
+    """
+
+    def __init__(self, settings: ServiceSettings, make_runner: RunnerFactory = ProcessRunner) -> None:
+        """Check model and keys, and open the job store; `start` begins to work.
+
+        Args:
+            settings: of the service.
+            make_runner: makes a runner from the settings and its number.
+
+        Raises:
+            ConfigError: the model, the key file or the data directory cannot be used.
+        """
+        self.settings = settings
+        self.keys = ApiKeys.read(settings.api_key_file) if settings.api_key_file is not None else None
+        self._facts = read_facts(settings.model)
+        self._limits = limits_for(settings, self._facts)
+        self.model = public_name(settings.model)
+        self._store = JobStore(settings.database)
+        self.tally = Tally()
+        runners = [make_runner(settings, index) for index in range(settings.replicas)]
+        self._dispatcher = Dispatcher(settings, self.model, self._store, runners, self.tally)
+        self.metrics = Metrics(self._store, self.tally, runners)
+        self._started = int(time.time())
+        self._stopping = False
+
+    def start(self) -> None:
+        """Begin to work, first on what an earlier process left behind."""
+        self._dispatcher.start()
+
+    def stop(self) -> None:
+        """Save what runs and end; queued jobs wait for the next start."""
+        self._stopping = True
+        self._dispatcher.stop()
+        self._store.close()
+
+    def close(self) -> None:
+        """Close the job store of a service that was not started."""
+        self._store.close()
+
+    @property
+    def broken(self) -> bool:
+        """Whether the service must be replaced: it cannot heal by itself."""
+        return self._dispatcher.broken
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called: streams should end."""
+        return self._stopping
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no job could run now; None if one could."""
+        return None if self._dispatcher.ready and not self._stopping else self._dispatcher.trouble
+
+    @property
+    def hopeless(self) -> str | None:
+        """Why no job ever could; None while there is hope."""
+        return self._dispatcher.hopeless
+
+    def submit(
+        self, body: CreateVideo, owner: str, fingerprint: str, idempotency_key: str | None
+    ) -> tuple[Video, bool]:
+        """Queue a video, or find the one that the same Idempotency-Key made; the second value is whether it is new.
+
+        Raises:
+            RequestError: it cannot be served.
+            QueueFull: too many wait.
+        """
+        request = to_request(
+            body, model=self.model, facts=self._facts, limits=self._limits, compute=self.settings.compute
+        )
+        try:
+            job, new = self._store.create(
+                id=f"video_{secrets.token_hex(16)}",
+                owner=owner,
+                model=self.model,
+                request=request,
+                max_queue=self.settings.max_queue,
+                idempotency_key=idempotency_key,
+                fingerprint=fingerprint,
+            )
+        except QueueFull:
+            self.tally.count("heterostep_requests", status="rejected")
+            raise
+        self._dispatcher.wake()
+        return self._shown(job), new
+
+    def find(self, id: str, owner: str) -> Video | None:
+        """A video of an owner."""
+        job = self._store.get(id, owner)
+        return self._shown(job) if job is not None else None
+
+    def changed(self, id: str, owner: str, version: Version) -> tuple[Video, Version] | None:
+        """A video and its version, if it is another than `version`; None if it is the same.
+
+        Raises:
+            KeyError: the video is gone.
+        """
+        job = self._store.get(id, owner)
+        if job is None:
+            raise KeyError(id)
+        now = (job.version, self._position(job))
+        return (self._shown(job), now) if now != version else None
+
+    def preview(self, id: str, since: int) -> tuple[int, bytes] | None:
+        """The newest preview of a running video after step `since`: its step, and a WebP picture."""
+        return self._store.preview(id, since)
+
+    def list(self, owner: str, *, after: str | None, limit: int, newest_first: bool) -> tuple[list[Video], bool]:
+        """A page of an owner's videos, and whether there are more."""
+        jobs, more = self._store.page(owner, after=after, limit=limit, newest_first=newest_first)
+        return [self._shown(job) for job in jobs], more
+
+    def cancel(self, id: str, owner: str) -> Video | None:
+        """Cancel a video: at once if it is queued, within a step if it runs, not at all if it is finished."""
+        job = self._store.cancel(id, owner)
+        self._dispatcher.wake()
+        return self._shown(job) if job is not None else None
+
+    def delete(self, id: str, owner: str) -> bool:
+        """Remove a video for good, cancelling it first if need be; False if there is none."""
+        job = self._store.delete(id, owner)
+        if job is None:
+            return False
+        self._dispatcher.wake()
+        if job.status != "in_progress":  # else the runner still writes; it is swept away afterwards
+            forget(self.settings, self._store, job)
+        return True
+
+    def file(self, id: str, variant: str) -> tuple[Path, str]:
+        """Path and media type of a completed video's file."""
+        name, media_type = FILES[variant]
+        return self.settings.results / id / name, media_type
+
+    def retry_after(self) -> int:
+        """Seconds after which a place in the queue should be free."""
+        seconds = self._dispatcher.mean_seconds or _UNKNOWN_SECONDS
+        return max(1, min(_MAX_RETRY_AFTER, round(seconds / self.settings.replicas)))
+
+    def card(self) -> ModelCard:
+        """The model, with what a request to it may ask for."""
+        facts, limits = self._facts, self._limits
+        return ModelCard(
+            id=self.model,
+            created=self._started,
+            family=facts.family,
+            inputs=["text"],
+            defaults={**facts.defaults._asdict(), "compute": self.settings.compute},
+            size_step=facts.size_step,
+            frame_step=facts.frame_step,
+            limits={
+                "prompt": limits.prompt,
+                "pixels": limits.pixels,
+                "frames": limits.frames,
+                "steps": limits.steps,
+            },
+        )
+
+    def _shown(self, job: Job) -> Video:
+        return to_video(job, position=self._position(job), keep_seconds=self.settings.keep_days * _DAY)
+
+    def _position(self, job: Job) -> int | None:
+        return self._store.position(job) if job.status == "queued" else None

@@ -1,0 +1,171 @@
+"""The worker process by itself: what it says, and what becomes of it when it dies, freezes or is told to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+
+import av
+import pytest
+
+from heterostep.engine.facts import read_facts
+from heterostep.engine.request import Cancelled, GenerateRequest, resolve
+from heterostep.errors import RequestError
+from heterostep.launch.service.events import Began, Decoding, Made, RunnerLost, Stepped, Stopped
+from heterostep.launch.service.process_runner import ProcessRunner
+from heterostep.launch.service.results import FILES
+from heterostep.launch.service.runner import Task
+from heterostep.launch.service.settings import ServiceSettings
+from serving import alive, wait_until
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    runner = ProcessRunner(ServiceSettings(data_dir=tmp_path_factory.mktemp("runner")), frozen_after=8.0)
+    yield runner
+    pid = runner.pid
+    runner.close()
+    assert not alive(pid)
+
+
+@pytest.fixture
+def task(tmp_path, runner):
+    until_ready(runner)
+
+    def make(**fields):
+        request = resolve(GenerateRequest(prompt="a red disc moves right", num_frames=5, **fields), read_facts("demo"))
+        (tmp_path / "files").mkdir(exist_ok=True)
+        return Task(id="video_1", request=request, folder=tmp_path / "files", state=tmp_path / "state")
+
+    return make
+
+
+def until_ready(runner):
+    def ready():
+        runner.tend()
+        return runner.ready
+
+    wait_until(ready, 90)
+
+
+def test_from_a_task_to_files(runner, task):
+    events = list(runner.run(task(num_inference_steps=6)))
+    assert events[0] == Began(num_steps=6, num_tokens=3 * 8 * 8)
+    steps = [event for event in events if isinstance(event, Stepped)]
+    assert [event.step for event in steps] == [1, 2, 3, 4, 5, 6] and all(0 <= event.active <= 1 for event in steps)
+    assert isinstance(events[-2], Decoding) and isinstance(events[-1], Made)
+    folder = task().folder
+    assert {path.name for path in folder.iterdir()} == {name for name, _ in FILES.values()}
+    with av.open(str(folder / "video.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 5
+    with av.open(str(folder / "heatmap.mp4")) as container:
+        frame = next(container.decode(video=0))
+        assert frame.width >= 320  # enlarged, so that tokens can be told apart
+    assert runner.heartbeat_age < 5
+
+
+def test_a_request_that_the_engine_refuses_leaves_it_usable(runner, task):
+    pid = runner.pid
+    with pytest.raises(RequestError, match=r"compute=0\.5 cannot be met with 1 steps"):
+        list(runner.run(task(num_inference_steps=1)))
+    assert isinstance(list(runner.run(task(num_inference_steps=6)))[-1], Made) and runner.pid == pid
+
+
+def test_cancel_and_stop_within_a_step(runner, task):
+    for ask, error in ((runner.cancel, Cancelled), (runner.stop, Stopped)):
+        seen = []
+        with pytest.raises(error):
+            for event in runner.run(task(num_inference_steps=500, compute=1.0)):
+                seen.append(event)
+                if isinstance(event, Stepped) and event.step == 5:
+                    ask()
+        # The step that ran when the wish came is the last one; another may have been on its way to us.
+        assert seen[-1].step <= 7
+    # A wish without a task is none.
+    runner.cancel()
+    assert isinstance(list(runner.run(task(num_inference_steps=6)))[-1], Made)
+
+
+def test_a_wish_that_comes_before_the_first_step(runner, task):
+    with pytest.raises(Cancelled):
+        for event in runner.run(task(num_inference_steps=500, compute=1.0)):
+            assert isinstance(event, Began) or event.step <= 2
+            if isinstance(event, Began):
+                runner.cancel()
+
+
+def test_pictures_on_the_way(runner, task):
+    list(runner.run(task(num_inference_steps=6)))  # to learn from
+    pictures = [e.preview for e in runner.run(task(num_inference_steps=20)) if isinstance(e, Stepped) and e.preview]
+    assert len(pictures) >= 5 and all(picture[:4] == b"RIFF" for picture in pictures)
+
+
+def test_killed(runner, task):
+    with pytest.raises(RunnerLost, match="killed by SIGKILL") as caught:
+        for event in runner.run(task(num_inference_steps=500, compute=1.0)):
+            if isinstance(event, Stepped):
+                os.kill(runner.pid, signal.SIGKILL)
+    assert caught.value.cause == "died" and not runner.ready and runner.pid is None
+    until_ready(runner)
+    assert isinstance(list(runner.run(task(num_inference_steps=6)))[-1], Made)
+
+
+def test_killed_while_idle(runner):
+    until_ready(runner)
+    old = runner.pid
+    os.kill(old, signal.SIGKILL)
+    wait_until(lambda: not runner.ready, 5)
+    until_ready(runner)
+    assert runner.pid != old
+
+
+def test_frozen(runner, task):
+    begin = None
+    with pytest.raises(RunnerLost, match="silent") as caught:
+        for event in runner.run(task(num_inference_steps=500, compute=1.0)):
+            if isinstance(event, Stepped) and begin is None:
+                begin, frozen = time.monotonic(), runner.pid
+                os.kill(frozen, signal.SIGSTOP)
+    assert caught.value.cause == "frozen" and 7 < time.monotonic() - begin < 15
+    assert not alive(frozen)
+
+
+def test_a_task_that_nobody_follows_any_more_is_ended(runner, task):
+    events = runner.run(task(num_inference_steps=500, compute=1.0))
+    next(events)
+    pid = runner.pid
+    events.close()
+    assert not alive(pid) and not runner.ready
+
+
+def test_a_worker_outlives_its_service_by_no_moment(tmp_path):
+    code = (
+        "import time; from heterostep.launch.service.process_runner import ProcessRunner\n"
+        "from heterostep.launch.service.settings import ServiceSettings\n"
+        f"runner = ProcessRunner(ServiceSettings(data_dir={str(tmp_path)!r}))\n"
+        "runner.tend(); print(runner.pid, flush=True); time.sleep(600)"
+    )
+    import sys
+
+    service = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    worker = int(service.stdout.readline())
+    assert alive(worker)
+    service.kill()
+    service.wait()
+    wait_until(lambda: not alive(worker), 5)
+
+
+def test_an_unusable_model_says_why(tmp_path):
+    runner = ProcessRunner(ServiceSettings(data_dir=tmp_path, model=str(tmp_path / "none")))
+    try:
+
+        def given_up():
+            runner.tend()
+            return runner.hopeless
+
+        wait_until(given_up, 60)
+        assert "neither 'demo'" in runner.trouble and not runner.ready
+    finally:
+        runner.close()

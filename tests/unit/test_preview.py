@@ -1,0 +1,91 @@
+"""Pictures on the way: what they show, what they cost, and that they change nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from heterostep.engine.engine import Engine, EngineConfig, GenerateRequest
+from heterostep.engine.facts import DEMO_MODEL
+from heterostep.engine.preview import LinearDecoder, Preview
+from heterostep.engine.quality import psnr
+from heterostep.engine.request import StepDone
+
+pytestmark = pytest.mark.skipif(
+    not (DEMO_MODEL / "model_index.json").is_file(), reason="no demo model in this checkout"
+)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(EngineConfig(model="demo"))
+
+
+def follow(engine, preview, prompt="a red disc moves right", steps=12, **options):
+    """Pictures of a run with their steps, and the video."""
+    pictures = []
+    for event in engine.stream(GenerateRequest(prompt=prompt, num_inference_steps=steps, **options)):
+        picture = preview.take()
+        if picture is not None and isinstance(event, StepDone):
+            pictures.append((event.step, picture))
+    return pictures, event
+
+
+def test_pictures_come_nearer_to_the_video_and_cost_next_to_nothing(engine):
+    preview = Preview(engine.pipeline)
+    for seed, prompt in enumerate(("a blue square moves up", "a green triangle moves left", "a red disc moves down")):
+        _, video = follow(engine, preview, prompt, seed=seed)
+        preview.learn(video.latents, video.frames)
+    pictures, video = follow(engine, preview, seed=9, steps=20, compute=1.0)
+    preview.remove()
+    assert len(pictures) >= 10 and preview.seconds < 0.02 * video.seconds["denoise"]
+    middle = video.frames[8]
+    quality = [psnr(picture[None], middle[None]) for _, picture in pictures]
+    assert all(picture.shape == (64, 64, 3) for _, picture in pictures)
+    assert quality[-1] > 22 and quality[-1] > quality[0] + 3
+
+
+def test_without_a_video_to_learn_from_the_vae_is_asked(engine):
+    preview = Preview(engine.pipeline, budget=10.0)
+    pictures, video = follow(engine, preview, seed=3, compute=1.0)
+    preview.remove()
+    assert len(pictures) >= 8 and pictures[-1][1].shape == (64, 64, 3)
+    # One frame alone, without what the causal VAE remembers of the frames before it.
+    assert psnr(pictures[-1][1][None], video.frames[8][None]) > 18
+
+
+def test_the_budget_is_kept(engine):
+    preview = Preview(engine.pipeline, budget=0.0)
+    pictures, _ = follow(engine, preview)
+    preview.remove()
+    assert pictures == [] and preview.seconds == 0.0
+
+
+def test_the_video_is_the_same_with_and_without(engine):
+    request = GenerateRequest(prompt="a red disc moves right", num_inference_steps=10, num_frames=5, seed=1)
+    before = engine.generate(request)
+    preview = Preview(engine.pipeline, budget=10.0)
+    during = engine.generate(request)
+    preview.remove()
+    assert torch.equal(before.latents, during.latents) and preview.take() is not None
+    engine.generate(request)
+    assert preview.take() is None  # detached
+
+
+def test_the_linear_map_is_exact_where_the_video_is_linear():
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.rand(1, 4, 3, 6, 8, generator=generator)
+    weights = torch.rand(4, 3, generator=generator) / 4
+    pixels = torch.einsum("cfyx,cd->fyxd", latents[0], weights).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    frames = np.zeros((5, 24, 32, 3), np.uint8)
+    frames[[0, 2, 4]] = (pixels * 255).round().byte().numpy()  # a latent frame ends a run of two video frames
+    decoder = LinearDecoder()
+    assert not decoder.ready
+    decoder.learn(latents, frames)
+    decoded = decoder.decode(latents[:, :, 1])
+    assert decoded.shape == (3, 24, 32)
+    assert torch.allclose(decoded.permute(1, 2, 0), pixels[1], atol=0.01)
+    # A model of another size begins anew instead of mixing both.
+    decoder.learn(torch.rand(1, 6, 3, 6, 8), frames)
+    assert decoder.decode(torch.rand(1, 6, 6, 8)).shape == (3, 24, 32)

@@ -1,0 +1,276 @@
+"""The parts of the service that need neither HTTP nor a model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
+
+from heterostep.engine.facts import read_facts
+from heterostep.engine.request import GenerateRequest, resolve
+from heterostep.errors import ConfigError, RequestError
+from heterostep.launch.service.intake import BadField, to_request
+from heterostep.launch.service.jobs import JobStore
+from heterostep.launch.service.lease import Lease, is_held
+from heterostep.launch.service.logs import LOGGER, JsonLines, say
+from heterostep.launch.service.metrics import COUNTERS, HISTOGRAMS, Metrics, Tally
+from heterostep.launch.service.process_runner import ProcessRunner
+from heterostep.launch.service.results import complete, is_complete, read_manifest
+from heterostep.launch.service.retention import sweep
+from heterostep.launch.service.schemas import CreateVideo
+from heterostep.launch.service.security import ApiKeys, stranger
+from heterostep.launch.service.settings import ServiceSettings, limits_for, public_name
+
+FACTS = read_facts("demo")
+
+
+def wanted(tmp_path, settings=None, **fields):
+    settings = settings or ServiceSettings(data_dir=tmp_path)
+    body = CreateVideo(prompt="x", **fields)
+    return to_request(body, model="demo", facts=FACTS, limits=limits_for(settings, FACTS), compute=0.5)
+
+
+# Requests.
+
+
+@pytest.mark.parametrize(
+    ("fields", "frames"),
+    [
+        ({}, 17), ({"seconds": "2"}, 17), ({"seconds": 2}, 17), ({"seconds": "2.2"}, 19), ({"seconds": "0.01"}, 1),
+        ({"seconds": "4", "fps": 4}, 17), ({"num_frames": 9}, 9), ({"seconds": "", "num_frames": 9}, 9),
+    ],
+)  # fmt: skip
+def test_seconds_become_frames(tmp_path, fields, frames):
+    assert wanted(tmp_path, **fields).num_frames == frames
+
+
+def test_what_is_left_out_is_filled_in(tmp_path):
+    first, second = wanted(tmp_path), wanted(tmp_path)
+    assert (first.width, first.num_inference_steps, first.compute) == (64, 40, 0.5)
+    assert first.seed != second.seed and 0 <= first.seed < 2**31
+    assert wanted(tmp_path, seed=5, compute=1.0, size="32x48").seed == 5
+
+
+def test_limits_of_the_settings_and_of_the_model(tmp_path):
+    assert limits_for(ServiceSettings(data_dir=tmp_path), FACTS).pixels == 4 * 64 * 64 * 17
+    tight = ServiceSettings(data_dir=tmp_path, max_pixels=1000, max_frames=9, max_steps=10, max_prompt=5)
+    for fields, param in (
+        ({"num_inference_steps": 11}, "num_inference_steps"),
+        ({"num_frames": 11, "num_inference_steps": 1}, "num_frames"),
+        ({"num_frames": 9, "num_inference_steps": 1}, "size"),
+        ({"negative_prompt": "123456"}, "negative_prompt"),
+    ):
+        with pytest.raises(BadField) as caught:
+            wanted(tmp_path, tight, **fields)
+        assert caught.value.param == param
+    with pytest.raises(RequestError, match="frames"):
+        wanted(tmp_path, num_frames=10**12 + 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"compute": 0.0}, "compute"), ({"policy": "none"}, "policy"), ({"replicas": 0}, "replicas"),
+        ({"max_queue": 0}, "max_queue"), ({"keep_days": 0.0}, "keep_days"), ({"keep_gib": float("nan")}, "keep_gib"),
+    ],
+)  # fmt: skip
+def test_settings_are_checked(tmp_path, fields, says):
+    with pytest.raises(ConfigError, match=says):
+        ServiceSettings(data_dir=tmp_path, **fields)
+
+
+def test_a_data_directory_that_cannot_be_one(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        ServiceSettings(data_dir=tmp_path / "file" / "data")
+
+
+def test_the_api_does_not_tell_where_a_model_lies(tmp_path):
+    (tmp_path / "my-model").mkdir()
+    assert public_name(str(tmp_path / "my-model")) == "my-model"
+    assert public_name("demo") == "demo" and public_name("owner/name") == "owner/name"
+
+
+# Who may call.
+
+
+def test_keys(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text(
+        "# comment\n\nalice  alice-key-0123456789  # hers\nbob bob-key-0123456789abc\nunnamed-key-0123456\n"
+    )
+    keys = ApiKeys.read(file)
+    assert keys.owner("Bearer alice-key-0123456789") == "alice" and keys.owner("bearer bob-key-0123456789abc") == "bob"
+    assert len(keys.owner("Bearer unnamed-key-0123456")) == 16
+    for header in (None, "", "Bearer", "Bearer ", "Bearer alice", "Basic alice-key-0123456789", "alice-key-0123456789"):
+        assert keys.owner(header) is None
+    assert "alice-key" not in repr(vars(keys))
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment", "short", "a b c", "k" * 20 + "\n" + "k" * 20, "\xff"])
+def test_key_files_that_are_none(tmp_path, text):
+    file = tmp_path / "keys"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError) as caught:
+        ApiKeys.read(file)
+    assert "kkkk" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "allowed", "welcome"),
+    [
+        ("localhost:8000", None, ("localhost",), True),
+        ("LOCALHOST:8000", "http://localhost:8000", ("localhost",), True),
+        ("[::1]:8000", "http://[::1]:8000", ("[::1]",), True),
+        ("rebound.evil.example:8000", "http://rebound.evil.example:8000", ("localhost",), False),
+        ("localhost:8000", "http://localhost:9000", ("localhost",), False),
+        ("localhost:8000", "null", ("localhost",), False),
+        ("localhost:8000", "http://[::1", ("localhost",), False),
+        ("", None, ("localhost",), False),
+        ("videos.example", "https://videos.example", (), True),
+        ("videos.example", "https://evil.example", (), False),
+    ],
+)
+def test_where_a_request_may_come_from(host, origin, allowed, welcome):
+    assert (stranger(host, origin, allowed) is None) == welcome
+
+
+# Leases.
+
+
+def test_a_lease_is_free_as_soon_as_its_process_is_dead(tmp_path):
+    mine = Lease(tmp_path)
+    assert is_held(tmp_path, mine.name) and not is_held(tmp_path, "never")
+    code = (
+        "import sys, time; from pathlib import Path; from heterostep.launch.service.lease import Lease\n"
+        "lease = Lease(Path(sys.argv[1])); print(lease.name, flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
+    name = other.stdout.readline().strip()
+    assert is_held(tmp_path, name)
+    other.kill()
+    other.wait()
+    assert not is_held(tmp_path, name)
+    mine.release()
+    assert not is_held(tmp_path, mine.name) and list(tmp_path.iterdir()) == []
+
+
+# Results and what is kept of them.
+
+
+def attempt(folder, text="v"):
+    folder.mkdir()
+    (folder / "video.mp4").write_text(text)
+    return folder
+
+
+def test_a_result_is_whole_or_not_there(tmp_path):
+    target = tmp_path / "job"
+    assert not is_complete(target)
+    complete(attempt(tmp_path / ".job.1"), target, {"hsa": {"a": 1}})
+    assert is_complete(target) and read_manifest(target) == {"hsa": {"a": 1}}
+    complete(attempt(tmp_path / ".job.2", "again"), target, {"hsa": {}})  # of an attempt that could not be recorded
+    assert (target / "video.mp4").read_text() == "again" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(ValueError, match="JSON"):
+        complete(attempt(tmp_path / ".job.3"), target, {"hsa": float("nan")})
+    assert is_complete(target)
+
+
+def finished(store, settings, id, size, age):
+    request = resolve(GenerateRequest(prompt="x"), FACTS)
+    store.create(id=id, owner="", model="demo", request=request, max_queue=100)
+    job = store.claim("me", "demo")
+    store.finish(job, "completed", bytes=size)
+    store._db.execute("UPDATE jobs SET completed_at = ? WHERE id = ?", (time.time() - age, id))
+    attempt(settings.results / id)
+    (settings.state / id).mkdir()
+
+
+def test_old_and_too_many_results_are_removed(tmp_path):
+    settings = ServiceSettings(data_dir=tmp_path, keep_days=1.0, keep_gib=1e-6)  # 1073 bytes
+    store = JobStore(settings.database)
+    for id, size, age in (("a", 100, 90_000), ("b", 600, 300), ("c", 500, 200), ("d", 500, 100)):
+        finished(store, settings, id, size, age)
+    sweep(settings, store)
+    assert store.known() == {"c", "d"}  # a was too old; without b the rest has room
+    assert {path.name for path in settings.results.iterdir()} == {"c", "d"}
+    assert list(settings.state.iterdir()) == []
+    store.delete("c", "")
+    (settings.results / "stray").mkdir()
+    (settings.results / ".video_x.1.deadbeef").mkdir()
+    living = Lease(settings.leases)
+    (settings.results / f".video_y.1.{living.name}").mkdir()
+    sweep(settings, store)
+    assert {path.name for path in settings.results.iterdir()} == {"d", f".video_y.1.{living.name}"}
+    living.release()
+    store.close()
+
+
+# Figures and logs.
+
+
+def test_figures_survive_and_add_up(tmp_path):
+    store, tally = JobStore(tmp_path / "jobs.sqlite3"), Tally()
+    for seconds in (0.005, 0.05, 0.5, 5000.0):
+        tally.observe("heterostep_step_seconds", seconds)
+    tally.observe("heterostep_stage_seconds", 2.0, stage='odd "name"')
+    tally.count("heterostep_recoveries", cause="died")
+    tally.flush(store)
+    tally.count("heterostep_recoveries", cause="died")
+    text = Metrics(store, tally, []).text().decode()
+    assert 'heterostep_recoveries_total{cause="died"} 2.0' in text
+    assert 'heterostep_step_seconds_bucket{le="0.1"} 2.0' in text
+    assert 'heterostep_step_seconds_bucket{le="+Inf"} 4.0' in text
+    assert "heterostep_step_seconds_sum 5000.555" in text
+    store.close()
+    again = JobStore(tmp_path / "jobs.sqlite3")
+    assert 'heterostep_recoveries_total{cause="died"} 2.0' in Metrics(again, Tally(), []).text().decode()
+    again.close()
+
+
+def test_what_could_not_be_written_is_kept(tmp_path):
+    store, tally = JobStore(tmp_path / "jobs.sqlite3"), Tally()
+    tally.count("heterostep_recoveries", cause="died")
+    store.close()
+    with pytest.raises(Exception, match="cannot be used"):
+        tally.flush(store)
+    again = JobStore(tmp_path / "jobs.sqlite3")
+    tally.flush(again)
+    assert list(again.figures().values()) == [1.0]
+    again.close()
+
+
+def test_logs_are_one_line_of_json(caplog):
+    with caplog.at_level(logging.INFO, logger=LOGGER):
+        say("job begun", job="video_1", text="two\nlines")
+    line = JsonLines().format(caplog.records[-1])
+    assert "\n" not in line
+    record = json.loads(line)
+    assert record["event"] == "job begun" and record["job"] == "video_1" and record["level"] == "info"
+    assert record["time"].endswith("+00:00")
+
+
+def test_the_dashboard_asks_for_figures_that_there_are(tmp_path):
+    store, tally = JobStore(tmp_path / "jobs.sqlite3"), Tally()
+    for name in COUNTERS:
+        tally.count(name, **dict.fromkeys(COUNTERS[name][1], "x"))
+    for name in HISTOGRAMS:
+        tally.observe(name, 0.5, **dict.fromkeys(HISTOGRAMS[name][1], "x"))
+    runner = ProcessRunner(ServiceSettings(data_dir=tmp_path))
+    told = family(re.findall(r"^(heterostep_\w+)", Metrics(store, tally, [runner]).text().decode(), re.M))
+    store.close()
+    dashboard = (Path(__file__).parents[2] / "docs" / "grafana.json").read_text()
+    targets = [target["expr"] for panel in json.loads(dashboard)["panels"] for target in panel["targets"]]
+    assert family(re.findall(r"heterostep_\w+", " ".join(targets))) == told
+
+
+def family(names):
+    return {re.sub("_(total|bucket|sum|count)$", "", name) for name in names}
