@@ -1,6 +1,7 @@
 """Makes the builders in this folder importable and keeps every test offline and single-threaded."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,10 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 import pytest
 import torch
+
+# A shell ignores Ctrl-C for what it starts in the background, and children inherit that: tests that press it would wait.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests/tiny.py, tests/reference.py
 
