@@ -11,7 +11,7 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 import pytest
 import torch
 
-# A shell ignores Ctrl-C for what it starts in the background, and children inherit that: tests that press it would wait.
+# A shell ignores Ctrl-C for what it starts in the background, and children inherit that: tests of it would wait.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
