@@ -84,6 +84,14 @@ def _serve_here(settings: ServiceSettings, host: str, port: int) -> int:
         timeout_graceful_shutdown=5,
     )
     server = uvicorn.Server(config)
+    handle_exit = server.handle_exit
+
+    def stop_soon(number: int, frame: Any) -> None:
+        # uvicorn waits for open connections before it tells the application: streams would last until they are cut.
+        service.stop_soon()
+        handle_exit(number, frame)
+
+    server.handle_exit = stop_soon  # type: ignore[assignment, method-assign]
 
     def give_up() -> None:
         while not server.should_exit:

@@ -21,8 +21,13 @@ class Lease:
         """Make and lock a file in `folder`."""
         self.name = secrets.token_hex(8)
         self._path = folder / f"{self.name}.lock"
-        self._file = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        while True:
+            self._file = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            # Between the two, another process may have taken the file for one that was left behind.
+            if self._path.exists() and os.path.samestat(os.fstat(self._file), self._path.stat()):
+                return
+            os.close(self._file)
 
     def release(self) -> None:
         """Say that this process runs nothing any more."""

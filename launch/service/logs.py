@@ -28,6 +28,8 @@ def log_json_lines() -> None:
     """Send the service's and the web server's records to stderr as JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
+    # All libraries: a warning of one must not come as a line of plain text in between.
+    logging.getLogger().handlers = [handler]
     for name in (LOGGER, "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import queue
 import signal
 import subprocess
@@ -156,6 +157,8 @@ class ProcessRunner:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            # The same modules, also where they were found by other means than installation (a Ray working directory).
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             # Ctrl-C in a terminal goes to all processes of its group, but this one is ended in order.
             start_new_session=True,
         )

@@ -28,6 +28,8 @@ def sweep(settings: ServiceSettings, store: JobStore) -> None:
             kept -= job.bytes
             forget(settings, store, job)
             say("job removed", job=job.id, why="deleted" if job.deleted else "expired" if expired else "no room")
+    for lock in settings.leases.glob("*.lock"):
+        is_held(settings.leases, lock.stem)  # removes it if not
     known = store.known()
     finished = {job.id for job in jobs}
     for folder in states:

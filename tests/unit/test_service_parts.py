@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import re
@@ -161,6 +162,21 @@ def test_a_lease_is_free_as_soon_as_its_process_is_dead(tmp_path):
     assert not is_held(tmp_path, name)
     mine.release()
     assert not is_held(tmp_path, mine.name) and list(tmp_path.iterdir()) == []
+
+
+def test_a_lease_that_is_swept_away_before_it_is_locked_is_taken_again(tmp_path, monkeypatch):
+    flock, swept = fcntl.flock, []
+
+    def unlucky(file, how):
+        if not swept:
+            swept.extend(tmp_path.iterdir())
+            swept[0].unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", unlucky)
+    lease = Lease(tmp_path)
+    assert swept and is_held(tmp_path, lease.name)
+    lease.release()
 
 
 # Results and what is kept of them.
