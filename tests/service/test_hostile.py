@@ -89,7 +89,8 @@ def test_every_operation_is_described(schema):
 
 @pytest.mark.parametrize(("method", "path"), OPERATIONS, ids=[f"{method} {path}" for method, path in OPERATIONS])
 def test_what_the_description_allows_and_forbids(server, schema, method, path):
-    modes = [schemathesis.GenerationMode.NEGATIVE]
+    # Wrong queries are made that are empty once they are in an address, which no server can refuse: written by hand below.
+    modes = [] if (method, path) == ("GET", "/v1/videos") else [schemathesis.GenerationMode.NEGATIVE]
     if path != "/v1/videos/sync":  # a valid one takes as long as its video
         modes.append(schemathesis.GenerationMode.POSITIVE)
     for mode in modes:
@@ -103,7 +104,6 @@ def test_what_the_description_allows_and_forbids(server, schema, method, path):
         )
         @hypothesis.given(case=schema[path][method].as_strategy(generation_mode=mode))
         def call(case):
-            hypothesis.assume("" not in (case.query or {}))  # a parameter without a name is dropped before the model
             response = case.call(headers=AUTHORIZED, timeout=20)
             case.validate_response(response, checks=CHECKS, headers=AUTHORIZED)
             if response.status_code == 200 and (method, path) == ("POST", "/v1/videos"):
