@@ -89,7 +89,7 @@ def test_every_operation_is_described(schema):
 
 @pytest.mark.parametrize(("method", "path"), OPERATIONS, ids=[f"{method} {path}" for method, path in OPERATIONS])
 def test_what_the_description_allows_and_forbids(server, schema, method, path):
-    # Wrong queries are made that are empty once they are in an address, which no server can refuse: written by hand below.
+    # Wrong queries are made that are empty once they are in an address; those below are written by hand.
     modes = [] if (method, path) == ("GET", "/v1/videos") else [schemathesis.GenerationMode.NEGATIVE]
     if path != "/v1/videos/sync":  # a valid one takes as long as its video
         modes.append(schemathesis.GenerationMode.POSITIVE)
