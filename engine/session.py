@@ -224,7 +224,7 @@ def apply(
     A scheduler that is set later counts from the next run on: what is deduced, is deduced at the start of each.
 
     Args:
-        pipe: a supported pipeline (`WanPipeline`, `WanImageToVideoPipeline` and those that begin with an image); a session it
+        pipe: a supported pipeline (`WanPipeline`, `LTX2Pipeline` and those that begin with an image); a session it
             already has is replaced.
         config: how much to compute; half of the dense work by default.
         planner: an object of yours with ``plan(step, num_steps, sigma, num_tokens)`` that returns None for

@@ -6,11 +6,12 @@ from typing import Any
 
 from ...errors import ConfigError
 from .adapter import Adapter, Site
+from .ltx2 import LTX2Adapter
 from .wan import WanAdapter
 
-__all__ = ["Adapter", "Site", "WanAdapter", "adapter_for"]
+__all__ = ["Adapter", "LTX2Adapter", "Site", "WanAdapter", "adapter_for"]
 
-_ADAPTERS: tuple[type[Adapter], ...] = (WanAdapter,)
+_ADAPTERS: tuple[type[Adapter], ...] = (WanAdapter, LTX2Adapter)
 
 
 def adapter_for(pipe: Any) -> Adapter:
