@@ -86,7 +86,7 @@ class HSAHook(ModelHook):
             )
         run, patch = self.run, self.run.adapter.patch(module)
         grid = patch.grid_of(hidden_states)
-        index = run.index_of(context.step_index)
+        index, run.timestep = run.index_of(context.step_index), timestep
         if run.passed(context.name, index, hidden_states, grid, len(self.processors)):
             shape = (hidden_states.shape[0], module.config.out_channels, *hidden_states.shape[2:])
             velocity = hidden_states.new_zeros(()).expand(shape)  # costs no memory
@@ -220,7 +220,8 @@ class HSAHook(ModelHook):
         self._bind_text(branch)
         self.call.cached, self.call.active = True, step.active
         if step.active is not None:
-            self.call.weight = fresh_weight(branch, step, self.run.kv_damping, self.run.kv_since)
+            run = self.run
+            self.call.weight = fresh_weight(branch, step, run.kv_damping, run.kv_since, run.conditioned)
 
     def _bind_text(self, branch: Branch) -> None:
         """Point the processors of the cross-attention to what the branch knows of its prompt."""

@@ -95,6 +95,9 @@ class Run:
         self.counts: list[int] | None = None
         self.forecast, self.correct, self.inference = "hold", False, False
         self.evaluations: Tensor | None = None
+        # Of the running call, from which the adapter tells the conditioned tokens of the run.
+        self.timestep: Tensor | None = None
+        self.conditioned: Tensor | None = None
 
     @property
     def num_steps(self) -> int:
@@ -236,6 +239,7 @@ class Run:
             evaluations=evaluations,
             kv_bytes=sum(cache.nbytes for branch in self.branches.values() for cache in branch.layers),
             num_steps=self.num_steps,
+            conditioned=0 if self.conditioned is None else len(self.conditioned),
         )
 
     def full_report(self) -> HSAReport:
@@ -264,6 +268,7 @@ class Run:
             raise ConfigError(f"step {start} of {self.num_steps}: the scheduler's sigmas do not reach that step.")
         self.experts = self.adapter.experts(self.pipe)
         self.grid, self.batch_size = grid, latents.shape[0]
+        self.conditioned = None if self.timestep is None else self.adapter.conditioned(self.timestep)
         self._check_ranks(latents)
         self.forced = {0: "first step"}
         for i in range(1, min(len(self.experts), self.num_steps)):
@@ -324,7 +329,7 @@ class Run:
         arguments = (self.sigmas, self.grid.num_tokens, self.batch_size, frozenset(self.forced))
         if isinstance(self.planner, StepPlanner):
             switches = frozenset(i for i, reason in self.forced.items() if reason == "expert switch")
-            self.planner.begin(*arguments, switches)
+            self.planner.begin(*arguments, switches, self.conditioned)
         elif hasattr(self.planner, "begin"):
             self.planner.begin(*arguments)
 
@@ -430,11 +435,13 @@ class Run:
         return self.counts[index] if self.counts is not None else None
 
 
-def fresh_weight(branch: Branch, step: Step, damping: float, since: float = math.inf) -> Tensor | None:
+def fresh_weight(
+    branch: Branch, step: Step, damping: float, since: float = math.inf, conditioned: Tensor | None = None
+) -> Tensor | None:
     """Weight [B, N] of the damped K/V forecast; None if off.
 
-    It is 0 for active tokens, whose rows are fresh, and for those whose evaluation before the last one was above the
-    noise level `since`: a resumed run would not know those keys and values.
+    It is 0 for active tokens, whose rows are fresh; for `conditioned` ones, whose age has no bound; and for those whose
+    evaluation before the last one was above the noise level `since`: a resumed run would not know that one.
     """
     clock = branch.velocity.clock
     if damping == 0.0 or clock is None:
@@ -443,4 +450,6 @@ def fresh_weight(branch: Branch, step: Step, damping: float, since: float = math
     if math.isfinite(since):
         weight.masked_fill_(clock.prev > since, 0.0)
     fill_rows(weight, step.active, 0.0)
+    if conditioned is not None:
+        fill_rows(weight, conditioned, 0.0)
     return weight

@@ -58,6 +58,14 @@ class WanAdapter:
         return [attention for attention in found if type(attention.processor) is WanAttnProcessor]
 
     @staticmethod
+    def conditioned(timestep: Tensor) -> Tensor | None:
+        """Indices int64 [C] of the tokens that are given, seen at a run's first step; None if there are none.
+
+        TI2V-5B puts the image into the first latent frame, whose tokens stand at timestep 0 from the start.
+        """
+        return (timestep == 0).all(0).nonzero()[:, 0] if timestep.ndim == 2 else None
+
+    @staticmethod
     def experts(pipe: Any) -> list[int]:
         """Expert that the pipeline will call at each step."""
         timesteps, ratio = pipe.scheduler.timesteps, getattr(pipe.config, "boundary_ratio", None)
