@@ -84,12 +84,19 @@ def tiled(active: Tensor | None, units: int) -> Tensor | None:
 
 
 def fresh_weight(
-    clock: TokenClock | None, sigma: float, active: Tensor | None, batch: int, damping: float, since: float = math.inf
+    clock: TokenClock | None,
+    sigma: float,
+    active: Tensor | None,
+    batch: int,
+    damping: float,
+    since: float = math.inf,
+    conditioned: Tensor | None = None,
 ) -> Tensor | None:
     """Weight [batch, N] of the damped K/V forecast at noise level `sigma`; None if off.
 
-    It is 0 for the `active` tokens, [A] or [batch, A], whose rows are fresh, and for those whose evaluation before the
-    last one was above the noise level `since`: a resumed run would not know those keys and values.
+    It is 0 for the `active` tokens, [A] or [batch, A], whose rows are fresh; for `conditioned` ones, whose age has no
+    bound; and for those whose evaluation before the last one was above the noise level `since`: a resumed run would not
+    know that one.
     """
     if damping == 0.0 or clock is None:
         return None
@@ -97,4 +104,6 @@ def fresh_weight(
     if math.isfinite(since):
         weight.masked_fill_(clock.prev[:batch] > since, 0.0)
     fill_rows(weight, active, 0.0)
+    if conditioned is not None:
+        fill_rows(weight, conditioned, 0.0)
     return weight

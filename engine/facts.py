@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 from ..errors import ConfigError
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
-SUPPORTED_PIPELINES = ("WanPipeline",)
-# WanPipeline.check_inputs asks for this whatever the model's own patch is.
+SUPPORTED_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+IMAGE_PIPELINE = "WanImageToVideoPipeline"
+TEXT_PIPELINE = "WanPipeline"
+# What the pipelines' check_inputs ask for, whatever the model's own patch is.
 _PIPELINE_STEP = 16
 
 
@@ -34,7 +36,10 @@ DEFAULTS: Mapping[str, Defaults] = {
     "Wan small": Defaults(64, 64, 17, 8, 40, 1.5),
     "Wan 1.3B": Defaults(832, 480, 81, 16, 50, 5.0),
     "Wan 14B": Defaults(832, 480, 81, 16, 50, 5.0),
+    "Wan 1.3B I2V": Defaults(832, 480, 81, 16, 40, 5.0),
+    "Wan 14B I2V": Defaults(832, 480, 81, 16, 40, 5.0),
     "Wan 2.2 A14B": Defaults(1280, 720, 81, 16, 40, 4.0, 3.0),
+    "Wan 2.2 A14B I2V": Defaults(1280, 720, 81, 16, 40, 3.5, 3.5),
     "Wan 2.2 TI2V 5B": Defaults(1280, 704, 121, 24, 50, 5.0),
 }
 
@@ -56,6 +61,8 @@ class ModelFacts:
         vae_temporal: video frames for a latent frame (after the first).
         vae_spatial: pixels for a latent row or column.
         rope_max: greatest number of tokens along one axis.
+        image: whether a video starts from an image: `"none"`, `"optional"` or `"required"`.
+        sees_image: whether the transformer also attends to an image encoder's view of the image (Wan 2.1).
     """
 
     name: str
@@ -70,6 +77,14 @@ class ModelFacts:
     vae_temporal: int
     vae_spatial: int
     rope_max: int
+    image: str = "none"
+    sees_image: bool = False
+
+    def pipeline_for(self, image: bool) -> str:
+        """Class name of the diffusers pipeline that makes a video with or without an image to start from."""
+        if self.image == "optional":
+            return IMAGE_PIPELINE if image else TEXT_PIPELINE
+        return self.pipeline
 
     @property
     def defaults(self) -> Defaults:
@@ -124,13 +139,15 @@ def read_facts(model: str) -> ModelFacts:
     vae = _read_json(model, location, "vae/config.json")
     try:
         experts = 2 if (index.get("transformer_2") or [None, None])[1] else 1
+        per_token = bool(index.get("expand_timesteps"))
+        image = "optional" if per_token else "required" if pipeline == IMAGE_PIPELINE else "none"
         heads, head_dim = int(transformer["num_attention_heads"]), int(transformer["attention_head_dim"])
         frames, rows, columns = (int(n) for n in transformer["patch_size"])
         facts = ModelFacts(
             name=model,
             location=location,
             pipeline=pipeline,
-            family=_family(heads * head_dim, experts, bool(index.get("expand_timesteps"))),
+            family=_family(heads * head_dim, experts, per_token, image == "required"),
             experts=experts,
             num_layers=int(transformer["num_layers"]),
             num_heads=heads,
@@ -139,6 +156,8 @@ def read_facts(model: str) -> ModelFacts:
             vae_temporal=int(vae.get("scale_factor_temporal", 4)),
             vae_spatial=int(vae.get("scale_factor_spatial", 8)),
             rope_max=int(transformer.get("rope_max_seq_len", 1024)),
+            image=image,
+            sees_image=image == "required" and transformer.get("image_dim") is not None,
         )
     except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"model {model!r}: its transformer or VAE config lacks or misstates {error}") from error
@@ -154,17 +173,28 @@ def read_facts(model: str) -> ModelFacts:
     for name, size in sizes.items():
         if size < 1:
             raise ConfigError(f"model {model!r}: its config says {name} {size}, but sizes are at least 1")
+    _check_channels(facts, transformer.get("in_channels"), vae.get("z_dim", 16))
     return facts
 
 
-def _family(width: int, experts: int, per_token_timesteps: bool) -> str:
+def _check_channels(facts: ModelFacts, taken: Any, latent: Any) -> None:
+    """Refuse the transformer of another pipeline: it would fail at its first step."""
+    # Beside the noisy latents the image's, and a mask with a channel for each frame of a latent frame.
+    given = latent if facts.image != "required" else 2 * latent + facts.vae_temporal
+    if taken is not None and taken != given:
+        raise ConfigError(
+            f"model {facts.name!r}: its transformer takes {taken} channels, but {facts.pipeline} gives it {given}; "
+            "one of the two belongs to another model"
+        )
+
+
+def _family(width: int, experts: int, per_token_timesteps: bool, from_image: bool) -> str:
     if width < 1024:
         return "Wan small"
     if per_token_timesteps:
         return "Wan 2.2 TI2V 5B"
-    if experts == 2:
-        return "Wan 2.2 A14B"
-    return "Wan 1.3B" if width < 4096 else "Wan 14B"
+    name = "Wan 2.2 A14B" if experts == 2 else "Wan 1.3B" if width < 4096 else "Wan 14B"
+    return f"{name} I2V" if from_image else name
 
 
 def locate(model: str) -> str:

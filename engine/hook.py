@@ -116,7 +116,8 @@ class HSAHook(ModelHook):
         return_dict = arguments.pop("return_dict", True)
         units, grid = adapter.units(run.pipe, context.name), adapter.grid(module, arguments)
         call = Call(module=module, name=context.name, arguments=arguments, units=units, grid=grid)
-        index, latents = run.index_of(context.step_index), call.unit(0)["hidden_states"]
+        index, first = run.index_of(context.step_index), call.unit(0)
+        latents, run.timestep = first["hidden_states"], first["timestep"]
         if run.passed(context.name, index, latents, grid, len(self.processors)):
             out = adapter.nothing(module, arguments)
         else:
@@ -283,7 +284,7 @@ class HSAHook(ModelHook):
             # Tokens were evaluated at the same times in all units, of this and of every other branch.
             clock, run = self._branch(call.name).velocity.clock, self.run
             rows = tiled(step.active, units), units * run.batch_size
-            self.call.weight = fresh_weight(clock, step.sigma, *rows, run.kv_damping, run.kv_since)
+            self.call.weight = fresh_weight(clock, step.sigma, *rows, run.kv_damping, run.kv_since, run.conditioned)
 
     def _bind_text(self, branch: Branch) -> None:
         """Point the processors of the cross-attention to what the branch knows of its prompt."""

@@ -305,6 +305,7 @@ def _output_content(output: VideoOutput) -> dict[str, Any]:
             "evaluations": report.evaluations,
             "kv_bytes": report.kv_bytes,
             "num_steps": report.num_steps,
+            "conditioned": report.conditioned,
         },
         "seconds": dict(output.seconds),
         "request": dataclasses.asdict(output.request),

@@ -43,6 +43,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 _TEXT = ("text_encoder", "tokenizer")
+_IMAGE = ("image_encoder", "image_processor")
+# As Wan's makers advise: both are small, and rounding in them shows.
+_FLOAT32 = ("vae", "image_encoder")
 
 
 def load_pipeline(
@@ -55,7 +58,7 @@ def load_pipeline(
 ) -> Any:
     """Load a model's stock pipeline.
 
-    The VAE is kept in float32. Only safetensors are read: other weight files can run code when they are
+    VAE and image encoder are kept in float32. Only safetensors are read: other weight files can run code when they are
     opened.
 
     Args:
@@ -86,7 +89,8 @@ def load_pipeline(
         raise
     except Exception as error:  # a foreign or torn folder can raise anything: OSError, KeyError, SafetensorError ...
         raise ConfigError(f"model {facts.name!r} cannot be loaded ({first_line(error)})") from error
-    for name in ("transformer", "vae", "scheduler", *(_TEXT if text else ())):
+    needed = ("transformer", "vae", "scheduler", *(_TEXT if text else ()), *(_IMAGE if facts.sees_image else ()))
+    for name in needed:
         if getattr(pipeline, name, None) is None:
             raise ConfigError(f"model {facts.name!r} has no {name}, so it cannot make a video")
     pipeline.set_progress_bar_config(disable=True)
@@ -95,6 +99,19 @@ def load_pipeline(
         for _, transformer in adapter.transformers(pipeline):
             shard_weights(transformer, adapter.blocks(transformer), shards)
     return pipeline.to(device)
+
+
+def as_pipeline(pipeline: Any, name: str) -> Any:
+    """A pipeline of class `name` that shares all its parts with `pipeline`; `pipeline` itself if it is one."""
+    import diffusers
+
+    if type(pipeline).__name__ == name:
+        return pipeline
+    parts = {key: part for key, part in pipeline.components.items() if key not in _IMAGE}
+    options = {key: pipeline.config[key] for key in ("boundary_ratio", "expand_timesteps")}
+    twin = getattr(diffusers, name)(**parts, **options)
+    twin.set_progress_bar_config(disable=True)
+    return twin
 
 
 def _load_networks(facts: ModelFacts, folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -106,7 +123,7 @@ def _load_networks(facts: ModelFacts, folder: Path, index: Mapping[str, Any], dt
         facts: for messages.
         folder: has one folder for each network.
         index: content of model_index.json, (library, class) by name.
-        dtype: of all networks but the VAE.
+        dtype: of all networks but VAE and image encoder.
 
     Returns:
         The networks by name; the pipeline loads what else it needs.
@@ -125,7 +142,7 @@ def _load_networks(facts: ModelFacts, folder: Path, index: Mapping[str, Any], dt
             raise ConfigError(f"model {facts.name!r} has no folder {name}, so it is not complete")
         networks[name], info = cls.from_pretrained(  # type: ignore[attr-defined]
             folder / name,
-            dtype=torch.float32 if name == "vae" else dtype,
+            dtype=torch.float32 if name in _FLOAT32 else dtype,
             use_safetensors=True,
             output_loading_info=True,
         )

@@ -150,7 +150,7 @@ class Preview:
         self._step, self._latents = step, frame
 
     def _worth_it(self, step: int, now: float) -> bool:
-        if step < _FIRST_SHARE * self._pipeline.num_timesteps:
+        if step < _FIRST_SHARE * len(self._pipeline.scheduler.timesteps):
             return False
         elapsed = now - self._started
         # What the first picture of the VAE costs is not known; half a step is what it takes in a small model.

@@ -85,6 +85,9 @@ class Run:
         self.counts: list[int] | None = None
         self.forecast, self.correct, self.inference = "hold", False, False
         self.evaluations: Tensor | None = None
+        # Of the running call, from which the adapter tells the conditioned tokens of the run.
+        self.timestep: Tensor | None = None
+        self.conditioned: Tensor | None = None
 
     @property
     def num_steps(self) -> int:
@@ -208,7 +211,7 @@ class Run:
 
     def end(self) -> None:
         """Complete the last step: diffusers calls this after a pipeline call. Caches keep their memory."""
-        step, self.step = self.step, None
+        step, self.step, self.timestep = self.step, None, None
         # A step that an exception broke off has no velocities to show.
         if step is not None and step.left == len(step.entered):
             self._finish(step)
@@ -230,6 +233,7 @@ class Run:
             evaluations=evaluations,
             kv_bytes=sum(cache.nbytes for branch in self.branches.values() for cache in branch.layers),
             num_steps=self.num_steps,
+            conditioned=0 if self.conditioned is None else len(self.conditioned),
         )
 
     def full_report(self) -> HSAReport:
@@ -258,6 +262,7 @@ class Run:
             raise ConfigError(f"step {start} of {self.num_steps}: the scheduler's sigmas do not reach that step.")
         self.experts = self.adapter.experts(self.pipe)
         self.grid, self.batch_size = grid, latents.shape[0]
+        self.conditioned = None if self.timestep is None else self.adapter.conditioned(self.timestep)
         self._check_ranks(latents)
         self.forced = {0: "first step"}
         for i in range(1, min(len(self.experts), self.num_steps)):
@@ -313,7 +318,7 @@ class Run:
         arguments = (self.sigmas, self.grid.num_tokens, self.batch_size, frozenset(self.forced))
         if isinstance(self.planner, StepPlanner):
             switches = frozenset(i for i, reason in self.forced.items() if reason == "expert switch")
-            self.planner.begin(*arguments, switches)
+            self.planner.begin(*arguments, switches, self.conditioned)
         elif hasattr(self.planner, "begin"):
             self.planner.begin(*arguments)
 

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -51,7 +51,16 @@ class TokenState:
 
 
 class Policy(Protocol):
-    """How to spend a budget."""
+    """How to spend a budget.
+
+    Attributes:
+        leaves_out: whether steps leave out tokens by design, and not only to meet a budget to the last per cent.
+    """
+
+    @property
+    def leaves_out(self) -> bool:
+        """See the class."""
+        ...
 
     def counts(self, schedule: Schedule, config: HSAConfig) -> list[int]:
         """Tokens per step, T numbers from 0 to N; pure."""
@@ -73,6 +82,8 @@ class Policy(Protocol):
 class _Ranked:
     """Selection shared by `tokens`, `joint` and `steps`: the largest expected velocity errors."""
 
+    leaves_out = False
+
     def select(self, step: int, sigma: float, count: int, tokens: TokenState, max_age: int) -> Tensor:
         """Take the top tokens by kappa * (sigma_last - sigma); those of `max_age` and older come first."""
         return top_tokens(tokens.priority(sigma), count, first=tokens.age >= max_age)
@@ -92,6 +103,8 @@ class TokensPolicy(_Ranked):
     T' = compute * T / mean_share steps are evaluated, evenly placed; of these the first tenth and the last
     one are full, the others get a share of tokens in proportion to d_sigma^exponent.
     """
+
+    leaves_out: ClassVar[bool] = True
 
     mean_share: float = 0.77
     warmup_share: float = 0.1
@@ -149,6 +162,11 @@ class JointPolicy(_Ranked):
     tolerance: float = 0.02
     whole: bool = False
 
+    @property
+    def leaves_out(self) -> bool:  # type: ignore[override]
+        """See `Policy`."""
+        return self.token_budget > 0.0
+
     def counts(self, schedule: Schedule, config: HSAConfig) -> list[int]:
         """See the class."""
         steps, required = schedule.num_steps, affordable_full(schedule, config)
@@ -189,6 +207,8 @@ class GroupsPolicy:
     rise geometrically so that the target is met. Nested: a token of divisor d is active when d divides the
     number of steps since the last full step outside the rhythm (the warm-up's last step, a forced one).
     """
+
+    leaves_out: ClassVar[bool] = True
 
     divisors: tuple[int, ...] = (1, 2, 4, 8)
     warmup_share: float = 0.1

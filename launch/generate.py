@@ -193,6 +193,7 @@ def _request(arguments: argparse.Namespace) -> GenerateRequest:
         num_inference_steps=arguments.steps,
         guidance_scale=arguments.guidance,
         seed=arguments.seed,
+        image=arguments.image,
     )
 
 

@@ -30,7 +30,7 @@ class Adapter(Protocol):
     `arguments` are those of a call of the transformer, by name, without ``return_dict``; ``hidden_states`` is always
     among them, its first dimension is the batch. A *branch* is what a pipeline names by
     ``transformer.cache_context(name)``. Its call evaluates one guidance unit, or several that are stacked in its batch,
-    each with all B videos: `units` names them.
+    each with all B videos: `units` names them. What has a body here suits most models.
     """
 
     pipelines: ClassVar[tuple[str, ...]]
@@ -68,19 +68,31 @@ class Adapter(Protocol):
 
     @staticmethod
     def text_attentions(transformer: Any) -> list[Any]:
-        """Cross-attention modules whose keys and values are those of the prompt, constant over a run; may be none."""
+        """Cross-attention modules whose keys and values are those of the prompt, constant over a run."""
+        return []
 
     @staticmethod
     def text_processor(replaced: Any) -> Any:
         """Return what stands in for the stock processor of one of `text_attentions`."""
+        raise NotImplementedError
 
     @staticmethod
     def hooks(transformer: Any, call: AttentionCall) -> list[tuple[Any, ModelHook]]:
         """(module, hook) for modules that must know which tokens are active, such as rotary embeddings."""
+        return []
+
+    @staticmethod
+    def conditioned(timestep: Tensor) -> Tensor | None:
+        """Indices int64 [C] of the tokens that are given, by the timesteps [B] or [B, N] of a first call; or None.
+
+        An image is the first latent frame of most models, whose tokens stand at timestep 0 from the start.
+        """
+        return (timestep == 0).all(0).nonzero()[:, 0] if timestep.ndim == 2 else None
 
     @staticmethod
     def experts(pipe: Any) -> list[int]:
         """Expert that the pipeline will call at each step."""
+        return [0] * len(pipe.scheduler.timesteps)
 
     @staticmethod
     def branches(pipe: Any) -> tuple[str, ...]:

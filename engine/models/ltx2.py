@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from diffusers import LTX2VideoTransformer3DModel
-from diffusers.hooks import ModelHook
 from diffusers.models.transformers.transformer_ltx2 import (
     AudioVisualModelOutput,
     LTX2AudioVideoAttnProcessor,
@@ -17,11 +16,11 @@ from torch import Tensor
 from ...errors import ConfigError
 from ..attention import AttentionCall
 from ..tokens import Grid, gather_rows
-from .adapter import Site
+from .adapter import Adapter, Site
 from .ltx2_attention import CachedLTX2AttnProcessor
 
 
-class LTX2Adapter:
+class LTX2Adapter(Adapter):
     """LTX-2 text- and image-to-video with sound: a token of video is active or not, sound always is.
 
     The model takes packed tokens with their coordinates, so that some tokens need no packing; see `Adapter` for what
@@ -74,26 +73,6 @@ class LTX2Adapter:
     def processor(call: AttentionCall, replaced: Any, *, everywhere: bool = False) -> CachedLTX2AttnProcessor:
         """See `Adapter`."""
         return CachedLTX2AttnProcessor(call, replaced, everywhere=everywhere)
-
-    @staticmethod
-    def text_attentions(transformer: Any) -> list[Any]:
-        """None: LTX-2.3 modulates the prompt's keys and values by the noise level."""
-        return []
-
-    @staticmethod
-    def text_processor(replaced: Any) -> Any:
-        """Never asked for."""
-        raise NotImplementedError
-
-    @staticmethod
-    def hooks(transformer: Any, call: AttentionCall) -> list[tuple[Any, ModelHook]]:
-        """None: rotary embeddings are made from the coordinates in each call."""
-        return []
-
-    @staticmethod
-    def experts(pipe: Any) -> list[int]:
-        """See `Adapter`."""
-        return [0] * len(pipe.scheduler.timesteps)
 
     @staticmethod
     def branches(pipe: Any) -> tuple[str, ...]:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..attention import AttentionCall
 from ..tokens import Grid, Patch, gather_rows, pack, patchify, unpatchify
-from .adapter import Site
+from .adapter import Adapter, Site
 from .wan_attention import CachedTextAttnProcessor, CachedWanAttnProcessor, RopeRows
 
 
-class WanAdapter:
+class WanAdapter(Adapter):
     """Wan text- and image-to-video: one or two experts, timesteps per video or (TI2V-5B) per token.
 
     Active tokens are packed into a small video of their own; see `Adapter` for what the methods mean.
