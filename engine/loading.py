@@ -150,7 +150,7 @@ def _load_networks(facts: ModelFacts, folder: Path, index: Mapping[str, Any], dt
     for name, entry in index.items():
         library, kind = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
         # A part of one pipeline alone is named by the folder of that pipeline's code, such as ltx2.
-        module = libraries.get(library) or getattr(diffusers.pipelines, str(library), None)
+        module = libraries.get(str(library)) or getattr(diffusers.pipelines, str(library), None)
         cls = getattr(module, str(kind), None)
         if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
             continue  # a tokenizer, a scheduler, a setting; what is wrong with it the pipeline says
