@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import ConfigError
+from .adapter import Adapter, Site
+from .ltx2 import LTX2Adapter
 from .wan import WanAdapter
 
-__all__ = ["WanAdapter", "adapter_for"]
+__all__ = ["Adapter", "LTX2Adapter", "Site", "WanAdapter", "adapter_for"]
 
-_ADAPTERS = (WanAdapter,)
+_ADAPTERS: tuple[type[Adapter], ...] = (WanAdapter, LTX2Adapter)
 
 
-def adapter_for(pipe: Any) -> WanAdapter:
+def adapter_for(pipe: Any) -> Adapter:
     """Return the adapter of a diffusers pipeline.
 
     Raises:
