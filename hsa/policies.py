@@ -82,7 +82,7 @@ class Policy(Protocol):
 class _Ranked:
     """Selection shared by `tokens`, `joint` and `steps`: the largest expected velocity errors."""
 
-    leaves_out = False
+    leaves_out: ClassVar[bool] = False
 
     def select(self, step: int, sigma: float, count: int, tokens: TokenState, max_age: int) -> Tensor:
         """Take the top tokens by kappa * (sigma_last - sigma); those of `max_age` and older come first."""
