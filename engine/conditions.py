@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .models import Recipe
 from .request import ResolvedRequest
 
 if TYPE_CHECKING:
@@ -13,37 +14,24 @@ if TYPE_CHECKING:
 
     from .sharding import Sharding
 
-# What Wan's pipelines themselves use when they are given a prompt.
-MAX_SEQUENCE_LENGTH = 512
-
 
 def encode_prompts(
-    pipeline: Any, request: ResolvedRequest, device: torch.device, sharding: Sharding | None
+    recipe: Recipe, pipeline: Any, request: ResolvedRequest, device: torch.device, sharding: Sharding | None
 ) -> dict[str, torch.Tensor | None]:
     """Embeddings of the prompts, by the names of the pipeline's arguments, on every rank; rank 0 makes them for all."""
     if sharding is None:
-        return _embed(pipeline, request)
+        with torch.no_grad():
+            return recipe.embed(pipeline, request)
 
+    @torch.no_grad()
     def made() -> dict[str, torch.Tensor]:
         pipeline.text_encoder.to(device)
-        return {name: text.cpu() for name, text in _embed(pipeline, request).items() if text is not None}
+        return {name: text.cpu() for name, text in recipe.embed(pipeline, request).items() if text is not None}
 
     embeds = sharding.agreement.decide(made)
     if sharding.agreement.leads and device.type == "cuda":
         pipeline.text_encoder.to("cpu")  # until the next prompt: its memory is worth more to K/V
-    names = ("prompt_embeds", "negative_prompt_embeds")
-    return {name: embeds[name].to(device) if name in embeds else None for name in names}
-
-
-@torch.no_grad()
-def _embed(pipeline: Any, request: ResolvedRequest) -> dict[str, torch.Tensor | None]:
-    prompt, negative = pipeline.encode_prompt(
-        request.prompt,
-        request.negative_prompt,
-        do_classifier_free_guidance=request.guidance_scale > 1.0,
-        max_sequence_length=MAX_SEQUENCE_LENGTH,
-    )
-    return {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
+    return {name: embeds[name].to(device) if name in embeds else None for name in recipe.embeds}
 
 
 @torch.no_grad()

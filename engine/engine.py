@@ -17,12 +17,14 @@ import torch
 from ..errors import HeterostepError, RankFailure, RequestError
 from ..hsa.config import HSAConfig
 from ..parallel.mesh import ParallelMesh
+from .audio import Audio
 from .checkpoint import Saved
-from .conditions import MAX_SEQUENCE_LENGTH, encode_prompts, seen_image
+from .conditions import encode_prompts, seen_image
 from .facts import first_line, read_facts
 from .identity import identity_of
 from .job import Finished, Job, JobConfig, look
 from .loading import as_pipeline, load_pipeline, pick_device, pick_dtype
+from .models import recipe_for
 from .record import run_record
 from .request import (
     Cancelled,
@@ -96,6 +98,7 @@ class Engine:
         shards = self.sharding.mesh if self.sharding is not None and self.config.shard_weights else None
         self.pipeline = load_pipeline(self.facts, self.device, self.dtype, text=self.leads, shards=shards)
         self.load_seconds = time.perf_counter() - start
+        self._recipe = recipe_for(self.facts.pipeline)
         self._busy = threading.Lock()
         self._stop = Stop()
 
@@ -239,7 +242,7 @@ class Engine:
         emit(Started(request=request, num_tokens=num_tokens, resumed_at=saved.step if saved is not None else None))
         start = time.perf_counter()
         pipeline = as_pipeline(self.pipeline, self.facts.pipeline_for(image is not None))
-        embeds = encode_prompts(pipeline, request, self.device, self.sharding)
+        embeds = encode_prompts(self._recipe, pipeline, request, self.device, self.sharding)
         encoded = self._clock()
         if self._vote(stop.asked):
             raise stopped(0 if saved is None else saved.step, request.num_inference_steps, job if stop.save else None)
@@ -258,11 +261,11 @@ class Engine:
                 on_step.keep(job, every, saved)
             if session is not None and self.sharding is not None:
                 seen = seen_image(pipeline, image)
-                for branch, text in zip(("cond", "uncond"), embeds.values(), strict=True):
-                    if text is not None:
-                        session.tell(branch, text.to(pipeline.transformer.dtype), **seen)
-            start_from = {} if image is None else {"image": image}
-            latents = self._denoise(pipeline, request, {**embeds, **start_from}, on_step)
+                for unit, text in self._recipe.told(embeds).items():
+                    session.tell(unit, text.to(pipeline.transformer.dtype), **seen)
+            carried = ("latents", *(session.step_tensors if session is not None else ()))
+            conditions = {**embeds, **self._recipe.start(self.facts, image)}
+            latents, audio_latents = self._denoise(pipeline, request, conditions, on_step, carried)
             report = session.full_report() if session is not None else dense_report(on_step.events, grid)
         finally:
             if session is not None:
@@ -278,6 +281,7 @@ class Engine:
 
         emit(Decoding(seconds=denoised - encoded))
         frames = self._decode(latents, request)
+        audio = None if audio_latents is None else self._audio(audio_latents)
         decoded = self._clock()
         seconds = {"encode_text": encoded - start, "denoise": denoised - encoded, "decode": decoded - denoised}
         if job is not None:
@@ -293,6 +297,8 @@ class Engine:
             seconds={**seconds, "total": sum(seconds.values())},
             latents=latents.float().cpu(),
             request=request,
+            audio=audio,
+            audio_latents=None if audio_latents is None else audio_latents.float().cpu(),
         )
         if job is not None:
             job.finish(output, run_record(self, output))
@@ -307,25 +313,26 @@ class Engine:
         return flag if self.sharding is None else self.sharding.agreement.any(flag)
 
     def _denoise(
-        self, pipeline: Any, request: ResolvedRequest, conditions: dict[str, Any], on_step: StepEvents
-    ) -> torch.Tensor:
-        # With a VAE that does not compress time, Wan's pipelines add one to the number of frames that they are
-        # given.
-        extra = 1 if self.facts.vae_temporal == 1 else 0
-        latents: torch.Tensor = pipeline(
+        self,
+        pipeline: Any,
+        request: ResolvedRequest,
+        conditions: dict[str, Any],
+        on_step: StepEvents,
+        carried: tuple[str, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Latents of the video and of its sound; `carried` is what `on_step` needs to see after each step."""
+        output = pipeline(
             **conditions,
+            **self._recipe.arguments(self.facts, request),
             width=request.width,
             height=request.height,
-            num_frames=request.num_frames - extra,
             num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            guidance_scale_2=request.guidance_scale_2,
             generator=torch.Generator("cpu").manual_seed(request.seed),
-            max_sequence_length=MAX_SEQUENCE_LENGTH,
             output_type="latent",
             callback_on_step_end=on_step,
-        ).frames
-        return latents
+            callback_on_step_end_tensor_inputs=list(carried),
+        )
+        return self._recipe.results(output)
 
     def _decode(self, latents: torch.Tensor, request: ResolvedRequest) -> NDArray[np.uint8]:
         """Latents [1, C, F, Y, X] -> uint8 [F, H, W, 3], on every rank."""
@@ -340,26 +347,33 @@ class Engine:
 
     @torch.no_grad()
     def _pixels(self, latents: torch.Tensor) -> NDArray[np.uint8] | None:
-        """Decode as the end of `WanPipeline.__call__` does it, on rank 0; others help with large videos."""
+        """Decode as the end of the pipeline's call does it, on rank 0; others help with large videos."""
         vae = self.pipeline.vae
         shared = self.sharding is not None and can_share(vae, latents)
         if not (shared or self.leads):
             return None
-        latents = latents.to(device=self.pipeline._execution_device, dtype=vae.dtype)
-        mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
-        inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
-        latents = latents / inverse_std + mean
+        latents = self._recipe.decodable(vae, latents.to(self.pipeline._execution_device))
         if shared:
             assert self.sharding is not None
             video = decode_shared(vae, latents, self.sharding.agreement)
         else:
-            video = vae.decode(latents, return_dict=False)[0]
+            video = self._recipe.decode(vae, latents)
         pixels: NDArray[np.uint8] | None = None
         if video is not None:
             frames = self.pipeline.video_processor.postprocess_video(video, output_type="np")[0]
             pixels = (frames * 255.0).round().astype(np.uint8)
         self.pipeline.maybe_free_model_hooks()
         return pixels
+
+    def _audio(self, latents: torch.Tensor) -> Audio:
+        """Latents of sound -> samples, on every rank."""
+
+        def made() -> Audio:
+            audio = self._recipe.audio(self.pipeline, latents.to(self.pipeline._execution_device))
+            self.pipeline.maybe_free_model_hooks()
+            return audio
+
+        return self._decide(made)
 
     def _clock(self) -> float:
         """Seconds, with the device's queue empty: otherwise a GPU stage would be charged to a later one."""

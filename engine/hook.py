@@ -23,6 +23,12 @@ HOOK_NAME = "heterostep"
 """Name under which the hooks are registered with diffusers."""
 
 
+def named(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a module's forward, by name."""
+    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+    return dict(list(bound.arguments.items())[1:])  # without self
+
+
 class _Contexts(StateManager):
     """Receives what a pipeline says by ``transformer.cache_context(...)``; holds no state."""
 
@@ -111,8 +117,7 @@ class HSAHook(ModelHook):
         if context is None:  # not a denoising call of a pipeline
             return self.fn_ref.original_forward(*args, **kwargs)
         run, adapter = self.run, self.run.adapter
-        arguments = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-        arguments = dict(list(arguments.items())[1:])  # without self
+        arguments = named(module, args, kwargs)
         return_dict = arguments.pop("return_dict", True)
         units, grid = adapter.units(run.pipe, context.name), adapter.grid(module, arguments)
         call = Call(module=module, name=context.name, arguments=arguments, units=units, grid=grid)

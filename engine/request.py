@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from .audio import Audio
     from .report import HSAReport
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -110,9 +111,9 @@ class GenerateRequest:
         width: pixels, a multiple of the model's step (16 or 32).
         height: pixels, likewise.
         num_frames: frames, k * t + 1 where t is the VAE's temporal factor (4 for Wan).
-        fps: frames per second of the file; it does not change what is generated.
+        fps: frames per second of the file; models without sound do not hear of it.
         num_inference_steps: denoising steps.
-        guidance_scale: classifier-free guidance; 1 or less runs without it, at half the cost.
+        guidance_scale: classifier-free guidance; 1 or less runs without it, at half the cost or less.
         guidance_scale_2: the same for the second expert of Wan 2.2; None takes `guidance_scale`.
         seed: of the initial noise; the same seed gives the same noise on every device.
         compute: share of the dense denoising work to spend, in (0, 1]; None takes that of the engine's `hsa`,
@@ -247,6 +248,11 @@ def _check_grid(request: ResolvedRequest, facts: ModelFacts) -> None:
             f"{request.num_frames} frames do not fit model {facts.name!r}: their number must be a multiple "
             f"of {facts.frame_step}, plus 1; the nearest is {nearest_frames}"
         )
+    if facts.audio_rate and round(request.num_frames / request.fps * facts.audio_rate) < 1:
+        raise RequestError(
+            f"{request.num_frames} frames at {request.fps} per second are too short for sound, which needs "
+            f"{1000 / facts.audio_rate:.0f} ms; take more frames or fewer per second"
+        )
     grid = facts.grid(request.width, request.height, request.num_frames)
     if max(grid) > facts.rope_max:
         raise RequestError(
@@ -321,8 +327,10 @@ class VideoOutput:
         report: what was computed, step by step and token by token.
         seconds: by stage: `encode_text`, `denoise`, `decode`, `total`; of a job also `checkpoint`. Denoising and
             checkpoints before a resume are counted, steps that a break lost are not.
-        latents: final latents, float32 [1, C, F, Y, X] on the CPU, as the transformer leaves them.
+        latents: final latents, float32 [1, C, F, Y, X] on the CPU, as the pipeline gives them.
         request: with all defaults filled in.
+        audio: the sound that goes with it; None for models without.
+        audio_latents: its final latents, float32 [1, C, M, bins] on the CPU.
     """
 
     frames: NDArray[np.uint8]
@@ -332,6 +340,8 @@ class VideoOutput:
     seconds: Mapping[str, float]
     latents: torch.Tensor
     request: ResolvedRequest
+    audio: Audio | None = None
+    audio_latents: torch.Tensor | None = None
 
 
 Event = Started | StepDone | Decoding | VideoOutput

@@ -58,8 +58,9 @@ def _model(facts: ModelFacts) -> list[str]:
     return [
         f"{'model':16} {facts.name} ({facts.family}, {facts.pipeline})",
         f"{'transformer':16} {facts.experts} x {facts.num_layers} layers, {facts.num_heads} heads of {facts.head_dim}",
-        f"{'ulysses degrees':16} {', '.join(str(n) for n in divisors(facts.num_heads))}; ring takes any",
+        f"{'ulysses degrees':16} {', '.join(str(n) for n in divisors(facts.shared_heads))}; ring takes any",
         f"{'image':16} {_IMAGE[facts.image]}",
+        *_audio(facts),
         f"{'token':16} {patch} latent pixels; VAE {vae}",
         f"{'valid sizes':16} width a multiple of {width_step}, height of {height_step}; "
         f"frames a multiple of {facts.frame_step}, plus 1",
@@ -68,13 +69,27 @@ def _model(facts: ModelFacts) -> list[str]:
     ]
 
 
+def _audio(facts: ModelFacts) -> list[str]:
+    """What there is to say of sound, for models that make it."""
+    guidance = facts.guidance
+    if guidance is None:
+        return []
+    scales = [f"by the prompt {guidance.audio_scale:g}"] if guidance.audio_scale else []
+    scales += [f"by perturbed attention in layer {guidance.block} {guidance.perturbed:g}"] if guidance.perturbed else []
+    scales += [f"by isolated modalities {guidance.isolated:g}"] if guidance.isolated > 1.0 else []
+    more = f"; more guidance: {', '.join(scales)}" if scales else ""
+    heads = f"{facts.audio_heads} heads of {facts.audio_head_dim}"
+    return [f"{'sound':16} {heads}, {facts.audio_rate:g} latents per second{more}"]
+
+
 def _tokens(facts: ModelFacts, width: int, height: int, num_frames: int) -> list[str]:
     grid = facts.grid(width, height, num_frames)
     num_tokens = math.prod(grid)
     return [
         f"{'size':16} {width}x{height}, {num_frames} frames",
         f"{'tokens':16} {num_tokens:,} = {grid[0]} x {grid[1]} x {grid[2]} (frames, rows, columns)",
-        f"{'K/V cache':16} {_bytes(facts.cache_bytes(num_tokens))} in bfloat16 for each guidance branch, "
+        f"{'K/V cache':16} {_bytes(facts.cache_bytes(num_tokens))} in bfloat16 for each of "
+        f"{facts.passes(facts.defaults.guidance_scale)} guidance branches, "
         "where a policy leaves out tokens",
     ]
 

@@ -111,6 +111,10 @@ class Adapter(Protocol):
         """Tokens of the video of a call."""
 
     @staticmethod
+    def video(module: Any, arguments: Mapping[str, Any]) -> Tensor:
+        """The noisy latents of a call [batch, C, F, Y, X], without what else the model gets as channels."""
+
+    @staticmethod
     def subset(module: Any, arguments: Mapping[str, Any], active: Tensor) -> dict[str, Any]:
         """The call for the active tokens [A] or [batch, A] alone."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..attention import AttentionCall
-from ..tokens import Grid, gather_rows
+from ..tokens import Grid, Patch, gather_rows, unpatchify
 from .adapter import Adapter, Site
 from .ltx2_attention import CachedLTX2AttnProcessor
 
@@ -102,9 +102,13 @@ class LTX2Adapter(Adapter):
     @staticmethod
     def grid(module: Any, arguments: Mapping[str, Any]) -> Grid:
         """See `Adapter`."""
-        across = module.config.patch_size
-        frames, height, width = (arguments[name] for name in ("num_frames", "height", "width"))
-        return Grid(frames // module.config.patch_size_t, height // across, width // across)
+        size = (arguments[name] for name in ("num_frames", "height", "width"))
+        return Grid(*(n // p for n, p in zip(size, _patch(module), strict=True)))
+
+    @staticmethod
+    def video(module: Any, arguments: Mapping[str, Any]) -> Tensor:
+        """See `Adapter`."""
+        return unpatchify(arguments["hidden_states"], _patch(module), LTX2Adapter.grid(module, arguments))
 
     @staticmethod
     def subset(module: Any, arguments: Mapping[str, Any], active: Tensor) -> dict[str, Any]:
@@ -144,3 +148,9 @@ class LTX2Adapter(Adapter):
         nought = video.new_zeros(())
         video = nought.expand(*video.shape[:2], widths.out_channels or widths.in_channels)
         return video, nought.expand(*sound.shape[:2], widths.audio_out_channels or widths.audio_in_channels)
+
+
+def _patch(transformer: Any) -> Patch:
+    """Size of a token in latents."""
+    across = transformer.config.patch_size
+    return Patch(transformer.config.patch_size_t, across, across)

@@ -110,6 +110,12 @@ class WanAdapter(Adapter):
         return _patch(module).grid_of(arguments["hidden_states"])
 
     @staticmethod
+    def video(module: Any, arguments: Mapping[str, Any]) -> Tensor:
+        """See `Adapter`."""
+        latents: Tensor = arguments["hidden_states"]
+        return latents[:, : module.config.out_channels]
+
+    @staticmethod
     def subset(module: Any, arguments: Mapping[str, Any], active: Tensor) -> dict[str, Any]:
         """See `Adapter`."""
         patch, timestep = _patch(module), arguments["timestep"]
