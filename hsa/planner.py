@@ -79,7 +79,7 @@ class StepPlanner:
     def _count(self, schedule: Schedule) -> list[int]:
         if self.config.compute == 1.0:
             return [schedule.num_tokens] * schedule.num_steps
-        if self._given is not None and self.policy.leaves_out:
+        if self._given is not None and self.policy.leaves_out():
             spared = spared_counts(self.policy.counts, schedule, self.config, len(self._given))
             if spared is not None:
                 return spared

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,15 +51,10 @@ class TokenState:
 
 
 class Policy(Protocol):
-    """How to spend a budget.
+    """How to spend a budget."""
 
-    Attributes:
-        leaves_out: whether steps leave out tokens by design, and not only to meet a budget to the last per cent.
-    """
-
-    @property
     def leaves_out(self) -> bool:
-        """See the class."""
+        """Whether steps leave out tokens by design, and not only to meet a budget to the last per cent."""
         ...
 
     def counts(self, schedule: Schedule, config: HSAConfig) -> list[int]:
@@ -82,7 +77,9 @@ class Policy(Protocol):
 class _Ranked:
     """Selection shared by `tokens`, `joint` and `steps`: the largest expected velocity errors."""
 
-    leaves_out: ClassVar[bool] = False
+    def leaves_out(self) -> bool:
+        """Whether steps leave out tokens by design."""
+        return False
 
     def select(self, step: int, sigma: float, count: int, tokens: TokenState, max_age: int) -> Tensor:
         """Take the top tokens by kappa * (sigma_last - sigma); those of `max_age` and older come first."""
@@ -104,11 +101,13 @@ class TokensPolicy(_Ranked):
     one are full, the others get a share of tokens in proportion to d_sigma^exponent.
     """
 
-    leaves_out: ClassVar[bool] = True
-
     mean_share: float = 0.77
     warmup_share: float = 0.1
     exponent: float = -0.5
+
+    def leaves_out(self) -> bool:
+        """All but the full ones do."""
+        return True
 
     def counts(self, schedule: Schedule, config: HSAConfig) -> list[int]:
         """See the class."""
@@ -162,9 +161,8 @@ class JointPolicy(_Ranked):
     tolerance: float = 0.02
     whole: bool = False
 
-    @property
-    def leaves_out(self) -> bool:  # type: ignore[override]
-        """See `Policy`."""
+    def leaves_out(self) -> bool:
+        """Where a part of the budget is set aside for it."""
         return self.token_budget > 0.0
 
     def counts(self, schedule: Schedule, config: HSAConfig) -> list[int]:
@@ -208,13 +206,15 @@ class GroupsPolicy:
     number of steps since the last full step outside the rhythm (the warm-up's last step, a forced one).
     """
 
-    leaves_out: ClassVar[bool] = True
-
     divisors: tuple[int, ...] = (1, 2, 4, 8)
     warmup_share: float = 0.1
     _ranking: Tensor | None = field(default=None, init=False, repr=False)
     _ranked_at: int = field(default=-1, init=False, repr=False)
     _counts: list[int] = field(default_factory=list, init=False, repr=False)
+
+    def leaves_out(self) -> bool:
+        """All steps between full ones do."""
+        return True
 
     def counts(self, schedule: Schedule, config: HSAConfig) -> list[int]:
         """See the class."""

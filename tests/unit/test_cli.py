@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from heterostep.engine.engine import Engine
 from heterostep.launch import cli
-from tiny import picture
+from tiny import IMAGE_KINDS, picture
 
 PROMPT = ["--prompt", "a red disc moves right"]
 
@@ -233,17 +233,20 @@ def test_bad_images(capsys, tiny_model, image_models, tmp_path, monkeypatch, kin
     assert set(tmp_path.iterdir()) == there
 
 
-def test_a_video_from_an_image(capsys, image_models, tmp_path):
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
+def test_a_video_from_an_image(capsys, image_models, tmp_path, kind):
     picture(90, 60).save(tmp_path / "a.png")
     status, out, err = run(
-        capsys, "generate", *PROMPT, "--model", image_models["ti2v5b"], "--image", tmp_path / "a.png", "--steps", 20,
+        capsys, "generate", *PROMPT, "--model", image_models[kind], "--image", tmp_path / "a.png", "--steps", 20,
         "--frames", 5, "--policy", "tokens", "--output", tmp_path / "v.mp4", "--report", tmp_path / "r.json",
         "--device", "cpu",
     )  # fmt: skip
     assert (status, err) == (0, "") and "5 frames of 64x48" in out
     report = json.loads((tmp_path / "r.json").read_text())
-    assert report["conditioned"] == 12 and len(report["request"]["image"]) == 64
-    assert report["compute"] == pytest.approx(0.5, abs=0.02) and report["evaluations"]["min"] == 1
+    assert frames_of(tmp_path / "v.mp4") == 5 and len(report["request"]["image"]) == 64
+    assert report["conditioned"] == (12 if kind == "ti2v5b i2v" else 0)
+    assert report["compute"] == pytest.approx(0.5, abs=0.02)
+    assert report["evaluations"]["min"] == 1 or not report["conditioned"]
 
 
 @pytest.mark.parametrize(
