@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import ranks
-from heterostep import ConfigError, HSAConfig, ParallelConfig, apply
+from folders_ltx2 import complete_ltx2
+from heterostep import ConfigError, Engine, EngineConfig, GenerateRequest, HSAConfig, ParallelConfig, apply
 from tiny_ltx2 import generate, tiny_ltx2
 
 TOLERANCE = 1e-4
@@ -71,6 +72,35 @@ def test_two_videos_from_images_with_forecast_keys(layout):
 @pytest.mark.parametrize("layout", [{"ulysses": 2}, {"cfg": 2}], ids=str)
 def test_our_own_plans(layout):
     assert_same("2.0", False, HSAConfig(compute=0.5), False, layout, steps=12)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Folder of a tiny model."""
+    folder = tmp_path_factory.mktemp("ltx2") / "tiny"
+    complete_ltx2("2.3").save_pretrained(folder)
+    return str(folder)
+
+
+def film(model, layout, shard_weights):
+    """Frames and samples of a video with sound, by the engine."""
+    parallel = ParallelConfig(**layout) if layout else None
+    config = EngineConfig(
+        model=model, device="cpu", parallel=parallel, hsa=HSAConfig(policy="tokens"), shard_weights=shard_weights
+    )
+    asked = GenerateRequest(prompt="x", width=64, height=32, num_frames=5, fps=8, num_inference_steps=10)
+    output = Engine(config).generate(asked)
+    return output.latents, output.audio_latents, output.frames, output.audio.samples
+
+
+@pytest.mark.parametrize(("layout", "shard_weights"), [({"ulysses": 2}, True), ({"cfg": 2}, False)], ids=str)
+def test_the_engine(model, layout, shard_weights):
+    alone = film(model, None, False)
+    one, other = ranks.run_ranks(2, film, model, layout, shard_weights)
+    for mine, theirs, expected in zip(one, other, alone, strict=True):
+        mine, theirs, expected = (torch.as_tensor(t).float() for t in (mine, theirs, expected))
+        assert torch.equal(mine, theirs)
+        assert (mine - expected).abs().max() <= TOLERANCE * max(1.0, expected.abs().max())
 
 
 def refused(layout, changes):
