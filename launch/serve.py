@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
-import os
 import signal
 import socket
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from .gang.config import threads_asked
 
 if TYPE_CHECKING:
     from .service.settings import ServiceSettings
@@ -52,7 +52,6 @@ def settings_from(arguments: argparse.Namespace) -> ServiceSettings:
     if _is_loopback(arguments.host) and arguments.api_key_file is None:
         # A page that calls itself by a name of its own could otherwise send jobs to this machine.
         hosts = (*_LOOPBACK, *(name.lower() for name in arguments.allow_host))
-    threads = os.environ.get("OMP_NUM_THREADS", "")
     names = (
         *("model", "compute", "policy", "dtype", "device", "replicas", "checkpoint_every"),
         *("max_queue", "max_prompt", "max_pixels", "max_frames", "max_steps", "keep_days", "keep_gib"),
@@ -62,7 +61,7 @@ def settings_from(arguments: argparse.Namespace) -> ServiceSettings:
         api_key_file=Path(arguments.api_key_file) if arguments.api_key_file is not None else None,
         allowed_hosts=hosts,
         ranks=max(1, arguments.gpus_per_replica or 1),
-        threads=int(threads) if threads.isdecimal() and int(threads) else None,
+        threads=threads_asked(),
         **{name: getattr(arguments, name) for name in names},
     )
 
@@ -224,10 +223,10 @@ def _serve_on_ray(settings: ServiceSettings, arguments: argparse.Namespace) -> i
     import ray
     from ray import serve
 
-    from .gang.cluster import init
+    from .gang.cluster import cluster_address, init
 
     ranks = settings.ranks if settings.ranks > 1 else 0
-    init(arguments.ray_address, settings.replicas * (1 + ranks), settings.device)
+    init(cluster_address(arguments.ray_address), settings.replicas * (1 + ranks), settings.device)
     try:
         serve.start(http_options={"host": arguments.host, "port": arguments.port})
         serve.run(_application(settings, arguments.gpus_per_replica), name="heterostep", route_prefix="/")

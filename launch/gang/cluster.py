@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from ...errors import ConfigError
 from .config import GangConfig
 from .messages import RankLost
 
+_REACH_SECONDS = 5.0
 _OBJECT_STORE_BYTES = 2**30
 """Of a cluster of our own: room for a video on its way, not for a third of the machine's memory."""
 
@@ -41,11 +43,15 @@ def connected(address: str | None, ranks: int, device: str) -> Iterator[None]:
         ray.shutdown()
 
 
+def cluster_address(given: str | None) -> str | None:
+    """The cluster that is meant: the one given, else Ray's own variable's, else none."""
+    return given or os.environ.get("RAY_ADDRESS") or None
+
+
 def init(address: str | None, ranks: int, device: str) -> None:
     """Connect as `connected` does, for as long as the process lives."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         # Ray counts CPUs, it does not bind to them: more ranks than cores are slow, but allowed.
@@ -53,7 +59,9 @@ def init(address: str | None, ranks: int, device: str) -> None:
         if device == "cpu":
             options["num_gpus"] = 0
     else:
+        _check_reachable(address)
         options["address"] = address
+    _be_quiet()
     try:
         ray.init(**options)
     except (RayError, ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -62,6 +70,34 @@ def init(address: str | None, ranks: int, device: str) -> None:
         raise ConfigError(
             f"{where} ({first[:200]}); start one with `ray start --head`, or leave out the address"
         ) from (error)
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse what Ray would try for minutes."""
+    if "://" in address:
+        raise ConfigError(f"Ray address {address!r}: name HOST:PORT of the cluster's head, from one of its machines")
+    host, colon, port = address.rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host, int(port)), _REACH_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"no Ray cluster answers at {address!r} ({reason}); start one with `ray start --head`, or leave out the "
+            "address"
+        ) from error
+
+
+def _be_quiet() -> None:
+    """Keep Ray's own account of a process that dies, ten lines on stdout, off the screen: ours is one sentence.
+
+    Ray has no setting for it; this is what its debugger does.
+    """
+    from ray._private import worker
+
+    if hasattr(worker, "_worker_logs_enabled"):
+        worker._worker_logs_enabled = False
 
 
 def has_gpus() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 from ...errors import ConfigError
@@ -47,3 +48,9 @@ class GangConfig:
                 raise ConfigError(f"{name} of a gang must be a number of seconds above 0, not {value!r}")
         if self.spare and self.gpus:
             raise ConfigError("a gang on GPUs cannot keep a spare process: leave out spare")
+
+
+def threads_asked() -> int | None:
+    """How many threads each rank shall have, if the environment says so."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,8 +23,8 @@ from ...errors import ConfigError
 from ...parallel.config import ParallelConfig
 from ..degrees import parallel_from
 from ..signals import JobStopped, saving_signals
-from .cluster import check_room, connected, has_gpus
-from .config import GangConfig
+from .cluster import check_room, cluster_address, connected, has_gpus
+from .config import GangConfig, threads_asked
 from .gang import Gang
 from .messages import RankLost, Work
 from .video import make_video
@@ -62,39 +61,58 @@ def generate_on_ray(
     size = arguments.nproc or 1
     if config.device.startswith("cuda:"):
         raise ConfigError(f"--device {config.device} with --ray: Ray chooses the GPUs; take cuda, cpu or auto")
-    with connected(arguments.ray_address, size, config.device), contextlib.ExitStack() as stack:
-        gpus = config.device != "cpu" and has_gpus()
-        if config.device == "cuda" and not gpus:
-            raise ConfigError("--device cuda: the Ray cluster has no GPU; take --device cpu or auto")
-        check_room(size, gpus)
-        # What "auto" means is decided here: the ranks' machines may differ from this one.
-        dtype = str(pick_dtype(config.dtype, torch.device("cuda" if gpus else "cpu"))).removeprefix("torch.")
-        config = dataclasses.replace(config, device="cuda" if gpus else "cpu", dtype=dtype)
-        if job is not None:
-            found = find_finished(dataclasses.replace(config, device="cpu"), request, job)
+    address = cluster_address(arguments.ray_address)
+    # What is wrong with a run on this machine is said before Ray starts, which takes seconds.
+    here = _settled(arguments, config, request, pick_device(config.device).type == "cuda") if address is None else None
+    found = _finished(here[0], request, job, say) if here is not None else None
+    if found is not None:
+        return found
+    with connected(address, size, config.device), contextlib.ExitStack() as stack:
+        if here is None:
+            gpus = config.device != "cpu" and has_gpus()
+            if config.device == "cuda" and not gpus:
+                raise ConfigError("--device cuda: the Ray cluster has no GPU; take --device cpu or auto")
+            here = _settled(arguments, config, request, gpus)
+            found = _finished(here[0], request, job, say)
             if found is not None:
-                say(f"the job in {job.folder} is finished; nothing was computed")
-                return found.output, dict(found.record)
-            if job.resume == "never":
-                remove_others(Path(job.folder), ())
-        parallel, reason = _degrees(arguments, config, request, gpus)
-        config = dataclasses.replace(config, parallel=parallel, shard_weights=arguments.shard_weights)
+                return found
+        config, reason = here
+        gpus = config.device == "cuda"
+        check_room(size, gpus)
+        if job is not None and job.resume == "never":
+            remove_others(Path(job.folder), ())
         say(reason or "1 rank")
-        threads = os.environ.get("OMP_NUM_THREADS", "")
-        gang_config = GangConfig(
-            size=size,
-            gpus=gpus,
-            spare=not gpus and size > 1 and not arguments.shard_weights,
-            threads=int(threads) if threads.isdecimal() and int(threads) else None,
-        )
-        gang = Gang(gang_config, config)
+        spare = not gpus and size > 1 and not config.shard_weights
+        gang = Gang(GangConfig(size=size, gpus=gpus, spare=spare, threads=threads_asked()), config)
         stack.callback(gang.close)
-        if job is None and not arguments.compare_dense:
-            kept = stack.enter_context(tempfile.TemporaryDirectory(prefix="heterostep-job-"))
-            return _make(gang, _work(request, parallel, None), Path(kept), show, say)
-        if job is None:
-            return _compare(gang, _work(request, parallel, None), show, say)
-        return _keep(gang, _work(request, parallel, job), job, show, say)
+        if job is not None:
+            return _keep(gang, _work(request, config.parallel, job), job, show, say)
+        work = _work(request, config.parallel, None)
+        if arguments.compare_dense:
+            return _compare(gang, work, show, say)
+        kept = stack.enter_context(tempfile.TemporaryDirectory(prefix="heterostep-job-"))
+        return _make(gang, work, Path(kept), show, say)
+
+
+def _settled(
+    arguments: argparse.Namespace, config: EngineConfig, request: GenerateRequest, gpus: bool
+) -> tuple[EngineConfig, str]:
+    """The settings without anything automatic, which might mean something else on the ranks' machines; and why."""
+    dtype = str(pick_dtype(config.dtype, torch.device("cuda" if gpus else "cpu"))).removeprefix("torch.")
+    config = dataclasses.replace(config, device="cuda" if gpus else "cpu", dtype=dtype)
+    parallel, reason = _degrees(arguments, config, request, gpus)
+    return dataclasses.replace(config, parallel=parallel, shard_weights=arguments.shard_weights), reason
+
+
+def _finished(
+    config: EngineConfig, request: GenerateRequest, job: JobConfig | None, say: Callable[[str], None]
+) -> tuple[VideoOutput, dict[str, Any]] | None:
+    """The result of a job that is done."""
+    found = find_finished(dataclasses.replace(config, device="cpu"), request, job) if job is not None else None
+    if job is None or found is None:
+        return None
+    say(f"the job in {job.folder} is finished; nothing was computed")
+    return found.output, dict(found.record)
 
 
 def _degrees(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError
 
 from .messages import Identity, RankLost
 
@@ -108,7 +108,8 @@ def cause_of(error: RayError, node: str | None = None) -> str:
     text = str(error)
     if isinstance(error, GetTimeoutError):
         return "timeout"
-    if "out of memory" in text.lower() or "OOM" in text or "low on memory" in text:
+    # Of every process that is killed Ray says that the kernel may have done it for lack of memory.
+    if isinstance(error, OutOfMemoryError) or "NODE_OUT_OF_MEMORY" in text or "running low on memory" in text:
         return "memory"
     if node is not None and not _node_lives(node):
         return "node"
