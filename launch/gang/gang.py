@@ -78,6 +78,11 @@ class Gang:
         return len(self._members)
 
     @property
+    def spared(self) -> bool:
+        """Whether a spare process is ready to take the place of the next rank that dies."""
+        return self._spare is not None and bool(ray.wait([self._spare_ready], timeout=0)[0])
+
+    @property
     def pids(self) -> list[int]:
         """Process ids of the ranks, by rank, each on its own machine."""
         return [member.identity.pid for member in self._members if member.identity is not None]
