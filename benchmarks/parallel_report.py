@@ -10,7 +10,7 @@ DENSE_LIMIT = 1.05
 """Our dense time over a peer's, on two ranks."""
 SPARSE_LIMITS = {0.5: 0.58, 0.25: 0.33}
 """HSA's time over our dense time, on two ranks, by compute."""
-COLOURS = ("#4c72b0", "#937860", "#8c8c8c", "#dd8452", "#ccb974", "#55a868", "#64b5cd")
+COLOURS = ("#4c72b0", "#937860", "#8c8c8c", "#dd8452", "#ccb974", "#55a868", "#64b5cd", "#c44e52", "#8172b3")
 
 
 def checks(worlds: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -96,7 +96,7 @@ def plot(path: pathlib.Path, report: dict[str, Any]) -> None:
 
     figure, (times, cuts) = plt.subplots(1, 2, figsize=(13, 4.8), width_ratios=(3, 2))
     names = list(dict.fromkeys(row["method"] for world in report["worlds"] for row in world["rows"]))
-    colours = dict(zip(names, COLOURS * 2, strict=False))
+    colours = dict(zip(names, COLOURS, strict=False))
     left, ticks = 0.0, {}
     for world in report["worlds"]:
         first, labelled = left, times.get_legend_handles_labels()[1]

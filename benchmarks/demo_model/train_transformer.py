@@ -25,7 +25,7 @@ import text
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from architecture import build_transformer, text_attention
+from architecture import build_transformer, smooth_time, text_attention
 from latents import SPATIAL, TEMPORAL, PatchPCA
 from safetensors.torch import load_file
 from transformers import UMT5EncoderModel
@@ -69,6 +69,8 @@ class Trainer:
         self.tokenizer = text.build_tokenizer()
         self.encoder = text.build_encoder(len(self.tokenizer)).to(device).train()
         self.model = build_transformer().to(device).train()
+        slow = smooth_time(self.model).to(device)
+        self.model.condition_embedder.time_embedder.linear_1.weight.register_hook(lambda gradient: gradient * slow)
         self.step, self.seconds, self.seed, self.decisions = 0, 0.0, seed, decisions
         self.history: list[list[float]] = []
         self.codec = PatchPCA.shipped()
@@ -105,6 +107,8 @@ class Trainer:
         words = UMT5EncoderModel.from_pretrained(folder / "text_encoder").state_dict()
         for module, state in zip((self.model, self.encoder, *self.ema), (weights, words) * 2, strict=True):
             module.load_state_dict(state)
+        for model in (self.model, self.ema[0]):
+            smooth_time(model)
 
     def save(self) -> None:
         """Write the whole state."""
@@ -241,6 +245,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--decisions", type=float, default=0.5, help="share of clips at the noise levels that decide")
     parser.add_argument("--init", type=pathlib.Path, help="pipeline folder whose weights a new run starts from")
+    parser.add_argument("--whole", action="store_true", help="whole clips from the start: for a model that is trained")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -273,7 +278,7 @@ def main() -> None:
             * min(1.0, remaining / (args.decay_minutes * 60) + 0.02)
         )
         share = trainer.seconds / (args.minutes * 60)
-        frames, size = next(stage[1:] for stage in STAGES if share < stage[0])
+        frames, size = next(stage[1:] for stage in (STAGES[-1:] if args.whole else STAGES) if share < stage[0])
         loss = trainer.loss(forward, args.batch, frames, size)
         trainer.update(loss, rate)
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
