@@ -19,7 +19,7 @@ from ...errors import ConfigError, RequestError
 from .actor import rank_actor
 from .cluster import place
 from .config import GangConfig
-from .member import Member, cause_of
+from .member import Member, cause_of, line_of
 from .messages import Closed, Outcome, Place, Progress, RankLost, Work
 from .together import Together
 
@@ -119,9 +119,11 @@ class Gang:
                 self._gather()
                 self._meet(work)
                 break
-            except RankLost:
+            except (RankLost, RayError) as error:
+                if isinstance(error, RayError):  # of the cluster, not of a rank
+                    error = RankLost(cause_of(error), f"the Ray cluster does not answer ({line_of(error)})")
                 if not left:
-                    raise
+                    raise error from None
         self._whole = True
         self._keep_spare()
 
@@ -238,6 +240,7 @@ class Gang:
 
         Neighbours in the order are neighbours in the machine, as those are who share heads.
         """
+        self._attend()
         self._members.sort(key=_order)
         self.lives += 1
         nodes = [member.identity.node for member in self._members if member.identity is not None]
@@ -316,9 +319,10 @@ class Gang:
         return leading
 
     def _settle(self, together: Together) -> None:
-        """Part with the ranks that are lost; where the others cannot be kept, with all of them."""
-        if together.root() is not None or self._closed:
-            self._lose(list(together.lost))
+        """Part with the ranks that are lost, or whose memory an error of their own has left in any state."""
+        if together.root() is not None:
+            failed = [rank for rank, end in together.outcomes.items() if end.ended == "failed" and end.cause != "peer"]
+            self._lose([*together.lost, *failed])
 
     def _lose(self, ranks: Sequence[int]) -> None:
         """End ranks that are dead, frozen or stuck.

@@ -50,7 +50,7 @@ class Member:
         try:
             self.identity = ray.get(self.started)
         except RayError as error:
-            raise RankLost(cause_of(error), f"a process of the gang could not be started ({_line(error)})") from error
+            raise RankLost(cause_of(error), f"a process of the gang could not be started ({line_of(error)})") from error
         self.heard = time.monotonic()
 
     def renew(self) -> None:
@@ -120,6 +120,7 @@ def _node_lives(node: str) -> bool:
     return any(found["NodeID"] == node and found["Alive"] for found in ray.nodes())
 
 
-def _line(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
+    """The first line of what an error says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__

@@ -13,8 +13,9 @@ from .member import Member, cause_of
 from .messages import CAUSES, Outcome, Progress
 
 _LOOK_SECONDS = 0.5
-# From the first failure to the end of those who only notice it: a closed connection is seen in a tenth of a second.
-_GRACE_SECONDS = 3.0
+# From the first failure to the end of those who only notice it. A closed connection is seen at once, but only by who
+# looks at it: between two collectives a rank may compute for a while.
+_GRACE_SECONDS = 20.0
 
 
 class Together:

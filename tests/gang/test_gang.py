@@ -193,9 +193,54 @@ def test_a_rank_that_dies_while_it_is_idle(gang, unbroken):
     assert not gang.ready
 
 
-def test_closing_while_it_starts(gang):
-    assert not gang.ready
-    gang.close()
+def test_the_service_drives_a_gang(gang, tmp_path, monkeypatch):
+    pytest.importorskip("prometheus_client", reason="the extra 'serve' is not installed")
+    from heterostep.launch.service.gang_runner import GangRunner
+    from heterostep.launch.service.schemas import CreateVideo
+    from heterostep.launch.service.service import VideoService
+    from heterostep.launch.service.settings import ServiceSettings
+
+    monkeypatch.setattr(GangRunner, "_make_gang", lambda self: gang)
+    service = VideoService(
+        ServiceSettings(data_dir=tmp_path, ranks=2, threads=1, policy="tokens", max_steps=400), GangRunner
+    )
+    service.start()
+
+    def until(condition, seconds=120):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def submit(**fields):
+        body = CreateVideo(prompt="a red disc moves right", seed=7, num_frames=5, **fields)
+        return service.submit(body, "", "", None)[0].id
+
+    killed, refused = submit(num_inference_steps=40, compute=1.0), submit(num_inference_steps=1)
+    waiting, cancelled = submit(num_inference_steps=6), submit(num_inference_steps=400, compute=1.0)
+    until(lambda: service.find(killed, "").step >= 7)
+    os.kill(gang.pids[1], signal.SIGKILL)
+    until(lambda: service.find(waiting, "").status == "completed")
+    until(lambda: service.find(cancelled, "").step >= 2)
+    assert gang.working
+    service.cancel(cancelled, "")
+    until(lambda: service.find(cancelled, "").status == "cancelled", 20)
+    video = service.find(killed, "")
+    (fault,) = video.faults
+    assert video.status == "completed" and fault.cause == "died" and fault.step >= fault.saved >= 5
+    assert "rank 1 of 2 died" in fault.message
+    assert len(video.hsa["steps"]) == 40 and video.timing["checkpoint"] > 0
+    assert service.find(refused, "").error.code == "invalid_request"
+    assert {path.name for path in (tmp_path / "results" / waiting).iterdir()} >= {"video.mp4", "report.json"}
+    figures = service.metrics.text().decode()
+    assert 'heterostep_recoveries_total{cause="died"} 1.0' in figures
+    assert 'heterostep_recovery_seconds_count{cause="died"} 1.0' in figures
+    assert 'heterostep_rank_imbalance_bucket{le="1.1"}' in figures and service.trouble is None
+    # An orderly stop saves the step that runs.
+    running = submit(num_inference_steps=400, compute=1.0)
+    until(lambda: service.find(running, "").step >= 2)
+    service.stop()
+    assert checkpoint_steps(tmp_path / "state" / running)[0] >= 2
     with pytest.raises(Closed):
         gang.heal()
 
