@@ -79,7 +79,9 @@ class RankWorker:
             engine = self._engine
             if engine is None or config.shard_weights or (place.rank == 0 and not engine.reads):
                 self._engine = self._preview = engine = None  # its memory first
-                self._engine = engine = Engine(dataclasses.replace(config, parallel=degrees))
+                shards = config.shard_weights and degrees is not None
+                config = dataclasses.replace(config, parallel=degrees, shard_weights=shards)
+                self._engine = engine = Engine(config)
                 if degrees is not None and engine.sharding is not None:
                     self._shardings[degrees] = engine.sharding
             self._regroup(engine, degrees)
@@ -88,7 +90,7 @@ class RankWorker:
         return Outcome(ended="done")
 
     def warm(self, config: EngineConfig, threads: int | None) -> Outcome:
-        """Load the whole model, for any rank, and let every kernel be chosen once."""
+        """Load the whole model, so that this process can become any rank."""
         try:
             self._set_threads(threads or 1)
             self._engine = Engine(dataclasses.replace(config, parallel=None, shard_weights=False))
