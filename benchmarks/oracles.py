@@ -13,8 +13,8 @@ from diffusers.hooks.hooks import BaseState, StateManager
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
-from heterostep.engine.attention import CachedWanAttnProcessor
 from heterostep.engine.hook import HOOK_NAME
+from heterostep.engine.models.wan_attention import CachedWanAttnProcessor
 from heterostep.hsa.cache import KVCache
 from heterostep.hsa.scores import top_tokens
 
@@ -168,7 +168,7 @@ class _FreshHook(ModelHook):
         out = self.fn_ref.original_forward(*args, **kwargs)
         if self.what == "velocity" and active is not None:
             latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            self.inner.rope.grid = self.inner.run.adapter.patch(module).grid_of(latents)
+            self.inner.call.grid = self.inner.run.grid
             everything = torch.arange(self.inner.run.grid.num_tokens, device=latents.device)
             return self._pass(context.name, everything, args, kwargs)
         return out

@@ -224,6 +224,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=pathlib.Path, default=DEMO_MODEL, help="pipeline folder (the demo model)")
     parser.add_argument("--split", choices=("tune", "held-out"), default="tune", help="disjoint captions and seeds")
     parser.add_argument("--count", type=int, default=24, help="clips (24)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first clip, to share the work (0)")
     parser.add_argument("--methods", nargs="+", default=["*"], metavar="GLOB", help='e.g. "joint" "steps*" "euler"')
     parser.add_argument("--computes", nargs="+", type=float, default=list(COMPUTES), help=f"default {COMPUTES}")
     parser.add_argument(
@@ -251,7 +252,7 @@ def main() -> None:
     evaluation = Evaluation(Bench(args.model, args.guidance, args.device), args)
     if not args.report:
         methods = select_methods(evaluation, args)
-        evaluation.run(clips(args.split, args.count), methods, deadline)
+        evaluation.run(clips(args.split, args.first + args.count)[args.first :], methods, deadline)
     results = current(read_results(evaluation.results), evaluation)
     if not results:
         raise SystemExit(f"No results in {evaluation.results}.")

@@ -1,19 +1,15 @@
-"""Self-attention with cached keys and values, on one rank or, by way of `sharding.py`, on many."""
+"""Attention with cached keys and values, on one rank or, by way of `sharding.py`, on many, whatever the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
 from ..hsa.cache import KVCache
-
-_TEXT_LENGTH = 512
-"""Text positions of Wan's models; what comes before them is the image."""
+from .tokens import Grid
 
 
 class AttentionCall:
@@ -22,121 +18,58 @@ class AttentionCall:
     Attributes:
         cached: whether this pass touches the caches; otherwise the processors are the stock ones.
         active: None when all tokens are in the pass, else int64 [A] or [B, A].
+        grid: tokens of the whole video.
         weight: weight [B, N] of the damped K/V forecast, or None.
-        attend: on many ranks, attention of this rank's rows: (q, k, v, cache) -> out, all [B, n, H, D].
+        attend: on many ranks, attention of this rank's rows: (q, k, v, cache, everywhere) -> out, of the shape of q
+            [B, n, H, D]; `everywhere` as in `CachedAttention`.
     """
 
     def __init__(self) -> None:
         """Start inactive."""
         self.cached = False
         self.active: Tensor | None = None
+        self.grid: Grid | None = None
         self.weight: Tensor | None = None
-        self.attend: Callable[[Tensor, Tensor, Tensor, KVCache | None], Tensor] | None = None
+        self.attend: Callable[[Tensor, Tensor, Tensor, KVCache | None, bool], Tensor] | None = None
 
     def clear(self) -> None:
         """Make the processors stock again."""
         self.__init__()  # type: ignore[misc]
 
 
-class CachedWanAttnProcessor(WanAttnProcessor):
-    """Wan's self-attention in which the queries of the active tokens attend to the keys of all tokens.
+class CachedAttention:
+    """The part of an attention processor that no model changes: fresh K/V rows go to the cache, queries see all rows.
 
-    Derived from diffusers' processor (Apache-2.0), whose order of arithmetic it keeps, so that a pass over
-    all tokens is the stock one bit for bit. ``cache`` is set before each pass to the guidance branch's cache
-    of this layer.
+    A processor derives from this and from the model's stock processor. ``cache`` is set before each pass to the
+    guidance branch's cache of this layer. ``everywhere`` says that the queries are no video tokens but something that
+    every rank has whole, such as sound.
     """
 
-    def __init__(self, call: AttentionCall, replaced: WanAttnProcessor) -> None:
+    _attention_backend: Any
+    _parallel_config: Any
+
+    def take_over(self, call: AttentionCall, replaced: Any, *, everywhere: bool = False) -> None:
         """Stand in for the processor `replaced`, with the same attention kernel."""
-        super().__init__()
         self.call = call
         self.cache: KVCache | None = None
+        self.everywhere = everywhere
         self._attention_backend = replaced._attention_backend
         self._parallel_config = replaced._parallel_config
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """Attend: hidden_states [B, A, H * D] -> [B, A, H * D]; arguments as diffusers' WanAttnProcessor."""
+    @property
+    def stock(self) -> bool:
+        """Whether this pass wants nothing but the stock processor."""
+        return not self.call.cached or (self.cache is None and self.call.attend is None)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend after normalisation and RoPE: q [B, M, H, D], fresh k and v [B, A, H, D] -> [B, M, H * D]."""
         cache, shared = self.cache, self.call.attend
-        if not self.call.cached or (cache is None and shared is None):
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        query, key, value = _project(attn, hidden_states)
-        query, key = attn.norm_q(query), attn.norm_k(key)
-        query, key, value = (t.unflatten(2, (attn.heads, -1)) for t in (query, key, value))
-        if rotary_emb is not None:
-            query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
         if shared is not None:
-            out = shared(query, key, value, cache).flatten(2, 3).type_as(query)
-            return attn.to_out[1](attn.to_out[0](out))
+            return shared(query, key, value, cache, self.everywhere).flatten(2, 3).type_as(query)
         assert cache is not None
         cache.write(key, value, self.call.active)
         if self.call.active is not None:
             key, value = cache.keys_values(query.dtype, self.call.weight)
-        out = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            dropout_p=0.0,
-            is_causal=False,
-            backend=self._attention_backend,
-            parallel_config=None,
-        )
-        out = out.flatten(2, 3).type_as(query)
-        return attn.to_out[1](attn.to_out[0](out))
-
-
-class TextKV:
-    """Keys and values of the prompt in one layer, for one guidance branch: constant over the steps of a run."""
-
-    def __init__(self) -> None:
-        """Know nothing yet."""
-        self.text: tuple[Tensor, Tensor] | None = None
-        self.image: tuple[Tensor, Tensor] | None = None
-
-
-class CachedTextAttnProcessor(WanAttnProcessor):
-    """Wan's cross-attention with the prompt's keys and values computed once a run, bit for bit the stock one.
-
-    ``store`` is set before each pass to the guidance branch's; without it the processor is the stock one.
-    """
-
-    def __init__(self, replaced: WanAttnProcessor) -> None:
-        """Stand in for the processor `replaced`, with the same attention kernel."""
-        super().__init__()
-        self.store: TextKV | None = None
-        self._attention_backend = replaced._attention_backend
-        self._parallel_config = replaced._parallel_config
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """Attend: hidden_states [B, A, H * D] -> [B, A, H * D]; arguments as diffusers' WanAttnProcessor."""
-        store = self.store
-        if store is None or encoder_hidden_states is None:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        if store.text is None:
-            _fill(store, attn, encoder_hidden_states)
-        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        image = None if store.image is None else self._attend(query, *store.image, None)
-        assert store.text is not None
-        out = self._attend(query, *store.text, attention_mask)
-        if image is not None:
-            out = out + image
-        return attn.to_out[1](attn.to_out[0](out))
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         out = dispatch_attention_fn(
             query,
             key,
@@ -150,38 +83,10 @@ class CachedTextAttnProcessor(WanAttnProcessor):
         return out.flatten(2, 3).type_as(query)
 
 
-def _fill(store: TextKV, attn: Any, states: Tensor) -> None:
-    """Compute the keys and values of a prompt, and of the image that Wan's I2V puts before it."""
-    if attn.add_k_proj is not None:
-        length = states.shape[1] - _TEXT_LENGTH
-        image, states = states[:, :length], states[:, length:]
-        if attn.fused_projections:
-            key, value = attn.to_added_kv(image).chunk(2, dim=-1)
-        else:
-            key, value = attn.add_k_proj(image), attn.add_v_proj(image)
-        key = attn.norm_added_k(key)
-        store.image = key.unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1))
-    if attn.fused_projections:
-        key, value = attn.to_kv(states).chunk(2, dim=-1)
-    else:
-        key, value = attn.to_k(states), attn.to_v(states)
-    key = attn.norm_k(key)
-    store.text = key.unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1))
+class TextKV:
+    """Keys and values of the prompt in one layer, for one guidance branch: constant over the steps of a run."""
 
-
-def _project(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [B, A, H * D], also with fused projections."""
-    if getattr(attn, "fused_projections", False):
-        query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        return query, key, value
-    return attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary embeddings [1 or B, A, 1, D] to x [B, A, H, D], in diffusers' order of arithmetic."""
-    x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    out = torch.empty_like(x)
-    out[..., 0::2] = x1 * cos - x2 * sin
-    out[..., 1::2] = x1 * sin + x2 * cos
-    return out.type_as(x)
+    def __init__(self) -> None:
+        """Know nothing yet."""
+        self.text: tuple[Tensor, Tensor] | None = None
+        self.image: tuple[Tensor, Tensor] | None = None

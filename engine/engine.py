@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +17,14 @@ import torch
 from ..errors import ConfigError, HeterostepError, RankFailure, RequestError
 from ..hsa.config import HSAConfig
 from ..parallel.mesh import ParallelMesh
+from .audio import Audio
 from .checkpoint import Saved
+from .conditions import encode_prompts, seen_image
 from .facts import first_line, read_facts
 from .identity import identity_of
 from .job import Finished, Job, JobConfig, look
-from .loading import load_pipeline, pick_device, pick_dtype
+from .loading import as_pipeline, load_pipeline, pick_device, pick_dtype
+from .models import recipe_for
 from .record import run_record
 from .request import (
     Cancelled,
@@ -34,6 +37,7 @@ from .request import (
     Started,
     StepDone,
     VideoOutput,
+    prepare,
     resolve,
 )
 from .session import apply, remove
@@ -43,6 +47,7 @@ from .tiles import can_share, decode_shared
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from PIL import Image
 
 __all__ = [
     "Cancelled",
@@ -58,9 +63,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-# What WanPipeline itself uses when it is given a prompt.
-_MAX_SEQUENCE_LENGTH = 512
 
 
 class Engine:
@@ -96,6 +98,7 @@ class Engine:
         shards = self.sharding.mesh if self.sharding is not None and self.config.shard_weights else None
         self.pipeline = load_pipeline(self.facts, self.device, self.dtype, text=self.leads, shards=shards)
         self.load_seconds = time.perf_counter() - start
+        self._recipe = recipe_for(self.facts.pipeline)
         self._busy = threading.Lock()
         self._stop = Stop()
 
@@ -151,7 +154,7 @@ class Engine:
             Cancelled: from the iterator, after `cancel`.
             Interrupted: from the iterator, after `save_and_stop`.
         """
-        return self._events(resolve(request, self.facts), job)
+        return self._events(*prepare(request, self.facts), job)
 
     def cancel(self) -> None:
         """Stop the video being made after its current step; callable from any thread. No-op when idle."""
@@ -166,7 +169,7 @@ class Engine:
         self._stop.save = True
         self._stop.asked = True
 
-    def _events(self, request: ResolvedRequest, job: JobConfig | None) -> Iterator[Event]:
+    def _events(self, request: ResolvedRequest, image: Image.Image | None, job: JobConfig | None) -> Iterator[Event]:
         if not self._busy.acquire(blocking=False):
             raise RequestError("this engine is making a video already; wait for it, cancel it, or use a second engine")
         self._stop = stop = Stop()
@@ -175,7 +178,7 @@ class Engine:
         def work() -> None:
             outcome: Event | BaseException
             try:
-                outcome = self._run(request, job, events.put, stop)
+                outcome = self._run(request, image, job, events.put, stop)
             except BaseException as error:  # it is raised again in the caller's thread
                 outcome = error
             self._busy.release()
@@ -205,7 +208,12 @@ class Engine:
                 worker.join()
 
     def _run(
-        self, request: ResolvedRequest, config: JobConfig | None, emit: Callable[[Event], None], stop: Stop
+        self,
+        request: ResolvedRequest,
+        image: Image.Image | None,
+        config: JobConfig | None,
+        emit: Callable[[Event], None],
+        stop: Stop,
     ) -> VideoOutput:
         """Make the video, or find it made. Runs in the worker thread.
 
@@ -215,14 +223,14 @@ class Engine:
         step = Progress()
         try:
             if config is None:
-                return self._make(request, None, None, None, emit, stop, step)
+                return self._make(request, image, None, None, None, emit, stop, step)
             identity = identity_of(self.facts, request, _allocation(self.config, request), self.dtype, self.pipeline)
             # All that is saved is alike on all ranks: one reads and writes it.
             job = Job(config, identity) if self.leads else None
             with contextlib.ExitStack() as held:
                 finished, saved = self._decide(lambda: _found(job, held))
                 if finished is None:
-                    return self._make(request, job, config.checkpoint_every, saved, emit, stop, step)
+                    return self._make(request, image, job, config.checkpoint_every, saved, emit, stop, step)
                 num_tokens = math.prod(self.facts.grid(request.width, request.height, request.num_frames))
                 emit(Started(request=request, num_tokens=num_tokens, resumed_at=request.num_inference_steps))
                 return finished.output
@@ -239,6 +247,7 @@ class Engine:
     def _make(
         self,
         request: ResolvedRequest,
+        image: Image.Image | None,
         job: Job | None,
         every: int | None,
         saved: Saved | None,
@@ -246,12 +255,13 @@ class Engine:
         stop: Stop,
         progress: Progress,
     ) -> VideoOutput:
-        """The life of a request: text, denoising, VAE."""
+        """The life of a request: text, denoising, VAE; `image` is what it starts from."""
         grid = self.facts.grid(request.width, request.height, request.num_frames)
         num_tokens = math.prod(grid)
         emit(Started(request=request, num_tokens=num_tokens, resumed_at=saved.step if saved is not None else None))
         start = time.perf_counter()
-        embeds = self._encode_text(request)
+        pipeline = as_pipeline(self.pipeline, self.facts.pipeline_for(image is not None))
+        embeds = encode_prompts(self._recipe, pipeline, request, self.device, self.sharding)
         encoded = self._clock()
         if self._vote(stop.asked):
             raise stopped(0 if saved is None else saved.step, request.num_inference_steps, job if stop.save else None)
@@ -259,7 +269,7 @@ class Engine:
         hsa = _allocation(self.config, request)
         # With every token at every step the hook changes nothing, but only through it a run can go on, or be shared.
         hooked = hsa is not None or every is not None or self.sharding is not None
-        session = apply(self.pipeline, hsa or HSAConfig(compute=1.0), sharding=self.sharding) if hooked else None
+        session = apply(pipeline, hsa or HSAConfig(compute=1.0), sharding=self.sharding) if hooked else None
         try:
             work = num_tokens * request.num_inference_steps * (hsa.compute if hsa is not None else 1.0)
             on_step = StepEvents(
@@ -268,15 +278,17 @@ class Engine:
             progress.follow(on_step)
             if every is not None:
                 on_step.keep(job, every, saved)
-            if session is not None:
-                for branch, text in zip(("cond", "uncond"), embeds.values(), strict=True):
-                    if text is not None:
-                        session.tell(branch, text.to(self.pipeline.transformer.dtype))
-            latents = self._denoise(request, embeds, on_step)
+            if session is not None and self.sharding is not None:
+                seen = seen_image(pipeline, image)
+                for unit, text in self._recipe.told(embeds).items():
+                    session.tell(unit, text.to(pipeline.transformer.dtype), **seen)
+            carried = ("latents", *(session.step_tensors if session is not None else ()))
+            conditions = {**embeds, **self._recipe.start(self.facts, image)}
+            latents, audio_latents = self._denoise(pipeline, request, conditions, on_step, carried)
             report = session.full_report() if session is not None else dense_report(on_step.events, grid)
         finally:
             if session is not None:
-                remove(self.pipeline)  # frees the K/V caches before the VAE needs the memory
+                remove(pipeline)  # frees the K/V caches before the VAE needs the memory
         if on_step.stopping:
             raise stopped(on_step.done, request.num_inference_steps, job if stop.save else None)
         if not bool(torch.isfinite(latents).all()):
@@ -288,6 +300,7 @@ class Engine:
 
         emit(Decoding(seconds=denoised - encoded))
         frames = self._decode(latents, request)
+        audio = None if audio_latents is None else self._audio(audio_latents)
         decoded = self._clock()
         seconds = {"encode_text": encoded - start, "denoise": denoised - encoded, "decode": decoded - denoised}
         if job is not None:
@@ -303,6 +316,8 @@ class Engine:
             seconds={**seconds, "total": sum(seconds.values())},
             latents=latents.float().cpu(),
             request=request,
+            audio=audio,
+            audio_latents=None if audio_latents is None else audio_latents.float().cpu(),
         )
         if job is not None:
             job.finish(output, run_record(self, output))
@@ -316,50 +331,27 @@ class Engine:
         """Whether any rank says yes."""
         return flag if self.sharding is None else self.sharding.agreement.any(flag)
 
-    def _encode_text(self, request: ResolvedRequest) -> dict[str, torch.Tensor | None]:
-        """Embeddings of the prompts, on every rank."""
-        if self.sharding is None:
-            return self._embed(request)
-        embeds = self._decide(
-            lambda: {name: text.cpu() for name, text in self._embed(request).items() if text is not None}
-        )
-        if self.leads and self.device.type == "cuda":
-            self.pipeline.text_encoder.to("cpu")  # until the next prompt: its memory is worth more to K/V
-        names = ("prompt_embeds", "negative_prompt_embeds")
-        return {name: embeds[name].to(self.device) if name in embeds else None for name in names}
-
-    @torch.no_grad()
-    def _embed(self, request: ResolvedRequest) -> dict[str, torch.Tensor | None]:
-        if self.sharding is not None:
-            self.pipeline.text_encoder.to(self.device)
-        prompt, negative = self.pipeline.encode_prompt(
-            request.prompt,
-            request.negative_prompt,
-            do_classifier_free_guidance=request.guidance_scale > 1.0,
-            max_sequence_length=_MAX_SEQUENCE_LENGTH,
-        )
-        return {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
-
     def _denoise(
-        self, request: ResolvedRequest, embeds: dict[str, torch.Tensor | None], on_step: StepEvents
-    ) -> torch.Tensor:
-        # With a VAE that does not compress time, WanPipeline adds one to the number of frames that it is
-        # given.
-        extra = 1 if self.facts.vae_temporal == 1 else 0
-        latents: torch.Tensor = self.pipeline(
-            **embeds,
+        self,
+        pipeline: Any,
+        request: ResolvedRequest,
+        conditions: dict[str, Any],
+        on_step: StepEvents,
+        carried: tuple[str, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Latents of the video and of its sound; `carried` is what `on_step` needs to see after each step."""
+        output = pipeline(
+            **conditions,
+            **self._recipe.arguments(self.facts, request),
             width=request.width,
             height=request.height,
-            num_frames=request.num_frames - extra,
             num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            guidance_scale_2=request.guidance_scale_2,
             generator=torch.Generator("cpu").manual_seed(request.seed),
-            max_sequence_length=_MAX_SEQUENCE_LENGTH,
             output_type="latent",
             callback_on_step_end=on_step,
-        ).frames
-        return latents
+            callback_on_step_end_tensor_inputs=list(carried),
+        )
+        return self._recipe.results(output)
 
     def _decode(self, latents: torch.Tensor, request: ResolvedRequest) -> NDArray[np.uint8]:
         """Latents [1, C, F, Y, X] -> uint8 [F, H, W, 3], on every rank."""
@@ -374,26 +366,33 @@ class Engine:
 
     @torch.no_grad()
     def _pixels(self, latents: torch.Tensor) -> NDArray[np.uint8] | None:
-        """Decode as the end of `WanPipeline.__call__` does it, on rank 0; others help with large videos."""
+        """Decode as the end of the pipeline's call does it, on rank 0; others help with large videos."""
         vae = self.pipeline.vae
         shared = self.sharding is not None and can_share(vae, latents)
         if not (shared or self.leads):
             return None
-        latents = latents.to(device=self.pipeline._execution_device, dtype=vae.dtype)
-        mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
-        inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
-        latents = latents / inverse_std + mean
+        latents = self._recipe.decodable(vae, latents.to(self.pipeline._execution_device))
         if shared:
             assert self.sharding is not None
             video = decode_shared(vae, latents, self.sharding.agreement)
         else:
-            video = vae.decode(latents, return_dict=False)[0]
+            video = self._recipe.decode(vae, latents)
         pixels: NDArray[np.uint8] | None = None
         if video is not None:
             frames = self.pipeline.video_processor.postprocess_video(video, output_type="np")[0]
             pixels = (frames * 255.0).round().astype(np.uint8)
         self.pipeline.maybe_free_model_hooks()
         return pixels
+
+    def _audio(self, latents: torch.Tensor) -> Audio:
+        """Latents of sound -> samples, on every rank."""
+
+        def made() -> Audio:
+            audio = self._recipe.audio(self.pipeline, latents.to(self.pipeline._execution_device))
+            self.pipeline.maybe_free_model_hooks()
+            return audio
+
+        return self._decide(made)
 
     def _clock(self) -> float:
         """Seconds, with the device's queue empty: otherwise a GPU stage would be charged to a later one."""

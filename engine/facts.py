@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
+from .ltx2_facts import Guidance, ltx2_facts
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
-SUPPORTED_PIPELINES = ("WanPipeline",)
-# WanPipeline.check_inputs asks for this whatever the model's own patch is.
-_PIPELINE_STEP = 16
+_IMAGE_PIPELINES = {"WanPipeline": "WanImageToVideoPipeline", "LTX2Pipeline": "LTX2ImageToVideoPipeline"}
+SUPPORTED_PIPELINES = (*_IMAGE_PIPELINES, *_IMAGE_PIPELINES.values())
 
 
 class Defaults(NamedTuple):
@@ -34,8 +34,15 @@ DEFAULTS: Mapping[str, Defaults] = {
     "Wan small": Defaults(64, 64, 17, 8, 40, 1.5),
     "Wan 1.3B": Defaults(832, 480, 81, 16, 50, 5.0),
     "Wan 14B": Defaults(832, 480, 81, 16, 50, 5.0),
+    "Wan 1.3B I2V": Defaults(832, 480, 81, 16, 40, 5.0),
+    "Wan 14B I2V": Defaults(832, 480, 81, 16, 40, 5.0),
     "Wan 2.2 A14B": Defaults(1280, 720, 81, 16, 40, 4.0, 3.0),
+    "Wan 2.2 A14B I2V": Defaults(1280, 720, 81, 16, 40, 3.5, 3.5),
     "Wan 2.2 TI2V 5B": Defaults(1280, 704, 121, 24, 50, 5.0),
+    "LTX-2 small": Defaults(64, 64, 17, 8, 40, 3.0),
+    "LTX-2": Defaults(768, 512, 121, 24, 40, 4.0),
+    "LTX-2.3": Defaults(768, 512, 121, 24, 30, 3.0),
+    "LTX-2.5": Defaults(768, 512, 121, 24, 30, 3.0),
 }
 
 
@@ -56,6 +63,14 @@ class ModelFacts:
         vae_temporal: video frames for a latent frame (after the first).
         vae_spatial: pixels for a latent row or column.
         rope_max: greatest number of tokens along one axis.
+        image: whether a video starts from an image: `"none"`, `"optional"` or `"required"`.
+        sees_image: whether the transformer also attends to an image encoder's view of the image (Wan 2.1).
+        image_crf: how much the pipeline compresses the image before it is encoded; None: not at all.
+        pipeline_step: what the pipeline wants width and height to be multiples of, whatever the model's own patch is.
+        audio_heads: attention heads with which sound looks at the video; 0 without sound.
+        audio_head_dim: channels of such a head.
+        audio_rate: latents of sound per second; 0 without sound.
+        guidance: beside that by the prompt; None: there is no other.
     """
 
     name: str
@@ -70,6 +85,35 @@ class ModelFacts:
     vae_temporal: int
     vae_spatial: int
     rope_max: int
+    image: str = "none"
+    sees_image: bool = False
+    image_crf: int | None = None
+    pipeline_step: int = 16
+    audio_heads: int = 0
+    audio_head_dim: int = 0
+    audio_rate: float = 0.0
+    guidance: Guidance | None = None
+
+    @property
+    def shared_heads(self) -> int:
+        """Heads that ulysses ranks can share: their degree divides this."""
+        return math.gcd(self.num_heads, self.audio_heads)
+
+    def guidance_for(self, scale: float) -> Guidance | None:
+        """Guidance of a request with this guidance scale."""
+        return self.guidance if self.guidance is None or scale > 1.0 else self.guidance.off
+
+    def passes(self, scale: float) -> int:
+        """Guidance units, evaluations of the video at each dense step, of a request with this guidance scale."""
+        guidance = self.guidance_for(scale)
+        return (2 if scale > 1.0 else 1) + (guidance.passes if guidance is not None else 0)
+
+    def pipeline_for(self, image: bool) -> str:
+        """Class name of the diffusers pipeline that makes a video with or without an image to start from."""
+        if self.image == "optional":
+            text = next(name for name, twin in _IMAGE_PIPELINES.items() if self.pipeline in (name, twin))
+            return _IMAGE_PIPELINES[text] if image else text
+        return self.pipeline
 
     @property
     def defaults(self) -> Defaults:
@@ -79,8 +123,8 @@ class ModelFacts:
     @property
     def size_step(self) -> tuple[int, int]:
         """Width and height, in pixels, are multiples of these."""
-        rows, columns = self.patch[1:]
-        return math.lcm(_PIPELINE_STEP, self.vae_spatial * columns), math.lcm(_PIPELINE_STEP, self.vae_spatial * rows)
+        rows, columns = (self.vae_spatial * n for n in self.patch[1:])
+        return math.lcm(self.pipeline_step, columns), math.lcm(self.pipeline_step, rows)
 
     @property
     def frame_step(self) -> int:
@@ -97,8 +141,12 @@ class ModelFacts:
         )
 
     def cache_bytes(self, num_tokens: int, element_bytes: int = 2) -> int:
-        """Bytes of the K and V rows of all layers, one guidance branch: 2 N H D L, times the element size."""
-        return 2 * num_tokens * self.num_heads * self.head_dim * self.num_layers * element_bytes
+        """Bytes of the K and V rows of all layers, one guidance unit: 2 N d L, times the element size.
+
+        d is H D, and with sound the width of the keys that sound looks at too.
+        """
+        width = self.num_heads * self.head_dim + self.audio_heads * self.audio_head_dim
+        return 2 * num_tokens * width * self.num_layers * element_bytes
 
 
 def read_facts(model: str) -> ModelFacts:
@@ -120,51 +168,75 @@ def read_facts(model: str) -> ModelFacts:
             f"model {model!r} is a {pipeline or 'folder without a pipeline class'}, "
             f"but heterostep runs {' and '.join(SUPPORTED_PIPELINES)} models"
         )
-    transformer = _read_json(model, location, "transformer/config.json")
-    vae = _read_json(model, location, "vae/config.json")
+    parts = ("transformer", "vae", *(("audio_vae", "text_encoder") if pipeline.startswith("LTX2") else ()))
+    transformer, vae, *others = (_read_json(model, location, f"{part}/config.json") for part in parts)
     try:
-        experts = 2 if (index.get("transformer_2") or [None, None])[1] else 1
-        heads, head_dim = int(transformer["num_attention_heads"]), int(transformer["attention_head_dim"])
-        frames, rows, columns = (int(n) for n in transformer["patch_size"])
-        facts = ModelFacts(
-            name=model,
-            location=location,
-            pipeline=pipeline,
-            family=_family(heads * head_dim, experts, bool(index.get("expand_timesteps"))),
-            experts=experts,
-            num_layers=int(transformer["num_layers"]),
-            num_heads=heads,
-            head_dim=head_dim,
-            patch=(frames, rows, columns),
-            vae_temporal=int(vae.get("scale_factor_temporal", 4)),
-            vae_spatial=int(vae.get("scale_factor_spatial", 8)),
-            rope_max=int(transformer.get("rope_max_seq_len", 1024)),
-        )
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+        sizes = ltx2_facts(transformer, vae, *others) if others else _wan_facts(pipeline, index, transformer, vae)
+        facts = ModelFacts(name=model, location=location, pipeline=pipeline, **sizes)
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise ConfigError(f"model {model!r}: its transformer or VAE config lacks or misstates {error}") from error
-    sizes = {
+    least = {
         "num_layers": facts.num_layers,
-        "num_attention_heads": heads,
-        "attention_head_dim": head_dim,
+        "num_attention_heads": facts.num_heads,
+        "attention_head_dim": facts.head_dim,
         "patch_size": min(facts.patch),
         "scale_factor_temporal": facts.vae_temporal,
         "scale_factor_spatial": facts.vae_spatial,
         "rope_max_seq_len": facts.rope_max,
+        **({"audio_num_attention_heads": facts.audio_heads} if others else {}),
     }
-    for name, size in sizes.items():
+    for name, size in least.items():
         if size < 1:
             raise ConfigError(f"model {model!r}: its config says {name} {size}, but sizes are at least 1")
+    _check_channels(facts, transformer.get("in_channels"), vae.get("latent_channels" if others else "z_dim"))
     return facts
 
 
-def _family(width: int, experts: int, per_token_timesteps: bool) -> str:
+def _wan_facts(
+    pipeline: str, index: Mapping[str, Any], transformer: Mapping[str, Any], vae: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Fields of `ModelFacts` of Wan's models."""
+    experts = 2 if (index.get("transformer_2") or [None, None])[1] else 1
+    per_token = bool(index.get("expand_timesteps"))
+    from_image = pipeline in _IMAGE_PIPELINES.values() and not per_token
+    heads, head_dim = int(transformer["num_attention_heads"]), int(transformer["attention_head_dim"])
+    frames, rows, columns = (int(n) for n in transformer["patch_size"])
+    return {
+        "family": _family(heads * head_dim, experts, per_token, from_image),
+        "experts": experts,
+        "num_layers": int(transformer["num_layers"]),
+        "num_heads": heads,
+        "head_dim": head_dim,
+        "patch": (frames, rows, columns),
+        "vae_temporal": int(vae.get("scale_factor_temporal", 4)),
+        "vae_spatial": int(vae.get("scale_factor_spatial", 8)),
+        "rope_max": int(transformer.get("rope_max_seq_len", 1024)),
+        "image": "optional" if per_token else "required" if from_image else "none",
+        "sees_image": from_image and transformer.get("image_dim") is not None,
+    }
+
+
+def _check_channels(facts: ModelFacts, taken: Any, latent: Any) -> None:
+    """Refuse the transformer of another pipeline: it would fail at its first step."""
+    latent = 16 if latent is None and not facts.audio_heads else latent
+    if latent is None:
+        return
+    # Beside the noisy latents the image's, and a mask with a channel for each frame of a latent frame.
+    given = latent if facts.image != "required" else 2 * latent + facts.vae_temporal
+    if taken is not None and taken != given:
+        raise ConfigError(
+            f"model {facts.name!r}: its transformer takes {taken} channels, but {facts.pipeline} gives it {given}; "
+            "one of the two belongs to another model"
+        )
+
+
+def _family(width: int, experts: int, per_token_timesteps: bool, from_image: bool) -> str:
     if width < 1024:
         return "Wan small"
     if per_token_timesteps:
         return "Wan 2.2 TI2V 5B"
-    if experts == 2:
-        return "Wan 2.2 A14B"
-    return "Wan 1.3B" if width < 4096 else "Wan 14B"
+    name = "Wan 2.2 A14B" if experts == 2 else "Wan 1.3B" if width < 4096 else "Wan 14B"
+    return f"{name} I2V" if from_image else name
 
 
 def locate(model: str) -> str:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import StateManager
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from ..errors import ConfigError
 from .attention import AttentionCall, TextKV
-from .run import Branch, Run, Step, fresh_weight
-from .tokens import Grid, Patch, gather_rows, pack, patchify, unpack, unpatchify
+from .branch import Branch, fresh_weight, tiled
+from .models import Site
+from .run import Run, Step
+from .tokens import Grid
 
 HOOK_NAME = "heterostep"
 """Name under which the hooks are registered with diffusers."""
+
+
+def named(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a module's forward, by name."""
+    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+    return dict(list(bound.arguments.items())[1:])  # without self
 
 
 class _Contexts(StateManager):
@@ -31,6 +41,45 @@ class _Contexts(StateManager):
         return self._context
 
 
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of the transformer by its pipeline.
+
+    Attributes:
+        module: the transformer.
+        name: the branch.
+        arguments: by name.
+        units: the guidance units that are stacked in the batch.
+        grid: tokens of the video.
+    """
+
+    module: Any
+    name: str
+    arguments: Mapping[str, Any]
+    units: tuple[str, ...]
+    grid: Grid
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the latents, and so of velocities."""
+        dtype: torch.dtype = self.arguments["hidden_states"].dtype
+        return dtype
+
+    def unit(self, index: int) -> dict[str, Any]:
+        """The arguments of one of the units alone."""
+        count, batch = len(self.units), self.arguments["hidden_states"].shape[0]
+        if count == 1:
+            return dict(self.arguments)
+        return {
+            name: value.chunk(count)[index] if isinstance(value, Tensor) and value.shape[:1] == (batch,) else value
+            for name, value in self.arguments.items()
+        }
+
+
+Answer = tuple[Tensor, tuple[Tensor, ...]]
+"""Velocity rows [batch, A, D] of video tokens, and whatever else a transformer returns."""
+
+
 class HSAHook(ModelHook):
     """Returns the velocity of all tokens while the model runs on the active ones: fresh rows over cached.
 
@@ -40,23 +89,20 @@ class HSAHook(ModelHook):
 
     _is_stateful = True
 
-    def __init__(
-        self, run: Run, expert: int, attentions: list[Any], texts: list[Any], rope: Any, call: AttentionCall
-    ) -> None:
+    def __init__(self, run: Run, expert: int, sites: Sequence[Site], texts: Sequence[Any], call: AttentionCall) -> None:
         """Serve one transformer.
 
         Args:
             run: shared by the hooks of all experts.
             expert: number of this transformer.
-            attentions: the self-attention of every layer, with our processor set.
+            sites: where tokens meet, with our processors set.
             texts: our processors of the cross-attention to the prompt.
-            rope: the hook on the model's rotary embedding.
-            call: shared by processors and `rope`.
+            call: shared by processors and by the hooks inside the model.
         """
         super().__init__()
         self.run, self.expert = run, expert
-        self.attentions, self.processors = attentions, [attention.processor for attention in attentions]
-        self.texts, self.rope, self.call = texts, rope, call
+        self.sites, self.processors = sites, [site.attention.processor for site in sites]
+        self.texts, self.call = texts, call
         self.contexts = _Contexts()
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -65,162 +111,185 @@ class HSAHook(ModelHook):
         self.run.end()
         return module
 
-    def new_forward(
-        self,
-        module: Any,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_hidden_states_image: Tensor | None = None,
-        return_dict: bool = True,
-        attention_kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Take and return what WanTransformer3DModel.forward does."""
-        rest = {"attention_kwargs": attention_kwargs}
-        if encoder_hidden_states_image is not None:
-            rest["encoder_hidden_states_image"] = encoder_hidden_states_image  # type: ignore[assignment]
+    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """Take and return what the transformer's forward does."""
         context = self.contexts.current
         if context is None:  # not a denoising call of a pipeline
-            return self.fn_ref.original_forward(
-                hidden_states, timestep, encoder_hidden_states, return_dict=return_dict, **rest
-            )
-        run, patch = self.run, self.run.adapter.patch(module)
-        grid = patch.grid_of(hidden_states)
-        index = run.index_of(context.step_index)
-        if run.passed(context.name, index, hidden_states, grid, len(self.processors)):
-            shape = (hidden_states.shape[0], module.config.out_channels, *hidden_states.shape[2:])
-            velocity = hidden_states.new_zeros(()).expand(shape)  # costs no memory
-            return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
-        step = run.enter(self.expert, context.name, index, hidden_states, grid)
-        branch = run.branch(context.name, len(self.processors))
-        args = (hidden_states, timestep, encoder_hidden_states, rest)
+            return self.fn_ref.original_forward(*args, **kwargs)
+        run, adapter = self.run, self.run.adapter
+        arguments = named(module, args, kwargs)
+        return_dict = arguments.pop("return_dict", True)
+        units, grid = adapter.units(run.pipe, context.name), adapter.grid(module, arguments)
+        call = Call(module=module, name=context.name, arguments=arguments, units=units, grid=grid)
+        index, first = run.index_of(context.step_index), call.unit(0)
+        latents, run.timestep = first["hidden_states"], first["timestep"]
+        if run.passed(context.name, index, latents, grid, len(self.processors)):
+            out = adapter.nothing(module, arguments)
+        else:
+            step = run.enter(self.expert, context.name, index, latents, grid)
+            out = self._evaluate(step, call)
+            run.leave(step)
+        return adapter.output(*out) if return_dict else out
+
+    def _evaluate(self, step: Step, call: Call) -> tuple[Tensor, ...]:
+        """What the transformer is to answer to a call."""
         try:
-            if run.sharding is not None and step.count:
-                velocity = self._shared(step, context.name, patch, grid, args)
-            elif step.active is None:
-                velocity = self._full(step, branch, patch, grid, args)
-            elif step.count == 0:
-                velocity = self._merged(step, branch, patch, grid, hidden_states)
-            else:
-                velocity = self._partial(step, branch, patch, grid, args)
+            if self.run.sharding is not None and step.count:
+                return self._shared(step, call)
+            if step.active is None:
+                return self._full(step, call)
+            if step.count == 0:
+                return self._merged(step, call)
+            return self._partial(step, call)
         finally:
             self._unbind()
-        run.leave(step)
-        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
-    def _full(self, step: Step, branch: Branch, patch: Patch, grid: Grid, args: tuple[Any, ...]) -> Tensor:
+    def _full(self, step: Step, call: Call) -> tuple[Tensor, ...]:
         """All tokens: the stock pass, of which only what later steps need is kept."""
-        latents, timestep, text, rest = args
+        branch = self._branch(call.name)
         self._bind_text(branch)
         if self.run.needs_kv(step.index):
-            self._bind(branch, step)
-        velocity = self.fn_ref.original_forward(latents, timestep, text, return_dict=False, **rest)[0]
+            self._bind(branch, step, call, None, len(call.units))
+        out: tuple[Tensor, ...] = self.fn_ref.original_forward(**call.arguments, return_dict=False)
         if not self.run.needs_velocity(step.index):
-            return velocity
-        self._write(step, branch, patchify(velocity, patch), grid)
+            return out
+        self._write(step, call, self.run.adapter.rows(call.module, out))
         if self.run.forecast == "ab2" or self.run.correct:
-            return unpatchify(branch.velocity.merged(step.sigma, step.sigma_next).to(velocity.dtype), patch, grid)
-        return velocity
+            return self._merged(step, call)
+        return out
 
-    def _partial(self, step: Step, branch: Branch, patch: Patch, grid: Grid, args: tuple[Any, ...]) -> Tensor:
-        """Some tokens: the stock pass over a video that consists of the active ones."""
-        latents, timestep, text, rest = args
-        assert step.active is not None
-        rows = gather_rows(patchify(latents, patch), step.active)
-        packed = pack(rows, patch)
-        if timestep.ndim == 2:
-            timestep = gather_rows(timestep, step.active)
-        self._bind(branch, step)
-        self.rope.grid = grid
-        out = self.fn_ref.original_forward(packed, timestep, text, return_dict=False, **rest)[0]
-        self._write(step, branch, unpack(out, patch), grid)
-        return self._merged(step, branch, patch, grid, out)
+    def _partial(self, step: Step, call: Call) -> tuple[Tensor, ...]:
+        """Some tokens: the stock pass over these alone."""
+        adapter, active = self.run.adapter, tiled(step.active, len(call.units))
+        assert active is not None
+        self._bind(self._branch(call.name), step, call, active, len(call.units))
+        arguments = adapter.subset(call.module, call.arguments, active)
+        out = self.fn_ref.original_forward(**arguments, return_dict=False)
+        self._write(step, call, adapter.rows(call.module, out))
+        return self._merged(step, call)
 
-    def _shared(self, step: Step, name: str, patch: Patch, grid: Grid, args: tuple[Any, ...]) -> Tensor:
-        """On many ranks: each evaluates its tokens, and its branch where the branches are shared too."""
+    def _shared(self, step: Step, call: Call) -> tuple[Tensor, ...]:
+        """On many ranks: each evaluates its tokens, and its guidance units where these are shared too."""
         run, sharding = self.run, self.run.sharding
         assert sharding is not None
-        latents, timestep, *told = args
-        run.told[name] = tuple(told)
-        if step.share is None:
-            step.share = sharding.share(step.active, grid, run.batch_size)
-        names, groups = run.adapter.branches(run.pipe), sharding.mesh.cfg.size
-        ready = not step.velocities and all(other in run.told for other in names)
-        if name not in step.velocities and groups > 1 and ready:
-            for start in range(0, len(names), groups):
-                turn = names[start : start + groups]
-                own = sharding.own(turn)
-                rows = self._pass(step, own, patch, grid, (latents, timestep, *run.told[own]), keep=True)
-                for branch, gathered in zip(turn, sharding.gather_branches(rows, step.share), strict=True):
-                    step.velocities[branch] = self._kept(step, branch, gathered, patch, grid)
-        elif name not in step.velocities:
-            # The run's first step, unless the engine told what the other branch will be asked: all ranks evaluate both.
-            keep = name in names[sharding.mesh.cfg.rank :: groups]
-            rows = self._pass(step, name, patch, grid, args, keep=keep)
-            step.velocities[name] = self._kept(step, name, sharding.gather(rows, step.share), patch, grid)
-        return step.velocities[name]
+        if sharding.mesh.cfg.size == 1:
+            rows, others = self._pass(step, call.name, call, call.arguments, keep=True)
+            gathered = sharding.gather(rows, self._share(step, call, len(call.units)))
+            return self._kept(step, call, (gathered, sharding.same(others)))
+        for i, unit in enumerate(call.units):
+            run.told[unit] = {k: v for k, v in call.unit(i).items() if k not in run.adapter.moving}
+        if not all(unit in step.answers for unit in call.units):
+            self._share_units(step, call)
+        answers = [step.answers.pop(unit) for unit in call.units]
+        others = tuple(torch.cat(parts) for parts in zip(*(others for _, others in answers), strict=True))
+        return self._kept(step, call, (torch.cat([rows for rows, _ in answers]), others))
 
-    def _pass(self, step: Step, name: str, patch: Patch, grid: Grid, args: tuple[Any, ...], *, keep: bool) -> Tensor:
-        """Evaluate this rank's tokens: velocity rows [B, n or 1, D]; `keep` K/V if later steps need them."""
-        latents, timestep, text, rest = args
-        share, branch = step.share, self.run.branch(name, len(self.processors))
-        assert share is not None
-        rows = gather_rows(patchify(latents, patch), share.tokens)
-        if timestep.ndim == 2:
-            timestep = gather_rows(timestep, share.tokens)
-        self._bind(branch, step)
-        if not keep or (step.active is None and not self.run.needs_kv(step.index)):
+    def _share_units(self, step: Step, call: Call) -> None:
+        """Evaluate the guidance units of a call, and those of later ones where it is known what they will ask."""
+        run, sharding = self.run, self.run.sharding
+        assert sharding is not None
+        order = [unit for name in run.adapter.branches(run.pipe) for unit in run.adapter.units(run.pipe, name)]
+        todo = order if all(unit in run.told for unit in order) else list(call.units)
+        groups, share = sharding.mesh.cfg.size, self._share(step, call, 1)
+        moving = {name: value for name, value in call.unit(0).items() if name in run.adapter.moving}
+        for start in range(0, len(todo), groups):
+            turn = todo[start : start + groups]
+            if len(turn) == groups and order.index(turn[0]) % groups == 0:
+                own = sharding.own(turn)
+                rows, others = self._pass(step, own, call, run.told[own] | moving, keep=True)
+                gathered = sharding.gather_branches(rows, share), sharding.same_branches(others)
+                step.answers |= dict(zip(turn, zip(*gathered, strict=True), strict=True))
+                continue
+            # The run's first step, unless the engine told what another branch will be asked: all ranks evaluate it.
+            for unit in turn:
+                keep = order.index(unit) % groups == sharding.mesh.cfg.rank
+                rows, others = self._pass(step, unit, call, run.told[unit] | moving, keep=keep)
+                step.answers[unit] = sharding.gather(rows, share), sharding.same(others)
+
+    def _share(self, step: Step, call: Call, units: int) -> Any:
+        """This rank's part of a step, for passes with so many units in the batch."""
+        sharding = self.run.sharding
+        assert sharding is not None
+        if units not in step.shares:
+            active = tiled(step.active, units)
+            step.shares[units] = sharding.share(active, call.grid, units * self.run.batch_size)
+        return step.shares[units]
+
+    def _pass(self, step: Step, name: str, call: Call, arguments: Mapping[str, Any], *, keep: bool) -> Answer:
+        """Evaluate this rank's tokens: rows [batch, n or 1, D] and all else; `keep` K/V if later steps need them."""
+        run, sharding, branch = self.run, self.run.sharding, self._branch(name)
+        assert sharding is not None
+        units = arguments["hidden_states"].shape[0] // run.batch_size
+        share = self._share(step, call, units)
+        self._bind(branch, step, call, share.tokens, units)
+        if not keep or (step.active is None and not run.needs_kv(step.index)):
             for processor in self.processors:
                 processor.cache = None
-        weight, self.call.active = self.call.weight, share.tokens
-        self.call.attend = lambda q, k, v, cache: self.run.sharding.attend(share, q, k, v, cache, weight)  # type: ignore[union-attr]
-        self.rope.grid = grid
+        weight = self.call.weight
+        self.call.attend = lambda q, k, v, cache, everywhere: sharding.attend(share, q, k, v, cache, weight, everywhere)
+        arguments = run.adapter.subset(call.module, arguments, share.tokens)
         try:
-            with self.run.sharding.timed():  # type: ignore[union-attr]
-                out = self.fn_ref.original_forward(pack(rows, patch), timestep, text, return_dict=False, **rest)[0]
+            with sharding.timed():
+                out = self.fn_ref.original_forward(**arguments, return_dict=False)
         finally:
             self._unbind()
-        return unpack(out, patch)
+        return run.adapter.rows(call.module, out)
 
-    def _kept(self, step: Step, name: str, rows: Tensor, patch: Patch, grid: Grid) -> Tensor:
-        """Store the gathered rows [B, A, D] of a branch; return the velocity [B, C, F, Y, X] of all its tokens."""
-        run, branch = self.run, self.run.branch(name, len(self.processors))
+    def _kept(self, step: Step, call: Call, answer: Answer) -> tuple[Tensor, ...]:
+        """Store the gathered rows [batch, A, D] of a branch; return the velocity of all its tokens."""
+        run = self.run
         if step.active is None and not run.needs_velocity(step.index):
-            return unpatchify(rows, patch, grid)
-        self._write(step, branch, rows, grid)
+            return run.adapter.answer(call.module, call.grid, *answer)
+        self._write(step, call, answer)
         if step.active is None and run.forecast != "ab2" and not run.correct:
-            return unpatchify(rows, patch, grid)
-        return self._merged(step, branch, patch, grid, rows)
+            return run.adapter.answer(call.module, call.grid, *answer)
+        return self._merged(step, call)
 
-    def _merged(self, step: Step, branch: Branch, patch: Patch, grid: Grid, like: Tensor) -> Tensor:
-        """Velocity [B, C, F, Y, X] of all tokens, of the type of `like`."""
-        return unpatchify(branch.velocity.merged(step.sigma, step.sigma_next).to(like.dtype), patch, grid)
+    def _merged(self, step: Step, call: Call) -> tuple[Tensor, ...]:
+        """Velocity of all tokens, fresh or remembered, as the transformer would return it."""
+        branch = self._branch(call.name)
+        rows, *others = (
+            cache.merged(step.sigma, step.sigma_next).to(call.dtype) for cache in (branch.velocity, *branch.others)
+        )
+        return self.run.adapter.answer(call.module, call.grid, rows, tuple(others))
 
-    def _write(self, step: Step, branch: Branch, rows: Tensor, grid: Grid) -> None:
-        """Store fresh velocity rows [B, A, D]; the run's first ones fix the shape."""
-        velocity = branch.velocity
+    def _write(self, step: Step, call: Call, answer: Answer) -> None:
+        """Store fresh rows [batch, A, D] and all else; the run's first ones fix the shapes."""
+        branch, (rows, others) = self._branch(call.name), answer
+        caches = branch.velocities(len(others))
         if step.index == self.run.first:
-            velocity.start(rows.shape[0], grid.num_tokens, rows.shape[2], rows.dtype, rows.device)
-        velocity.write(step.active, rows, step.sigma)
+            sizes = (call.grid.num_tokens, *(other.shape[1] for other in others))
+            for cache, values, size in zip(caches, (rows, *others), sizes, strict=True):
+                cache.start(values.shape[0], size, values.shape[2], values.dtype, values.device)
+        branch.velocity.write(tiled(step.active, len(call.units)), rows, step.sigma)
+        for cache, values in zip(branch.others, others, strict=True):
+            cache.write(None, values, step.sigma)
 
-    def _bind(self, branch: Branch, step: Step) -> None:
-        """Point the processors to the branch's caches for one pass.
+    def _branch(self, name: str) -> Branch:
+        return self.run.branch(name, len(self.processors))
+
+    def _bind(self, branch: Branch, step: Step, call: Call, active: Tensor | None, units: int) -> None:
+        """Point the processors to the branch's caches for one pass over the tokens `active`, None for all.
 
         Raises:
             ConfigError: another processor was set since: it would see the active tokens alone.
         """
-        for attention, processor, cache in zip(self.attentions, self.processors, branch.layers, strict=True):
-            if attention.processor is not processor:
+        for site, processor, cache in zip(self.sites, self.processors, branch.layers, strict=True):
+            if site.attention.processor is not processor:
+                stock = " or ".join(kind.__name__ for kind in self.run.adapter.stock_processors)
                 raise ConfigError(
-                    f"{type(attention.processor).__name__} was set as attention processor after hs.apply, and a step "
-                    "that leaves out tokens needs ours: set the stock WanAttnProcessor and call hs.apply again, or "
-                    'use policy="steps".'
+                    f"{type(site.attention.processor).__name__} was set as attention processor after hs.apply, and a "
+                    f"step that leaves out tokens needs ours: set the stock {stock} and call hs.apply again, or use "
+                    'policy="steps".'
                 )
             processor.cache = cache
         self._bind_text(branch)
-        self.call.cached, self.call.active = True, step.active
+        self.call.cached, self.call.active, self.call.grid = True, active, call.grid
         if step.active is not None:
-            self.call.weight = fresh_weight(branch, step, self.run.kv_damping, self.run.kv_since)
+            # Tokens were evaluated at the same times in all units, of this and of every other branch.
+            clock, run = self._branch(call.name).velocity.clock, self.run
+            rows = tiled(step.active, units), units * run.batch_size
+            self.call.weight = fresh_weight(clock, step.sigma, *rows, run.kv_damping, run.kv_since, run.conditioned)
 
     def _bind_text(self, branch: Branch) -> None:
         """Point the processors of the cross-attention to what the branch knows of its prompt."""

@@ -23,6 +23,7 @@ _MODEL_FILES = (".json", ".safetensors", ".model", ".txt")
 _BLOCKS, _BLOCK = 16, 1 << 16
 _VALUES = 8
 _WORDS = {
+    "request.image": "the image it starts from",
     "model.files": "the model's files",
     "pipeline.scheduler": "the pipeline's scheduler",
     "pipeline.weights": "the weights in memory (LoRA?)",

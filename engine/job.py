@@ -23,6 +23,7 @@ import torch
 
 from ..errors import ConfigError
 from ..hsa.config import HSAConfig
+from .audio import Audio
 from .checkpoint import Damaged, Saved, read_saved, remove_others, write_saved
 from .facts import first_line
 from .files import checkpoint_name, checkpoint_steps
@@ -307,6 +308,9 @@ def _output_content(output: VideoOutput) -> dict[str, Any]:
     return {
         "frames": torch.from_numpy(output.frames),
         "latents": output.latents,
+        "audio": None if output.audio is None else torch.from_numpy(output.audio.samples),
+        "audio_rate": None if output.audio is None else output.audio.sample_rate,
+        "audio_latents": output.audio_latents,
         "fps": output.fps,
         "hsa": None if output.hsa is None else dataclasses.asdict(output.hsa),
         "report": {
@@ -315,6 +319,7 @@ def _output_content(output: VideoOutput) -> dict[str, Any]:
             "evaluations": report.evaluations,
             "kv_bytes": report.kv_bytes,
             "num_steps": report.num_steps,
+            "conditioned": report.conditioned,
         },
         "seconds": dict(output.seconds),
         "request": dataclasses.asdict(output.request),
@@ -325,9 +330,12 @@ def _output_from(content: Mapping[str, Any]) -> VideoOutput:
     """The inverse of `_output_content`."""
     report = dict(content["report"])
     report["steps"] = [step_from(step) for step in report["steps"]]
+    audio = content.get("audio")
     return VideoOutput(
         frames=content["frames"].numpy(),
         latents=content["latents"],
+        audio=None if audio is None else Audio(samples=audio.numpy(), sample_rate=content["audio_rate"]),
+        audio_latents=content.get("audio_latents"),
         fps=content["fps"],
         hsa=None if content["hsa"] is None else HSAConfig(**content["hsa"]),
         report=HSAReport(**report),

@@ -43,6 +43,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 _TEXT = ("text_encoder", "tokenizer")
+_IMAGE = ("image_encoder", "image_processor")
+# Of 2.5: they write longer prompts, and choose a length.
+_UNUSED = ("processor", "prompt_enhancer", "duration_head")
+_AUDIO = ("connectors", "audio_vae", "vocoder")
+# Small parts in which rounding shows, or is heard. LTX-2's VAE is not among them: its pipeline gives it images in the
+# transformer's type.
+_FLOAT32 = ("image_encoder", "audio_vae", "vocoder")
 
 
 def load_pipeline(
@@ -55,8 +62,8 @@ def load_pipeline(
 ) -> Any:
     """Load a model's stock pipeline.
 
-    The VAE is kept in float32. Only safetensors are read: other weight files can run code when they are
-    opened.
+    Wan's VAE, and what is small in others, is kept in float32. Only safetensors are read: other weight files can run
+    code when they are opened.
 
     Args:
         facts: says where the model is.
@@ -78,15 +85,25 @@ def load_pipeline(
         folder = facts.location
         if not Path(folder).is_dir():
             folder = str(cls.download(folder, use_safetensors=True))
-        index = {name: entry for name, entry in cls.load_config(folder).items() if text or name not in _TEXT}
+        config = cls.load_config(folder)
+        left_out = (*_UNUSED, *(() if text else _TEXT))
+        index = {name: entry for name, entry in config.items() if name not in left_out}
         networks = _load_networks(facts, Path(folder), index, dtype)
-        networks |= {} if text else dict.fromkeys(_TEXT)
+        networks |= dict.fromkeys(name for name in left_out if name in config)
         pipeline = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **networks)
     except (ConfigError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a foreign or torn folder can raise anything: OSError, KeyError, SafetensorError ...
         raise ConfigError(f"model {facts.name!r} cannot be loaded ({first_line(error)})") from error
-    for name in ("transformer", "vae", "scheduler", *(_TEXT if text else ())):
+    needed = (
+        "transformer",
+        "vae",
+        "scheduler",
+        *(_TEXT if text else ()),
+        *(_IMAGE if facts.sees_image else ()),
+        *(_AUDIO if facts.audio_heads else ()),
+    )
+    for name in needed:
         if getattr(pipeline, name, None) is None:
             raise ConfigError(f"model {facts.name!r} has no {name}, so it cannot make a video")
     pipeline.set_progress_bar_config(disable=True)
@@ -95,6 +112,19 @@ def load_pipeline(
         for _, transformer in adapter.transformers(pipeline):
             shard_weights(transformer, adapter.blocks(transformer), shards)
     return pipeline.to(device)
+
+
+def as_pipeline(pipeline: Any, name: str) -> Any:
+    """A pipeline of class `name` that shares all its parts with `pipeline`; `pipeline` itself if it is one."""
+    import diffusers
+
+    if type(pipeline).__name__ == name:
+        return pipeline
+    parts = {key: part for key, part in pipeline.components.items() if key not in _IMAGE}
+    options = {key: pipeline.config[key] for key in ("boundary_ratio", "expand_timesteps") if key in pipeline.config}
+    twin = getattr(diffusers, name)(**parts, **options)
+    twin.set_progress_bar_config(disable=True)
+    return twin
 
 
 def _load_networks(facts: ModelFacts, folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -106,7 +136,7 @@ def _load_networks(facts: ModelFacts, folder: Path, index: Mapping[str, Any], dt
         facts: for messages.
         folder: has one folder for each network.
         index: content of model_index.json, (library, class) by name.
-        dtype: of all networks but the VAE.
+        dtype: of all networks but VAE and image encoder.
 
     Returns:
         The networks by name; the pipeline loads what else it needs.
@@ -115,17 +145,20 @@ def _load_networks(facts: ModelFacts, folder: Path, index: Mapping[str, Any], dt
     import transformers
 
     libraries = {"diffusers": diffusers, "transformers": transformers}
+    float32 = _FLOAT32 if facts.audio_heads else (*_FLOAT32, "vae")
     networks = {}
     for name, entry in index.items():
         library, kind = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
-        cls = getattr(libraries[library], str(kind), None) if library in libraries else None
+        # A part of one pipeline alone is named by the folder of that pipeline's code, such as ltx2.
+        module = libraries.get(str(library)) or getattr(diffusers.pipelines, str(library), None)
+        cls = getattr(module, str(kind), None)
         if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
             continue  # a tokenizer, a scheduler, a setting; what is wrong with it the pipeline says
         if not (folder / name).is_dir():  # the libraries would take the path for a hub id
             raise ConfigError(f"model {facts.name!r} has no folder {name}, so it is not complete")
         networks[name], info = cls.from_pretrained(  # type: ignore[attr-defined]
             folder / name,
-            dtype=torch.float32 if name == "vae" else dtype,
+            dtype=torch.float32 if name in float32 else dtype,
             use_safetensors=True,
             output_loading_info=True,
         )

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .hook import named
+from .models import adapter_for, recipe_for
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -100,6 +103,7 @@ class Preview:
         """Attach to a loaded pipeline whose transformers are called at every step."""
         self.budget, self.seconds = budget, 0.0
         self._pipeline = pipeline
+        self._adapter, self._recipe = adapter_for(pipeline), recipe_for(type(pipeline).__name__)
         self._linear = LinearDecoder()
         self._cost: float | None = None
         self._step = -1
@@ -134,10 +138,8 @@ class Preview:
         step = scheduler.step_index or 0
         if step == self._step:
             return
-        latents = arguments["hidden_states"] if "hidden_states" in arguments else inputs[0]
-        # An image-to-video model gets its condition as further channels.
-        channels = self._pipeline.vae.config.z_dim
-        frame = latents[:1, :channels, latents.shape[2] // 2].float().clone()
+        latents = self._adapter.video(module, named(module, inputs, arguments))
+        frame = latents[:1, :, latents.shape[2] // 2].float().clone()
         now = time.perf_counter()
         if self._latents is None or step != self._step + 1 or frame.shape != self._latents.shape:
             self._started, self.seconds = now, 0.0
@@ -150,7 +152,7 @@ class Preview:
         self._step, self._latents = step, frame
 
     def _worth_it(self, step: int, now: float) -> bool:
-        if step < _FIRST_SHARE * self._pipeline.num_timesteps:
+        if step < _FIRST_SHARE * len(self._pipeline.scheduler.timesteps):
             return False
         elapsed = now - self._started
         # What the first picture of the VAE costs is not known; half a step is what it takes in a small model.
@@ -160,17 +162,16 @@ class Preview:
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> NDArray[np.uint8]:
         """Latents [1, C, Y, X] of one frame -> uint8 [H, W, 3]."""
-        picture = self._linear.decode(latents) if self._linear.ready else self._through_vae(latents)
+        latents = self._recipe.finished(self._pipeline, latents.unsqueeze(2))
+        picture = self._linear.decode(latents[:, :, 0]) if self._linear.ready else self._through_vae(latents)
         pixels: NDArray[np.uint8] = (picture.clamp(0.0, 1.0) * 255.0).round().byte().permute(1, 2, 0).cpu().numpy()
         return pixels
 
     def _through_vae(self, latents: Tensor) -> Tensor:
-        """Latents [1, C, Y, X] of one frame -> [3, H, W] in 0 to 1, as a video of one frame."""
+        """Latents [1, C, 1, Y, X] of one frame -> [3, H, W] in 0 to 1, as a video of one frame."""
         vae = self._pipeline.vae
         factor = -(-max(latents.shape[-2:]) // _MAX_SIDE)
         if factor > 1:
-            latents = torch.nn.functional.avg_pool2d(latents, factor, ceil_mode=True)
-        mean = torch.tensor(vae.config.latents_mean, device=latents.device).view(1, -1, 1, 1)
-        std = torch.tensor(vae.config.latents_std, device=latents.device).view(1, -1, 1, 1)
-        video: Tensor = vae.decode((latents * std + mean).unsqueeze(2).to(vae.dtype), return_dict=False)[0]
+            latents = torch.nn.functional.avg_pool3d(latents, (1, factor, factor), ceil_mode=True)
+        video = self._recipe.decode(vae, self._recipe.decodable(vae, latents))
         return video[0, :, 0].float() / 2.0 + 0.5

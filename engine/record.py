@@ -70,8 +70,9 @@ def run_record(engine: Engine, output: VideoOutput, dense: VideoOutput | None = 
 
     Returns:
         `model`, `family`, `device`, `dtype`, `versions`, `request`, `hsa`, `compute` (achieved), `seconds` by
-        stage, `parallel` (degrees) and `ranks` (traffic and memory of each), `steps`, `kv_bytes`, `evaluations` (a
-        summary and the histogram over tokens), and perhaps `against_dense`.
+        stage, `parallel` (degrees) and `ranks` (traffic and memory of each), `steps`, `kv_bytes`, `conditioned` (tokens
+        that were given), `audio` (None without sound), `evaluations` (a summary and the histogram over tokens), and
+        perhaps `against_dense`.
     """
     report = output.report
     assert report.evaluations is not None, "a finished run has evaluations"
@@ -91,6 +92,14 @@ def run_record(engine: Engine, output: VideoOutput, dense: VideoOutput | None = 
         "ranks": [dataclasses.asdict(rank) for rank in report.ranks],
         "steps": [plain_step(step) for step in report.steps],
         "kv_bytes": report.kv_bytes,
+        "conditioned": report.conditioned,
+        "audio": None
+        if output.audio is None
+        else {
+            "channels": len(output.audio.samples),
+            "sample_rate": output.audio.sample_rate,
+            "seconds": output.audio.seconds,
+        },
         "evaluations": {
             "grid": list(evaluations.shape),
             "min": int(evaluations.min()),

@@ -89,6 +89,8 @@ class HSAReport:
         kv_bytes: bytes of cached keys and values.
         num_steps: steps of the whole run, T.
         ranks: what each rank did; empty on one rank.
+        conditioned: tokens per sample that were given (an image), and whose velocity is never used. They count as all
+            others do in `compute` and `evaluations`: dense, they are evaluated at every step.
     """
 
     steps: list[StepRecord]
@@ -97,6 +99,7 @@ class HSAReport:
     kv_bytes: int
     num_steps: int
     ranks: tuple[RankReport, ...] = ()
+    conditioned: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, lists and strings, ready for JSON."""
@@ -104,6 +107,7 @@ class HSAReport:
             "compute": self.compute,
             "num_steps": self.num_steps,
             "kv_bytes": self.kv_bytes,
+            "conditioned": self.conditioned,
             **({"ranks": [asdict(rank) for rank in self.ranks]} if self.ranks else {}),
             "steps": [plain_step(record) for record in self.steps],
             "evaluations": None if self.evaluations is None else self.evaluations.tolist(),

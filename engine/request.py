@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from PIL import Image
 
 from ..errors import ConfigError, HeterostepError, RequestError
 from ..hsa.config import HSAConfig
 from ..parallel.config import ParallelConfig
 from .facts import ModelFacts
+from .image import fingerprint, fit_image, read_image, size_for
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
 
+    from .audio import Audio
     from .report import HSAReport
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -106,13 +111,16 @@ class GenerateRequest:
         width: pixels, a multiple of the model's step (16 or 32).
         height: pixels, likewise.
         num_frames: frames, k * t + 1 where t is the VAE's temporal factor (4 for Wan).
-        fps: frames per second of the file; it does not change what is generated.
+        fps: frames per second of the file; models without sound do not hear of it.
         num_inference_steps: denoising steps.
-        guidance_scale: classifier-free guidance; 1 or less runs without it, at half the cost.
+        guidance_scale: classifier-free guidance; 1 or less runs without it, at half the cost or less.
         guidance_scale_2: the same for the second expert of Wan 2.2; None takes `guidance_scale`.
         seed: of the initial noise; the same seed gives the same noise on every device.
         compute: share of the dense denoising work to spend, in (0, 1]; None takes that of the engine's `hsa`,
             1.0 is the stock pipeline.
+        image: what the video starts from, for models that take one: path of a PNG, JPEG or WebP file, or a Pillow
+            image. Without width and height the video has the image's proportions; a size of another shape shows the
+            middle of it.
 
     Raises:
         RequestError: a value that no model can honour. What depends on the model is checked by the engine.
@@ -129,8 +137,11 @@ class GenerateRequest:
     guidance_scale_2: float | None = None
     seed: int = 0
     compute: float | None = None
+    image: str | os.PathLike[str] | Image.Image | None = None
 
     def __post_init__(self) -> None:
+        if self.image is not None and not (isinstance(self.image, str | os.PathLike | Image.Image) and self.image):
+            raise RequestError(f"image must be the path of a file or a Pillow image, not {self.image!r:.80}")
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise RequestError("the prompt is empty; say what the video shows")
         if not isinstance(self.negative_prompt, str):
@@ -161,7 +172,10 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRequest:
-    """A `GenerateRequest` with the model's defaults filled in, and valid for that model."""
+    """A `GenerateRequest` with the model's defaults filled in, and valid for that model.
+
+    It is plain data: of the image it holds the `image.fingerprint` of what the video starts from, cut to its size.
+    """
 
     prompt: str
     negative_prompt: str
@@ -174,18 +188,32 @@ class ResolvedRequest:
     guidance_scale_2: float | None
     seed: int
     compute: float | None
+    image: str | None = None
 
 
 def resolve(request: GenerateRequest, facts: ModelFacts) -> ResolvedRequest:
-    """Fill in a model's defaults and check what depends on the model.
+    """Fill in a model's defaults and check what depends on the model; see `prepare`."""
+    return prepare(request, facts)[0]
+
+
+def prepare(request: GenerateRequest, facts: ModelFacts) -> tuple[ResolvedRequest, Image.Image | None]:
+    """Fill in a model's defaults, and read the image that the video starts from.
+
+    Returns:
+        The request, and the image in RGB and of the video's size.
 
     Raises:
-        RequestError: size or frames do not fit the model's grid (the message names the nearest that do), or a
-            second guidance scale is given to a model with one expert.
+        RequestError: size or frames do not fit the model's grid (the message names the nearest that do); a second
+            guidance scale is given to a model with one expert; an image is missing, not wanted, or cannot be read.
     """
+    _check_image(request, facts)
+    image = None if request.image is None else read_image(request.image)
     defaults = facts.defaults
-    values = {key: value for key, value in dataclasses.asdict(request).items() if value is not None}
+    given = {item.name: getattr(request, item.name) for item in dataclasses.fields(request) if item.name != "image"}
+    values = {key: value for key, value in given.items() if value is not None}
     filled = {**defaults._asdict(), "compute": None, **values}
+    if image is not None and request.width is None and request.height is None:
+        filled["width"], filled["height"] = size_for(image, defaults.width * defaults.height, facts.size_step)
     # A guidance scale of the user's own is meant for both experts, as in the stock pipeline.
     if "guidance_scale" in values and "guidance_scale_2" not in values:
         filled["guidance_scale_2"] = None
@@ -193,7 +221,17 @@ def resolve(request: GenerateRequest, facts: ModelFacts) -> ResolvedRequest:
         raise RequestError(f"guidance_scale_2 is for models with two experts; {facts.name!r} has one")
     resolved = ResolvedRequest(**filled)
     _check_grid(resolved, facts)
-    return resolved
+    if image is None:
+        return resolved, None
+    image = fit_image(image, resolved.width, resolved.height)
+    return dataclasses.replace(resolved, image=fingerprint(image)), image
+
+
+def _check_image(request: GenerateRequest, facts: ModelFacts) -> None:
+    if request.image is not None and facts.image == "none":
+        raise RequestError(f"model {facts.name!r} makes videos from text alone; leave out the image")
+    if request.image is None and facts.image == "required":
+        raise RequestError(f"model {facts.name!r} makes videos from an image; give one (--image FILE)")
 
 
 def _check_grid(request: ResolvedRequest, facts: ModelFacts) -> None:
@@ -209,6 +247,11 @@ def _check_grid(request: ResolvedRequest, facts: ModelFacts) -> None:
         raise RequestError(
             f"{request.num_frames} frames do not fit model {facts.name!r}: their number must be a multiple "
             f"of {facts.frame_step}, plus 1; the nearest is {nearest_frames}"
+        )
+    if facts.audio_rate and round(request.num_frames / request.fps * facts.audio_rate) < 1:
+        raise RequestError(
+            f"{request.num_frames} frames at {request.fps} per second are too short for sound, which needs "
+            f"{1000 / facts.audio_rate:.0f} ms; take more frames or fewer per second"
         )
     grid = facts.grid(request.width, request.height, request.num_frames)
     if max(grid) > facts.rope_max:
@@ -284,8 +327,10 @@ class VideoOutput:
         report: what was computed, step by step and token by token.
         seconds: by stage: `encode_text`, `denoise`, `decode`, `total`; of a job also `checkpoint`. Denoising and
             checkpoints before a resume are counted, steps that a break lost are not.
-        latents: final latents, float32 [1, C, F, Y, X] on the CPU, as the transformer leaves them.
+        latents: final latents, float32 [1, C, F, Y, X] on the CPU, as the pipeline gives them.
         request: with all defaults filled in.
+        audio: the sound that goes with it; None for models without.
+        audio_latents: its final latents, float32 [1, C, M, bins] on the CPU.
     """
 
     frames: NDArray[np.uint8]
@@ -295,6 +340,8 @@ class VideoOutput:
     seconds: Mapping[str, float]
     latents: torch.Tensor
     request: ResolvedRequest
+    audio: Audio | None = None
+    audio_latents: torch.Tensor | None = None
 
 
 Event = Started | StepDone | Decoding | VideoOutput

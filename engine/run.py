@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..hsa.cache import KVCache
 from ..hsa.config import HSAConfig
 from ..hsa.planner import StepPlanner
 from ..hsa.policies import JointPolicy
-from ..hsa.rows import fill_rows, gather_rows, write_rows
-from ..hsa.velocity import VelocityCache
-from .attention import TextKV
-from .models import WanAdapter
+from ..hsa.rows import gather_rows, write_rows
+from .branch import Branch
+from .models import Adapter
 from .plans import checked
-from .report import HSAReport, StepRecord
+from .report import HSAReport, ParallelRecord, StepRecord
 from .sharding import Sharding, Share
 from .solvers import correct_for, forecast_for
 from .state import check_resumable, restore_run
@@ -29,19 +27,11 @@ from .tokens import Grid
 
 
 @dataclass(kw_only=True)
-class Branch:
-    """Caches of one guidance branch ("cond", "uncond"); two experts share them, but for the prompt's K/V, `text`."""
-
-    velocity: VelocityCache
-    layers: list[KVCache]
-    text: dict[int, list[TextKV]] = field(default_factory=dict)
-
-
-@dataclass(kw_only=True)
 class Step:
     """One step while it runs: `active` is None (all), an empty tensor (none), [A] or [B, A].
 
-    On many ranks also this rank's `share` of it, and the `velocities` by branch that are known already.
+    On many ranks also this rank's `shares` of it, by the number of guidance units in the batch, and the `answers` by
+    unit (rows of velocity, and all else) that are known before their branch asks.
     """
 
     index: int
@@ -53,8 +43,8 @@ class Step:
     reason: str
     started: float
     entered: set[str] = field(default_factory=set)
-    share: Share | None = None
-    velocities: dict[str, Tensor] = field(default_factory=dict)
+    shares: dict[int, Share] = field(default_factory=dict)
+    answers: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)
     left: int = 0
     seconds: float = 0.0
     recorded: bool = False
@@ -64,16 +54,16 @@ class Run:
     """Follows the stock pipeline through its steps; every call of a hooked transformer reports here first."""
 
     def __init__(
-        self, pipe: Any, adapter: WanAdapter, config: HSAConfig, planner: Any = None, sharding: Sharding | None = None
+        self, pipe: Any, adapter: Adapter, config: HSAConfig, planner: Any = None, sharding: Sharding | None = None
     ) -> None:
         """Prepare for runs of `pipe`, with a planner of our own if none is given; nothing is allocated yet.
 
         `sharding` shares the work with other ranks, each of which runs the same pipeline.
         """
         self.pipe, self.adapter, self.config, self.sharding = pipe, adapter, config, sharding
-        # What each branch asks of the transformer besides latents and time: as far as seen, or told beforehand.
-        self.told: dict[str, tuple[Any, ...]] = {}
-        self.told_ahead: dict[str, tuple[Any, ...]] = {}
+        # What each guidance unit asks of the transformer at all steps alike: as far as seen, or told beforehand.
+        self.told: dict[str, dict[str, Any]] = {}
+        self.told_ahead: dict[str, dict[str, Any]] = {}
         self.own_planner = StepPlanner(config) if planner is None else None
         self.planner: Any = planner if planner is not None else self.own_planner
         self.on_step: list[Callable[[StepRecord], None]] = []
@@ -95,6 +85,9 @@ class Run:
         self.counts: list[int] | None = None
         self.forecast, self.correct, self.inference = "hold", False, False
         self.evaluations: Tensor | None = None
+        # Of the running call, from which the adapter tells the conditioned tokens of the run.
+        self.timestep: Tensor | None = None
+        self.conditioned: Tensor | None = None
 
     @property
     def num_steps(self) -> int:
@@ -123,7 +116,7 @@ class Run:
         check_resumable(self.planner)
         self._saved = saved
 
-    def passed(self, name: str, index: int, latents: Tensor, grid: Grid, num_layers: int) -> bool:
+    def passed(self, name: str, index: int, latents: Tensor, grid: Grid, num_sites: int) -> bool:
         """Whether branch `name` calls for a step that was done before a break: any answer will do, none is used.
 
         The first call of a resumed run begins it, and puts back what was saved. Arguments as in `enter`.
@@ -131,7 +124,7 @@ class Run:
         if self._saved is not None:
             saved, self._saved = self._saved, None
             self._begin(0, latents, grid, saved)
-            self.step = restore_run(self, saved, num_layers, latents.device)
+            self.step = restore_run(self, saved, num_sites, latents.device)
         if index >= self.resumed_at:
             return False
         step = self.step
@@ -149,7 +142,7 @@ class Run:
             expert: which transformer is called.
             name: the guidance branch.
             index: the pipeline's step.
-            latents: the model's input [B, C, F, Y, X].
+            latents: the model's input, of each of the B videos.
             grid: its tokens.
         """
         step = self.step
@@ -166,16 +159,20 @@ class Run:
         """Say that a branch's call returned; completes the step when it was the last one expected."""
         step.seconds = time.perf_counter() - step.started
         step.left += 1
-        if len(step.entered) >= self.adapter.num_branches(self.pipe):
+        if len(step.entered) >= len(self.adapter.branches(self.pipe)):
             self._finish(step)
 
-    def branch(self, name: str, num_layers: int) -> Branch:
+    def branch(self, name: str, num_sites: int) -> Branch:
         """Return the caches of a branch, made on first use."""
         if name not in self.branches:
-            dtype = getattr(torch, self.config.kv_dtype) if self.config.kv_dtype else None
-            layers = [KVCache(dtype, history=self.kv_damping > 0.0) for _ in range(num_layers)]
-            self.branches[name] = Branch(velocity=VelocityCache(self.forecast, self.correct), layers=layers)
-            self.branches[name].velocity.follow(self.sigmas)
+            self.branches[name] = Branch(
+                num_sites,
+                sigmas=self.sigmas,
+                forecast=self.forecast,
+                correct=self.correct,
+                dtype=getattr(torch, self.config.kv_dtype) if self.config.kv_dtype else None,
+                history=self.kv_damping > 0.0,
+            )
         return self.branches[name]
 
     @property
@@ -214,7 +211,7 @@ class Run:
 
     def end(self) -> None:
         """Complete the last step: diffusers calls this after a pipeline call. Caches keep their memory."""
-        step, self.step = self.step, None
+        step, self.step, self.timestep = self.step, None, None
         # A step that an exception broke off has no velocities to show.
         if step is not None and step.left == len(step.entered):
             self._finish(step)
@@ -236,6 +233,7 @@ class Run:
             evaluations=evaluations,
             kv_bytes=sum(cache.nbytes for branch in self.branches.values() for cache in branch.layers),
             num_steps=self.num_steps,
+            conditioned=0 if self.conditioned is None else len(self.conditioned),
         )
 
     def full_report(self) -> HSAReport:
@@ -264,6 +262,7 @@ class Run:
             raise ConfigError(f"step {start} of {self.num_steps}: the scheduler's sigmas do not reach that step.")
         self.experts = self.adapter.experts(self.pipe)
         self.grid, self.batch_size = grid, latents.shape[0]
+        self.conditioned = None if self.timestep is None else self.adapter.conditioned(self.timestep)
         self._check_ranks(latents)
         self.forced = {0: "first step"}
         for i in range(1, min(len(self.experts), self.num_steps)):
@@ -279,12 +278,7 @@ class Run:
             self.branches.clear()
         self.inference = torch.is_inference_mode_enabled()
         for branch in self.branches.values():
-            branch.text.clear()
-            branch.velocity.follow(self.sigmas)
-            if branch.velocity.clock is not None:
-                branch.velocity.reset()
-            for cache in branch.layers:
-                cache.reset()
+            branch.begin(self.sigmas)
         self.told = dict(self.told_ahead)
         self.records = []
         self.evaluations = torch.zeros(self.batch_size, grid.num_tokens, dtype=torch.int32, device=latents.device)
@@ -324,7 +318,7 @@ class Run:
         arguments = (self.sigmas, self.grid.num_tokens, self.batch_size, frozenset(self.forced))
         if isinstance(self.planner, StepPlanner):
             switches = frozenset(i for i, reason in self.forced.items() if reason == "expert switch")
-            self.planner.begin(*arguments, switches)
+            self.planner.begin(*arguments, switches, self.conditioned)
         elif hasattr(self.planner, "begin"):
             self.planner.begin(*arguments)
 
@@ -337,8 +331,7 @@ class Run:
             active, reason = None, self.forced[index]
             if reason == "expert switch":
                 for branch in self.branches.values():
-                    if branch.velocity.clock is not None:
-                        branch.velocity.reset()
+                    branch.forget()
         else:
             active = self._decided(index, sigma, device)
             reason = "full" if active is None else "partial" if active.numel() else "skipped"
@@ -379,8 +372,9 @@ class Run:
         """Raise ConfigError, on all ranks alike, if they cannot work on one video together."""
         if self.sharding is None:
             return
-        heads = self.adapter.attentions(self.adapter.transformers(self.pipe)[0][1])[0].heads
-        self.sharding.check(heads, self.adapter.num_branches(self.pipe))
+        sites = self.adapter.sites(self.adapter.transformers(self.pipe)[0][1])
+        units = [unit for name in self.adapter.branches(self.pipe) for unit in self.adapter.units(self.pipe, name)]
+        self.sharding.check(math.gcd(*(site.attention.heads for site in sites)), len(units))
         if not self.sharding.agreement.same(latents):
             raise ConfigError(
                 "The ranks begin with different latents: they must make the same video, so give the pipeline the same "
@@ -401,24 +395,33 @@ class Run:
             total=self.grid.num_tokens,
             reason=step.reason,
             seconds=step.seconds,
-            parallel=None if self.sharding is None else self.sharding.record(step.share.sizes if step.share else []),
+            parallel=self._shared_by(step),
         )
         self.records.append(record)
         for listener in tuple(self.on_step):
             listener(record)
 
+    def _shared_by(self, step: Step) -> ParallelRecord | None:
+        """How the ranks shared a step."""
+        if self.sharding is None:
+            return None
+        return self.sharding.record(next((share.sizes for share in step.shares.values()), []))
+
     def _guided(self, step: Step) -> Tensor:
-        """Mix the branches' fresh velocities as the pipeline's guidance does: [B, N, D].
+        """Mix the units' fresh velocities as the pipeline's guidance does: [B, N, D].
 
         Not taken from the difference of two latents: those reach the model in its own type, and in bfloat16 a
         step of sigma is no larger than their rounding.
         """
-        names = sorted(step.entered)
-        weights = self.adapter.guidance(self.pipe, names, step.expert)
-        tokens = [(weights[name], self.branches[name].velocity.last) for name in names]
-        guided: Tensor | None = None
-        for weight, rows in tokens:
+        fresh: dict[str, Tensor] = {}
+        for name in step.entered:
+            units, rows = self.adapter.units(self.pipe, name), self.branches[name].velocity.last
             assert rows is not None
+            fresh |= zip(units, rows.chunk(len(units)), strict=True)
+        weights = self.adapter.guidance(self.pipe, sorted(fresh), step.expert)
+        guided: Tensor | None = None
+        for unit in sorted(fresh):
+            rows, weight = fresh[unit], weights[unit]
             guided = rows * weight if guided is None else guided.add_(rows, alpha=weight)
         assert guided is not None
         return guided
@@ -428,19 +431,3 @@ class Run:
         if index in self.forced:
             return self.grid.num_tokens
         return self.counts[index] if self.counts is not None else None
-
-
-def fresh_weight(branch: Branch, step: Step, damping: float, since: float = math.inf) -> Tensor | None:
-    """Weight [B, N] of the damped K/V forecast; None if off.
-
-    It is 0 for active tokens, whose rows are fresh, and for those whose evaluation before the last one was above the
-    noise level `since`: a resumed run would not know those keys and values.
-    """
-    clock = branch.velocity.clock
-    if damping == 0.0 or clock is None:
-        return None
-    weight = clock.weight(step.sigma) * damping
-    if math.isfinite(since):
-        weight.masked_fill_(clock.prev > since, 0.0)
-    fill_rows(weight, step.active, 0.0)
-    return weight

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from diffusers.hooks import HookRegistry
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -16,7 +15,7 @@ from ..parallel.config import ParallelConfig
 from ..parallel.mesh import ParallelMesh
 from .attention import AttentionCall
 from .hook import HOOK_NAME, HSAHook
-from .models import adapter_for
+from .models import Adapter, adapter_for
 from .report import HSAReport, StepRecord
 from .run import Run
 from .sharding import Sharding
@@ -39,7 +38,12 @@ class HSASession:
         adapter = adapter_for(pipe)
         self.pipe, self.config = pipe, config
         for _, transformer in adapter.transformers(pipe):
-            _check_transformer(transformer, adapter.attentions(transformer))
+            _check_transformer(transformer, adapter)
+        if config.solver is not None and config.solver not in adapter.solvers:
+            raise ConfigError(
+                f"solver={config.solver!r} with {type(pipe).__name__}: one of {', '.join(adapter.solvers)} is needed, "
+                "or None for the pipeline's own scheduler."
+            )
         self._stock_scheduler = self._own_scheduler = None
         scheduler = pipe.scheduler
         if config.solver is not None and _kind_or_none(scheduler) != config.solver:
@@ -52,16 +56,23 @@ class HSASession:
             pipe.scheduler = self._own_scheduler
         self._run = Run(pipe, adapter, config, planner, sharding)
         self.planner = self._run.planner
-        # Transformer, its rotary embedding, and (attention, its stock processor, ours) wherever we set one.
         self._saved: Mapping[str, Any] | None = None
-        self._attached: list[tuple[Any, Any, list[tuple[Any, Any, Any]]]] = []
+        # Modules with a hook of ours, and (attention, its stock processor, ours) wherever we set one.
+        self._attached: list[tuple[list[Any], list[tuple[Any, Any, Any]]]] = []
         for expert, transformer in adapter.transformers(pipe):
             self._attach(expert, transformer)
+        if adapter.step_tensors:  # a callback may ask for them too
+            pipe._callback_tensor_inputs = [*type(pipe)._callback_tensor_inputs, *adapter.step_tensors]
 
     @property
     def report(self) -> HSAReport:
         """What the current or last run did; grows while a run goes on."""
         return self._run.report()
+
+    @property
+    def step_tensors(self) -> tuple[str, ...]:
+        """Names of what the pipeline carries from step to step besides latents; `state` and `passed` need it."""
+        return self._run.adapter.step_tensors
 
     def full_report(self) -> HSAReport:
         """The report with what each rank did; every rank must ask for it."""
@@ -79,11 +90,11 @@ class HSASession:
         it, all groups evaluate all branches once, and learn it.
 
         Args:
-            branch: its name.
+            branch: its name, where several are stacked in one call that of the guidance unit.
             text: the embeddings that the transformer gets as ``encoder_hidden_states``.
             rest: other inputs that differ between branches, by the name of the transformer's argument.
         """
-        self._run.told_ahead[branch] = (text, {"attention_kwargs": None} | rest)
+        self._run.told_ahead[branch] = {"encoder_hidden_states": text, "attention_kwargs": None, **rest}
 
     def save_every(self, every: int) -> None:
         """Plan runs for being saved by `state` after every `every`-th step, and resumed there bit for bit.
@@ -97,12 +108,17 @@ class HSASession:
         """
         self._run.save_every(every)
 
-    def state(self, latents: Tensor) -> dict[str, Any]:
+    def state(self, latents: Tensor, **others: Tensor) -> dict[str, Any]:
         """Return what `resume` needs; to be called in the pipeline's `callback_on_step_end`, with its latents.
 
-        It consists of dicts, lists, numbers, strings, None and tensors, and is good until the callback returns.
+        `others` are the `step_tensors`, which the callback is given where it asks for them. The state has dicts,
+        lists, numbers, strings, None and tensors, and is good until the callback returns.
+
+        Raises:
+            ConfigError: one of the `step_tensors` is not given, or their scheduler has a history out of reach.
         """
-        return {"run": run_state(self._run), "pipeline": pipeline_state(self.pipe, latents)}
+        self._check_others(others)
+        return {"run": run_state(self._run), "pipeline": pipeline_state(self.pipe, latents, others)}
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Let the next run go on where `state` was taken; the pipeline is called as it was then.
@@ -116,18 +132,19 @@ class HSASession:
         self._run.resume(state["run"])
         self._saved = state["pipeline"]
 
-    def passed(self, step: int, latents: Tensor) -> dict[str, Tensor] | None:
+    def passed(self, step: int, latents: Tensor, **others: Tensor) -> dict[str, Tensor] | None:
         """Return None for a step that was computed, for one that a resumed run passed over what its callback returns.
 
-        To be called in `callback_on_step_end`, with its step and latents; the last step that is passed over gets the
-        saved latents.
+        To be called in `callback_on_step_end`, with its step and tensors, as for `state`; the last step that is passed
+        over gets the saved latents, and `others` their saved values in place.
         """
         if step >= self._run.resumed_at or self._saved is None:
             return None
         if step + 1 < self._run.resumed_at:
             return {}
+        self._check_others(others)
         saved, self._saved = self._saved, None
-        return {"latents": restore_pipeline(self.pipe, saved, latents.device)}
+        return {"latents": restore_pipeline(self.pipe, saved, latents.device, others)}
 
     def release(self) -> None:
         """Free the caches; the next run allocates them anew."""
@@ -135,14 +152,14 @@ class HSASession:
 
     def detach(self) -> None:
         """Restore processors, hooks and scheduler, but nothing that the user set since; what `remove` does."""
-        for transformer, rope, processors in self._attached:
+        for modules, processors in self._attached:
             for attention, stock, ours in processors:
                 if attention.processor is not ours:  # the user has set another since
                     continue
                 # A kernel chosen since `apply` stays chosen.
                 stock._attention_backend = ours._attention_backend
                 attention.set_processor(stock)
-            for module in (transformer, rope):
+            for module in modules:
                 registry = HookRegistry.check_if_exists_or_initialize(module)
                 with _beneath_offloading(module):
                     registry.remove_hook(HOOK_NAME, recurse=False)
@@ -151,35 +168,46 @@ class HSASession:
         if self._own_scheduler is not None and self.pipe.scheduler is self._own_scheduler:
             self.pipe.scheduler = self._stock_scheduler
         self._own_scheduler = None
+        if self.step_tensors:
+            vars(self.pipe).pop("_callback_tensor_inputs", None)
         self._run.end()
         self._run.release()
+
+    def _check_others(self, others: Mapping[str, Tensor]) -> None:
+        """Refuse what would be saved, or put back, in part only."""
+        absent = [name for name in self.step_tensors if name not in others]
+        if absent:
+            raise ConfigError(
+                f"{', '.join(absent)} of {type(self.pipe).__name__} must be saved too: ask for it in "
+                "callback_on_step_end_tensor_inputs, and pass on what the callback gets."
+            )
+        if others and kind_of(self.pipe.scheduler) != "euler":
+            raise ConfigError(
+                f"{type(self.pipe).__name__} steps {', '.join(others)} by a copy of its scheduler, and a history there "
+                "cannot be saved: run without checkpoints, or with FlowMatchEulerDiscreteScheduler."
+            )
 
     def _attach(self, expert: int, transformer: Any) -> None:
         """Install processors and hooks on one transformer."""
         adapter, call = self._run.adapter, AttentionCall()
-        processors: list[tuple[Any, Any, Any]] = []
-        for attention in adapter.attentions(transformer):
-            stock = attention.processor
-            ours = adapter.processor(call, stock)
-            attention.set_processor(ours)
-            processors.append((attention, stock, ours))
-        layers = [attention for attention, _, _ in processors]
-        texts = []
+        sites, processors = adapter.sites(transformer), []
+        for site in sites:
+            stock = site.attention.processor
+            processors.append((site.attention, stock, adapter.processor(call, stock, everywhere=site.everywhere)))
         for attention in adapter.text_attentions(transformer):
-            stock = attention.processor
-            texts.append(adapter.text_processor(stock))
-            attention.set_processor(texts[-1])
-            processors.append((attention, stock, texts[-1]))
-        rope, rope_hook = adapter.rope(transformer)
-        rope_hook.call = call
-        hook = HSAHook(self._run, expert, layers, texts, rope_hook, call)
+            processors.append((attention, attention.processor, adapter.text_processor(attention.processor)))
+        for attention, _, ours in processors:
+            attention.set_processor(ours)
+        texts = [ours for _, _, ours in processors[len(sites) :]]
+        hook = HSAHook(self._run, expert, sites, texts, call)
         hook.session = self
-        for module, its_hook in ((rope, rope_hook), (transformer, hook)):
+        hooks = [*adapter.hooks(transformer, call), (transformer, hook)]
+        for module, its_hook in hooks:
             registry = HookRegistry.check_if_exists_or_initialize(module)
             with _beneath_offloading(module):
                 registry.register_hook(its_hook, HOOK_NAME)
             registry.invalidate_child_registries_cache()
-        self._attached.append((transformer, rope, processors))
+        self._attached.append(([module for module, _ in reversed(hooks)], processors))
 
 
 def apply(
@@ -196,8 +224,8 @@ def apply(
     A scheduler that is set later counts from the next run on: what is deduced, is deduced at the start of each.
 
     Args:
-        pipe: a supported pipeline (`WanPipeline`, `WanImageToVideoPipeline`); a session it already has is
-            replaced.
+        pipe: a supported pipeline (`WanPipeline`, `LTX2Pipeline` and those that begin with an image); a session it
+            already has is replaced.
         config: how much to compute; half of the dense work by default.
         planner: an object of yours with ``plan(step, num_steps, sigma, num_tokens)`` that returns None for
             all tokens, an empty int64 tensor for none, or int64 indices [A] or [B, A]; instead of
@@ -251,13 +279,14 @@ def _beneath_offloading(module: Any) -> Iterator[None]:
         module._old_forward, module.forward = module.forward, around
 
 
-def _check_transformer(transformer: Any, attentions: list[Any]) -> None:
-    """Refuse a transformer whose self-attention is not stock, or which another cache already works on."""
-    for attention in attentions:
-        if type(attention.processor) is not WanAttnProcessor:
+def _check_transformer(transformer: Any, adapter: Adapter) -> None:
+    """Refuse a transformer whose attention is not stock, or which another cache already works on."""
+    for site in adapter.sites(transformer):
+        if type(site.attention.processor) not in adapter.stock_processors:
+            stock = " or ".join(kind.__name__ for kind in adapter.stock_processors)
             raise ConfigError(
-                f"{type(attention.processor).__name__} is set as attention processor: HSA needs "
-                "the stock one, WanAttnProcessor."
+                f"{type(site.attention.processor).__name__} is set as attention processor: HSA needs the stock one, "
+                f"{stock}."
             )
     if getattr(transformer, "is_cache_enabled", False):
         raise ConfigError(

@@ -66,6 +66,7 @@ class Sharding:
         self.traffic = Traffic()
         self.placement: Placement = placement_for(mesh, config, self.traffic)
         self._sequence, self._world = Transport(mesh.sequence, self.traffic), Transport(mesh.world, self.traffic)
+        self._groups = Transport(mesh.cfg, self.traffic)
         self.agreement = Agreement(mesh, self.traffic)
         self.speeds = Speeds(mesh, self.agreement)
 
@@ -89,12 +90,20 @@ class Sharding:
         plan = self.placement.prepare(active, sizes, num_tokens, batch_size)
         return Share(sizes=sizes, rows=sizes[rank], tokens=tokens, plan=plan)
 
-    def attend(self, share: Share, q: Tensor, k: Tensor, v: Tensor, cache: Any, weight: Tensor | None) -> Tensor:
-        """Self-attention of one layer, over all ranks: this rank's rows [B, n, H, D] of q, k and v -> [B, n, H, D]."""
-        if share.rows == q.shape[1]:
-            return self.placement.attend(q, k, v, plan=share.plan, cache=cache, weight=weight)
-        q, k, v = (rows[:, :0] for rows in (q, k, v))  # the token that stands for none
-        self.placement.attend(q, k, v, plan=share.plan, cache=cache, weight=weight)
+    def attend(
+        self, share: Share, q: Tensor, k: Tensor, v: Tensor, cache: Any, weight: Tensor | None, everywhere: bool = False
+    ) -> Tensor:
+        """Attention of one layer to all tokens, over all ranks: with this rank's rows of k and v [B, n, H, D].
+
+        q are the same rows, or, `everywhere`, queries [B, M, H, D] that all ranks have alike; of the shape of q.
+        """
+        attend = self.placement.attend_everywhere if everywhere else self.placement.attend
+        if share.rows == k.shape[1]:
+            return attend(q, k, v, plan=share.plan, cache=cache, weight=weight)
+        k, v = k[:, :0], v[:, :0]  # the token that stands for none
+        if everywhere:
+            return attend(q, k, v, plan=share.plan, cache=cache, weight=weight)
+        attend(q[:, :0], k, v, plan=share.plan, cache=cache, weight=weight)
         return q.new_zeros(q.shape[0], 1, *q.shape[2:])
 
     def gather(self, rows: Tensor, share: Share) -> Tensor:
@@ -106,6 +115,16 @@ class Sharding:
         sizes = share.sizes * self.mesh.cfg.size
         every = exchange_rows(rows[:, : share.rows], sizes, self._world, "velocity")
         return list(every.split(sum(share.sizes), dim=1))
+
+    def same(self, others: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What each rank of the sequence axis has computed alike, such as sound, in the bits of the first of them."""
+        return tuple(self._sequence.broadcast(other.contiguous(), 0, "velocity") for other in others)
+
+    def same_branches(self, others: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """The same where each cfg group evaluated a branch of its own: one tuple for each, in their order."""
+        groups, batch = self.mesh.cfg.size, len(others[0]) if others else 0
+        every = [self._groups.gather(other, [batch] * groups, "velocity").split(batch) for other in self.same(others)]
+        return list(zip(*every, strict=True)) if others else [()] * groups
 
     def timed(self) -> AbstractContextManager[None]:
         """Take the time of this rank's pass, without making a GPU wait."""

@@ -57,17 +57,18 @@ def run_state(run: Run) -> dict[str, Any]:
         "records": [plain_step(record) for record in run.records],
         "evaluations": run.evaluations,
         "branches": {name: branch.velocity.state() for name, branch in run.branches.items()},
+        "others": {name: [other.state() for other in branch.others] for name, branch in run.branches.items()},
         "planner": run.planner.state(),
     }
 
 
-def restore_run(run: Run, state: Mapping[str, Any], num_layers: int, device: torch.device) -> Step:
+def restore_run(run: Run, state: Mapping[str, Any], num_sites: int, device: torch.device) -> Step:
     """Put a state back into a run that has begun; the first step that would read K/V of before becomes a full one.
 
     Args:
         run: begun with the plan of the state.
         state: from `run_state`.
-        num_layers: of the transformer.
+        num_sites: of the transformer.
         device: of the latents.
 
     Returns:
@@ -89,7 +90,9 @@ def restore_run(run: Run, state: Mapping[str, Any], num_layers: int, device: tor
         raise ConfigError("the saved run was planned by another version or planner: it can only be begun anew")
     run.branches.clear()
     for name, velocity in state["branches"].items():
-        run.branch(name, num_layers).velocity.restore(velocity, device)
+        branch, others = run.branch(name, num_sites), state["others"][name]
+        for cache, content in zip(branch.velocities(len(others)), (velocity, *others), strict=True):
+            cache.restore(content, device)
     run.planner.restore(state["planner"], device)
     run.records = [step_from(record) for record in state["records"]]
     run.evaluations = state["evaluations"].to(device)
@@ -104,20 +107,26 @@ def restore_run(run: Run, state: Mapping[str, Any], num_layers: int, device: tor
     )  # fmt: skip
 
 
-def pipeline_state(pipe: Any, latents: Tensor) -> dict[str, Any]:
-    """Return what a pipeline carries from step to step: latents, the scheduler's history, random numbers."""
+def pipeline_state(pipe: Any, latents: Tensor, others: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what a pipeline carries from step to step: latents, `others`, the scheduler's history, random numbers."""
     rng = {"cpu": torch.get_rng_state()}
     if latents.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(latents.device)
-    return {"latents": latents, "scheduler": scheduler_state(pipe.scheduler), "rng": rng}
+    scheduler = scheduler_state(pipe.scheduler)
+    return {"latents": latents, "others": dict(others), "scheduler": scheduler, "rng": rng}
 
 
-def restore_pipeline(pipe: Any, state: Mapping[str, Any], device: torch.device) -> Tensor:
-    """Put a `pipeline_state` back, and return the latents, which go into the pipeline by its callback."""
+def restore_pipeline(pipe: Any, state: Mapping[str, Any], device: torch.device, others: Mapping[str, Tensor]) -> Tensor:
+    """Put a `pipeline_state` back, and return the latents, which go into the pipeline by its callback.
+
+    Pipelines take nothing else from a callback, so that `others` are overwritten in place.
+    """
     restore_scheduler(pipe.scheduler, state["scheduler"], device)
     torch.set_rng_state(state["rng"]["cpu"])
     if device.type == "cuda" and "cuda" in state["rng"]:
         torch.cuda.set_rng_state(state["rng"]["cuda"], device)
+    for name, tensor in others.items():
+        tensor.copy_(state["others"][name])
     latents: Tensor = state["latents"].to(device)
     return latents
 

@@ -104,11 +104,11 @@ class StepEvents:
         self.stopping = stopping = self._vote(self._stop.asked)
         self._stop.save = self._stop.save or (stopping and self._vote(self._stop.save))
         self.done = max(self.done, step + 1)
-        passed = self._session.passed(step, tensors["latents"]) if self._every and self._session is not None else None
+        passed = self._session.passed(step, **tensors) if self._every and self._session is not None else None
         if passed is None:
             self._tell(step, float(pipeline.scheduler.sigmas[step]), now)
             if self._job is not None:
-                self._save(self._job, float(pipeline.scheduler.sigmas[step + 1]), tensors["latents"], stopping)
+                self._save(self._job, float(pipeline.scheduler.sigmas[step + 1]), tensors, stopping)
         else:
             self._start = now
         # An interrupted pipeline still skips through its loop, so that its hooks and offloading end in order.
@@ -135,7 +135,7 @@ class StepEvents:
         if self._job is not None:
             self._job.progress(event)
 
-    def _save(self, job: Job, sigma: float, latents: torch.Tensor, stopping: bool) -> None:
+    def _save(self, job: Job, sigma: float, tensors: dict[str, torch.Tensor], stopping: bool) -> None:
         """Save where it is time to, or the run stops; and before the VAE, which may need more memory than there is."""
         due = self.done % job.every == 0 or self.done == self._num_steps
         if not due and not (stopping and self._stop.save):
@@ -145,7 +145,7 @@ class StepEvents:
             "denoise": self.earlier["denoise"] + sum(event.seconds for event in self.events),
             "checkpoint": self.earlier["checkpoint"] + job.seconds,
         }
-        job.save(self.done, sigma, {"session": self._session.state(latents), "seconds": seconds})
+        job.save(self.done, sigma, {"session": self._session.state(**tensors), "seconds": seconds})
 
 
 class Progress:

@@ -12,11 +12,13 @@ from torch import Tensor
 from ..parallel.agreement import Agreement
 
 _NEEDED = ("tiled_decode", "decoder", "use_tiling", "tile_sample_min_height", "spatial_compression_ratio")
+_WAN = "clear_cache"
+"""What only Wan's VAEs have, which decode a few frames at a time."""
 
 
 def can_share(vae: Any, latents: Tensor) -> bool:
     """Whether a VAE would cut latents [B, C, F, Y, X] into tiles, and in the way that `decode_shared` follows."""
-    if not all(hasattr(vae, name) for name in _NEEDED):
+    if not all(hasattr(vae, name) for name in (*_NEEDED, _WAN)):
         return False
     ratio, (height, width) = vae.spatial_compression_ratio, latents.shape[-2:]
     return bool(height > vae.tile_sample_min_height // ratio or width > vae.tile_sample_min_width // ratio)

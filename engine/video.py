@@ -1,4 +1,4 @@
-"""Video files: H.264 mp4, and the heat map that shows where the work went."""
+"""Video files: H.264 mp4 with or without sound, and the heat map that shows where the work went."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import RequestError
+from .audio import Audio
 from .files import replacing
 
 # Visually lossless for libx264, at a size that still goes into a message.
 _CRF = "16"
+# Transparent for AAC in stereo.
+_AUDIO_BITS = "192k"
 # The ITU-R BT.709 codes of H.264's colour description; players assume BT.601 or BT.709 at will where it is
 # missing.
 _BT709 = 1
@@ -30,8 +33,10 @@ _TEXT = (235, 235, 235)
 _MIN_PANEL = 320
 
 
-def write_mp4(path: str | os.PathLike[str], frames: NDArray[np.uint8], fps: int, *, scale: int = 1) -> None:
-    """Write frames as H.264 (yuv420p, BT.709), readable by browsers and phones.
+def write_mp4(
+    path: str | os.PathLike[str], frames: NDArray[np.uint8], fps: int, *, scale: int = 1, audio: Audio | None = None
+) -> None:
+    """Write frames as H.264 (yuv420p, BT.709) and sound as AAC, readable by browsers and phones.
 
     The file appears whole or not at all. Odd sizes are padded by one repeated row or column, since 4:2:0
     chroma needs even ones.
@@ -41,6 +46,7 @@ def write_mp4(path: str | os.PathLike[str], frames: NDArray[np.uint8], fps: int,
         frames: uint8 [F, H, W, 3], RGB.
         fps: frames per second, at least 1.
         scale: whole factor by which every pixel is enlarged, so that tiny videos can be seen.
+        audio: the sound that goes with it; what is longer than the video is left out.
 
     Raises:
         RequestError: the frames are of another shape or type, or `fps` or `scale` is below 1.
@@ -61,11 +67,37 @@ def write_mp4(path: str | os.PathLike[str], frames: NDArray[np.uint8], fps: int,
         context = stream.codec_context
         context.color_primaries = context.color_trc = context.colorspace = _BT709
         context.color_range = _LIMITED_RANGE
-        for pixels in frames:
+        track = None if audio is None else _track(container, audio)
+        for k, pixels in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709")
             container.mux(stream.encode(picture))
+            if track is not None and audio is not None:  # beside its frame, so that nothing waits in memory
+                _mux_audio(container, track, audio, k / fps, (k + 1) / fps)
         container.mux(stream.encode())
+        if track is not None:
+            container.mux(track.encode())
+
+
+def _track(container: Any, audio: Audio) -> Any:
+    """A track for sound."""
+    track = container.add_stream("aac", rate=audio.sample_rate, options={"b": _AUDIO_BITS})
+    track.codec_context.layout = "mono" if len(audio.samples) == 1 else "stereo"
+    return track
+
+
+def _mux_audio(container: Any, track: Any, audio: Audio, start: float, end: float) -> None:
+    """Write the samples between two times, in seconds."""
+    samples = audio.part(start, end)
+    if not samples.size:
+        return
+    frame = av.AudioFrame.from_ndarray(
+        np.ascontiguousarray(samples), format="fltp", layout="mono" if len(samples) == 1 else "stereo"
+    )
+    frame.sample_rate = audio.sample_rate
+    frame.pts = round(start * audio.sample_rate)
+    frame.time_base = Fraction(1, audio.sample_rate)
+    container.mux(track.encode(frame))
 
 
 def _enlarge(frames: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .budget import Schedule
+from .conditioned import spared_counts
 from .config import HSAConfig
 from .policies import Policy, TokenState, policy_for, unknown_tokens
 from .rows import fill_rows, gather_rows, write_rows
@@ -37,6 +38,8 @@ class StepPlanner:
         self._switches: frozenset[int] = frozenset()
         self._tokens: TokenState | None = None
         self._velocity: Tensor | None = None
+        self._others: Tensor | None = None
+        self._given: Tensor | None = None
 
     def begin(
         self,
@@ -45,6 +48,7 @@ class StepPlanner:
         batch_size: int = 1,
         forced_full: frozenset[int] = frozenset({0}),
         switches: frozenset[int] | None = None,
+        conditioned: Tensor | None = None,
     ) -> None:
         """Start a run and fix the number of tokens of every step (`counts`).
 
@@ -54,6 +58,9 @@ class StepPlanner:
             batch_size: samples; with more than one each gets its own active set, all of one size.
             forced_full: steps at which everything is active.
             switches: those of them at which another expert begins; None: perhaps all.
+            conditioned: int64 [C], tokens whose velocity is never used; None: there are none. Policies that leave out
+                tokens evaluate them on steps that must be full and on no other. Whole steps keep no keys and values of
+                them, and evaluate them with all others.
 
         Raises:
             ConfigError: no plan meets ``config.compute``; the message names the least possible.
@@ -63,11 +70,28 @@ class StepPlanner:
                 f"{len(sigmas)} sigmas and {num_tokens} tokens: at least one step and one token are needed."
             )
         schedule = Schedule(sigmas=tuple(sigmas), num_tokens=num_tokens, forced_full=forced_full | {0})
-        full = [num_tokens] * schedule.num_steps
-        self.counts = full if self.config.compute == 1.0 else self.policy.counts(schedule, self.config)
+        self._set_conditioned(num_tokens, conditioned)
+        self.counts = self._count(schedule)
         self._schedule, self._batch_size = schedule, batch_size
         self._switches = schedule.forced_full if switches is None else switches
         self._tokens = self._velocity = None
+
+    def _count(self, schedule: Schedule) -> list[int]:
+        if self.config.compute == 1.0:
+            return [schedule.num_tokens] * schedule.num_steps
+        if self._given is not None and self.policy.leaves_out():
+            spared = spared_counts(self.policy.counts, schedule, self.config, len(self._given))
+            if spared is not None:
+                return spared
+            self._set_conditioned(schedule.num_tokens, None)
+        return self.policy.counts(schedule, self.config)
+
+    def _set_conditioned(self, num_tokens: int, conditioned: Tensor | None) -> None:
+        self._given = self._others = None
+        if conditioned is not None and 0 < len(conditioned) < num_tokens:
+            kept = torch.ones(num_tokens, dtype=torch.bool, device=conditioned.device)
+            kept[conditioned] = False
+            self._given, self._others = conditioned, kept.nonzero()[:, 0]
 
     def plan(self, step: int, num_steps: int, sigma: float, num_tokens: int) -> Tensor | None:
         """Choose the active tokens of a step.
@@ -86,8 +110,19 @@ class StepPlanner:
         tokens = self._tokens or unknown_tokens(
             self._batch_size, num_tokens, torch.device("cpu"), self._schedule.sigmas[0]
         )
-        active = self.policy.select(step, sigma, count, tokens, self.max_age)
+        active = self._select(step, sigma, count, tokens)
         return active[0] if self._batch_size == 1 else active
+
+    def _select(self, step: int, sigma: float, count: int, tokens: TokenState) -> Tensor:
+        """Let the policy choose, of conditioned tokens only what the others leave over: [B, count], ascending."""
+        if self._others is None or self._given is None:
+            return self.policy.select(step, sigma, count, tokens, self.max_age)
+        others, given = (indices.to(tokens.rate.device) for indices in (self._others, self._given))
+        if count >= len(others):
+            chosen = torch.cat([others, given[: count - len(others)]]).sort().values
+            return chosen.expand(self._batch_size, -1)
+        state = TokenState(rate=tokens.rate[:, others], last=tokens.last[:, others], age=tokens.age[:, others])
+        return others[self.policy.select(step, sigma, count, state, self.max_age)]
 
     def observe(self, step: int, sigma: float, velocity: Tensor, active: Tensor | None) -> None:
         """Learn from an evaluated step.

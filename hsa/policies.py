@@ -53,6 +53,10 @@ class TokenState:
 class Policy(Protocol):
     """How to spend a budget."""
 
+    def leaves_out(self) -> bool:
+        """Whether steps leave out tokens by design, and not only to meet a budget to the last per cent."""
+        ...
+
     def counts(self, schedule: Schedule, config: HSAConfig) -> list[int]:
         """Tokens per step, T numbers from 0 to N; pure."""
         ...
@@ -72,6 +76,10 @@ class Policy(Protocol):
 
 class _Ranked:
     """Selection shared by `tokens`, `joint` and `steps`: the largest expected velocity errors."""
+
+    def leaves_out(self) -> bool:
+        """Whether steps leave out tokens by design."""
+        return False
 
     def select(self, step: int, sigma: float, count: int, tokens: TokenState, max_age: int) -> Tensor:
         """Take the top tokens by kappa * (sigma_last - sigma); those of `max_age` and older come first."""
@@ -96,6 +104,10 @@ class TokensPolicy(_Ranked):
     mean_share: float = 0.77
     warmup_share: float = 0.1
     exponent: float = -0.5
+
+    def leaves_out(self) -> bool:
+        """All but the full ones do."""
+        return True
 
     def counts(self, schedule: Schedule, config: HSAConfig) -> list[int]:
         """See the class."""
@@ -149,6 +161,10 @@ class JointPolicy(_Ranked):
     tolerance: float = 0.02
     whole: bool = False
 
+    def leaves_out(self) -> bool:
+        """Where a part of the budget is set aside for it."""
+        return self.token_budget > 0.0
+
     def counts(self, schedule: Schedule, config: HSAConfig) -> list[int]:
         """See the class."""
         steps, required = schedule.num_steps, affordable_full(schedule, config)
@@ -195,6 +211,10 @@ class GroupsPolicy:
     _ranking: Tensor | None = field(default=None, init=False, repr=False)
     _ranked_at: int = field(default=-1, init=False, repr=False)
     _counts: list[int] = field(default_factory=list, init=False, repr=False)
+
+    def leaves_out(self) -> bool:
+        """All steps between full ones do."""
+        return True
 
     def counts(self, schedule: Schedule, config: HSAConfig) -> list[int]:
         """See the class."""

@@ -21,6 +21,7 @@ _EPILOG = """\
 examples:
   heterostep generate --prompt "a red disc moves right" --compute 0.5
   heterostep generate --prompt "a cat on a beach" --model ./Wan2.1-T2V-1.3B-Diffusers --output cat.mp4
+  heterostep generate --prompt "it jumps" --image cat.jpg --model ./Wan2.2-TI2V-5B-Diffusers --output cat.mp4
   heterostep info --model demo
   heterostep serve --no-ray --data-dir ./videos
 
@@ -132,9 +133,12 @@ def _add_command(commands: argparse._SubParsersAction[_Parser], name: str, purpo
 
 
 def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
-    command = _add_command(commands, "generate", "make a video from a text", _GENERATE_EPILOG)
+    command = _add_command(
+        commands, "generate", "make a video from a text, or from a text and an image", _GENERATE_EPILOG
+    )
     what = command.add_argument_group("what to make")
     what.add_argument("--prompt", required=True, metavar="TEXT", help="what the video shows")
+    what.add_argument("--image", metavar="FILE", help="png, jpg or webp that it starts from, for models that take one")
     what.add_argument("--negative-prompt", default="", metavar="TEXT", help="what it should not show")
     what.add_argument("--size", type=_size, metavar="WxH", help="width and height in pixels, such as 832x480")
     what.add_argument("--frames", type=_whole(1), metavar="N", help="number of frames (for Wan 4k + 1)")

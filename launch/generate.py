@@ -63,10 +63,10 @@ def generate(arguments: argparse.Namespace) -> int:
     say: Callable[[str], None] = (lambda text: None) if arguments.quiet else print
     if arguments.ray or arguments.ray_address is not None:
         return _done(*_on_ray(arguments, config, request, job, say), paths, arguments, say)
-    branches, device = 2 if resolved.guidance_scale > 1.0 else 1, pick_device(config.device)
+    branches, device = facts.passes(resolved.guidance_scale), pick_device(config.device)
     num_tokens = math.prod(facts.grid(resolved.width, resolved.height, resolved.num_frames))
     kv_bytes = branches * facts.cache_bytes(num_tokens, pick_dtype(config.dtype, device).itemsize)
-    parallel, reason = parallel_from(arguments, facts.num_heads, branches, kv_bytes, device)
+    parallel, reason = parallel_from(arguments, facts.shared_heads, branches, kv_bytes, device)
     config = dataclasses.replace(config, parallel=parallel, shard_weights=arguments.shard_weights)
     quiet = arguments.quiet = arguments.quiet or (rank is not None and not rank.leads)
     say = (lambda text: None) if quiet else print
@@ -215,6 +215,7 @@ def _request(arguments: argparse.Namespace) -> GenerateRequest:
         num_inference_steps=arguments.steps,
         guidance_scale=arguments.guidance,
         seed=arguments.seed,
+        image=arguments.image,
     )
 
 
@@ -266,7 +267,7 @@ def _write(output: VideoOutput, record: dict[str, object], paths: dict[str, Path
 
     from ..engine.video import heatmap_frames, write_mp4
 
-    write_mp4(paths["output"], output.frames, output.fps, scale=scale)
+    write_mp4(paths["output"], output.frames, output.fps, scale=scale, audio=output.audio)
     if "heatmap" in paths:
         assert output.report.evaluations is not None, "a finished run has evaluations"
         evaluations = output.report.evaluations.cpu().numpy()
@@ -276,7 +277,8 @@ def _write(output: VideoOutput, record: dict[str, object], paths: dict[str, Path
     if "latents" in paths:
         with replacing(paths["latents"]) as temporary:
             # Not save_file: that makes a file for its owner alone, and hides a full disk in an error of its own.
-            temporary.write_bytes(save({"latents": output.latents.contiguous()}))
+            tensors = {"latents": output.latents, "audio_latents": output.audio_latents}
+            temporary.write_bytes(save({name: t.contiguous() for name, t in tensors.items() if t is not None}))
     if "report" in paths:
         write_json(paths["report"], record)
 
@@ -285,7 +287,8 @@ def _summary(output: VideoOutput, record: dict[str, object], paths: dict[str, Pa
     frames, height, width = output.frames.shape[:3]
     seconds = output.seconds
     lines = [
-        f"{paths['output']}: {frames} frames of {width}x{height}, {output.fps} per second",
+        f"{paths['output']}: {frames} frames of {width}x{height}, {output.fps} per second"
+        + ("" if output.audio is None else f", with {output.audio.seconds:.1f} s of sound"),
         f"compute {record['compute']:.3f} of dense; seconds: text {seconds['encode_text']:.1f}, "
         f"denoising {seconds['denoise']:.1f}, decoding {seconds['decode']:.1f}",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from ..engine.facts import ModelFacts, read_facts
 from ..engine.record import device_name, versions
 from ..engine.request import GenerateRequest, resolve
+from ..parallel.config import divisors
 from .logs import silence_libraries
 
 
@@ -18,7 +20,9 @@ def info(arguments: argparse.Namespace) -> int:
     silence_libraries()
     facts = read_facts(arguments.model)
     width, height = arguments.size or (None, None)
-    sized = resolve(GenerateRequest(prompt="-", width=width, height=height, num_frames=arguments.frames), facts)
+    # A size can be checked without the image that a video of it would start from.
+    any_image = dataclasses.replace(facts, image="none")
+    sized = resolve(GenerateRequest(prompt="-", width=width, height=height, num_frames=arguments.frames), any_image)
     rows = [
         *(f"{name:16} {number}" for name, number in versions().items()),
         f"{'devices':16} {', '.join(_devices())}",
@@ -29,6 +33,13 @@ def info(arguments: argparse.Namespace) -> int:
     ]
     print("\n".join(rows))
     return 0
+
+
+_IMAGE = {
+    "none": "no: text to video",
+    "optional": "optional: text to video, or image to video with --image FILE",
+    "required": "required: image to video; give --image FILE",
+}
 
 
 def _devices() -> list[str]:
@@ -47,6 +58,9 @@ def _model(facts: ModelFacts) -> list[str]:
     return [
         f"{'model':16} {facts.name} ({facts.family}, {facts.pipeline})",
         f"{'transformer':16} {facts.experts} x {facts.num_layers} layers, {facts.num_heads} heads of {facts.head_dim}",
+        f"{'ulysses degrees':16} {', '.join(str(n) for n in divisors(facts.shared_heads))}; ring takes any",
+        f"{'image':16} {_IMAGE[facts.image]}",
+        *_audio(facts),
         f"{'token':16} {patch} latent pixels; VAE {vae}",
         f"{'valid sizes':16} width a multiple of {width_step}, height of {height_step}; "
         f"frames a multiple of {facts.frame_step}, plus 1",
@@ -55,13 +69,27 @@ def _model(facts: ModelFacts) -> list[str]:
     ]
 
 
+def _audio(facts: ModelFacts) -> list[str]:
+    """What there is to say of sound, for models that make it."""
+    guidance = facts.guidance
+    if guidance is None:
+        return []
+    scales = [f"by the prompt {guidance.audio_scale:g}"] if guidance.audio_scale else []
+    scales += [f"by perturbed attention in layer {guidance.block} {guidance.perturbed:g}"] if guidance.perturbed else []
+    scales += [f"by isolated modalities {guidance.isolated:g}"] if guidance.isolated > 1.0 else []
+    more = f"; more guidance: {', '.join(scales)}" if scales else ""
+    heads = f"{facts.audio_heads} heads of {facts.audio_head_dim}"
+    return [f"{'sound':16} {heads}, {facts.audio_rate:g} latents per second{more}"]
+
+
 def _tokens(facts: ModelFacts, width: int, height: int, num_frames: int) -> list[str]:
     grid = facts.grid(width, height, num_frames)
     num_tokens = math.prod(grid)
     return [
         f"{'size':16} {width}x{height}, {num_frames} frames",
         f"{'tokens':16} {num_tokens:,} = {grid[0]} x {grid[1]} x {grid[2]} (frames, rows, columns)",
-        f"{'K/V cache':16} {_bytes(facts.cache_bytes(num_tokens))} in bfloat16 for each guidance branch, "
+        f"{'K/V cache':16} {_bytes(facts.cache_bytes(num_tokens))} in bfloat16 for each of "
+        f"{facts.passes(facts.defaults.guidance_scale)} guidance branches, "
         "where a policy leaves out tokens",
     ]
 

@@ -106,21 +106,50 @@ class Placement:
             [B, n, H, D]. A pass of all tokens attends to the fresh rows themselves, any other one to the cache.
         """
         assert q.shape[:2] == (plan.batch_size, plan.rows), "the plan is of another pass"
-        q, k, v = self._share_heads(q, k, v, plan)
+        q, k, v = self._share_heads(q, k, v, plan=plan)
         return self._share_rows(self._ring.attend(q, k, v, plan.ring, cache, weight), plan)
 
-    def _share_heads(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-        """All heads of my rows -> my heads of the group's rows: [B, n, H, D] -> [B, A, h, D], three times."""
+    def attend_everywhere(
+        self, q: Tensor, k: Tensor, v: Tensor, *, plan: Plan, cache: Cache | None, weight: Tensor | None = None
+    ) -> Tensor:
+        """The same for few queries that are no tokens of the video, and that every rank has alike.
+
+        Keys and values travel as in `attend`, queries do not. Over ulysses each rank attends with its heads, and an
+        all-gather puts them together: M d (P-1)/P elements sent per sample. Over a sharded ring each attends to its
+        keys, and an all-gather brings the partial results to all.
+
+        Args:
+            q: queries [B, M, H, D], the same on every rank.
+            k: keys of this rank's rows [B, n, H, D].
+            v: their values.
+            plan: of this pass.
+            cache: of this layer and branch, or None, as in `attend`.
+            weight: as in `attend`.
+
+        Returns:
+            [B, M, H, D], in the same bits on every rank.
+        """
+        assert k.shape[:2] == (plan.batch_size, plan.rows), "the plan is of another pass"
+        ulysses = self._ulysses.axis
+        k, v = self._share_heads(k, v, plan=plan)
+        mine = q.unflatten(2, (ulysses.size, -1))[:, :, ulysses.rank]
+        out = self._ring.attend_everywhere(mine, k, v, plan.ring, cache, weight)
+        if ulysses.size == 1:
+            return out
+        heads = self._ulysses.gather(out.permute(2, 0, 1, 3), [out.shape[2]] * ulysses.size, "heads_everywhere")
+        return heads.permute(1, 2, 0, 3).clone(memory_format=torch.contiguous_format)
+
+    def _share_heads(self, *tensors: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+        """All heads of my rows -> my heads of the group's rows: [B, n, H, D] -> [B, A, h, D], for each tensor."""
         size = self._ulysses.axis.size
         if size == 1:
-            return q, k, v
-        B, n, H, D = q.shape
-        packed = self._scratch.take("packed heads", q, (size, n, 3, B, H // size, D))
-        for i, rows in enumerate((q, k, v)):
+            return tensors
+        B, n, H, D = tensors[0].shape
+        packed = self._scratch.take("packed heads", tensors[0], (size, n, len(tensors), B, H // size, D))
+        for i, rows in enumerate(tensors):
             packed[:, :, i] = rows.unflatten(2, (size, H // size)).permute(2, 1, 0, 3, 4)
         mine = self._ulysses.all_to_all(packed.flatten(0, 1), [n] * size, plan.peers, "heads_out")
-        q, k, v = (rows.transpose(0, 1) for rows in mine.unbind(1))
-        return q, k, v
+        return tuple(rows.transpose(0, 1) for rows in mine.unbind(1))
 
     def _share_rows(self, out: Tensor, plan: Plan) -> Tensor:
         """My heads of the group's rows -> all heads of my rows: [B, A, h, D] -> [B, n, H, D]."""

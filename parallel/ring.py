@@ -38,6 +38,11 @@ class Ring(Protocol):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Any, cache: Cache | None, weight: Tensor | None) -> Tensor:
         """Attend with this ring rank's rows of q, k, v [B, n, h, D] -> [B, n, h, D]."""
 
+    def attend_everywhere(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Any, cache: Cache | None, weight: Tensor | None
+    ) -> Tensor:
+        """The same for queries [B, M, h, D] that all ring ranks have alike -> [B, M, h, D] on all of them."""
+
 
 class Whole:
     """Ring form `gathered`: the cache is whole on each ring rank, and fresh K/V rows go to all of them.
@@ -79,6 +84,27 @@ class Whole:
             k, v = cache.keys_values(q.dtype, weight)
         return self._kernel.attend_out(q, k, v)
 
+    attend_everywhere = attend  # queries do not travel in any case
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routes:
+    """Where the units of one message go, and where they arrive. A unit is one row of q, k or v of one sample, [h * D].
+
+    Attributes:
+        send: units for each ring rank.
+        receive: units from each ring rank.
+        outgoing: which of my units [q; k; v] (or [k; v]), each by sample, go out in what order; int64 [sum(send)].
+        keys: where the K rows of my tokens arrive, by sample and token.
+        values: the same for V.
+    """
+
+    send: list[int]
+    receive: list[int]
+    outgoing: Tensor
+    keys: Tensor
+    values: Tensor
+
 
 class Sharded:
     """Ring form `sharded`: each ring rank keeps K/V of its own range of tokens, and queries travel.
@@ -99,29 +125,23 @@ class Sharded:
 
     @dataclass(frozen=True, kw_only=True)
     class Plan:
-        """Routes of one pass. A unit is one row of q, k or v of one sample, [h * D].
+        """What is the same in all layers of a pass.
 
         Attributes:
             shape: (B, A, n), n the rows of this ring rank.
             sizes: active rows of each ring rank.
-            send: units for each ring rank.
-            receive: units from each ring rank.
-            outgoing: which of my units [q; k; v], each by sample, go out in what order; int64 [sum(send)].
+            all: routes of queries, keys and values.
+            rows: routes of keys and values alone.
             queries: where the queries of all ranks arrive, by sample; [B * A].
-            keys: where the K rows of my tokens arrive, by sample and token.
-            values: the same for V.
             slots: where these rows belong in the flattened cache; None in a pass of all tokens.
             owned: my range of tokens.
         """
 
         shape: tuple[int, int, int]
         sizes: tuple[int, ...]
-        send: list[int]
-        receive: list[int]
-        outgoing: Tensor
+        all: Routes
+        rows: Routes
         queries: Tensor
-        keys: Tensor
-        values: Tensor
         slots: Tensor | None
         owned: slice
 
@@ -161,20 +181,13 @@ class Sharded:
         tokens = tokens.expand(B, -1)
         owner = torch.bucketize(tokens, torch.tensor([r.stop for r in ranges]), right=True)
         rows = torch.tensor(sizes)
-        units = rows * B
-        # Going out: to each rank all my queries, then K and then V of the tokens it owns, by sample and token.
         my_owner = owner[:, slices(sizes)[me]].flatten()
         leaving = my_owner.argsort(stable=True).split(torch.bincount(my_owner, minlength=len(sizes)).tolist())
-        outgoing = [part for of in leaving for part in (torch.arange(B * n), of + B * n, of + 2 * B * n)]
-        # Coming in: the same from each rank. `nonzero` lists my tokens by sample and then token.
+        # `nonzero` lists my tokens by sample and then token.
         source = torch.arange(len(sizes)).repeat_interleave(rows)
         sample, position = (owner == me).nonzero(as_tuple=True)
         kept_source = source[position]
-        kept = torch.bincount(kept_source, minlength=len(sizes))
-        begin = (units + 2 * kept).cumsum(0) - units - 2 * kept
-        arrival = torch.empty_like(kept_source)
-        arrival[kept_source.argsort(stable=True)] = torch.arange(len(kept_source))
-        keys = arrival - (kept.cumsum(0) - kept)[kept_source] + (begin + units)[kept_source]
+        everything, begin = _routes(leaving, kept_source, rows * B, me, device)
         row = torch.arange(tokens.shape[1]) - (rows.cumsum(0) - rows)[source]
         queries = (begin[source] + row) + torch.arange(B)[:, None] * rows[source]
         owned = ranges[me]
@@ -182,12 +195,9 @@ class Sharded:
         return self.Plan(
             shape=(B, tokens.shape[1], n),
             sizes=tuple(sizes),
-            send=[B * n + 2 * len(of) for of in leaving],
-            receive=(units + 2 * kept).tolist(),
-            outgoing=torch.cat(outgoing).to(device),
+            all=everything,
+            rows=_routes(leaving, kept_source, torch.zeros_like(rows), me, device, rows_of_each=B * n)[0],
             queries=queries.flatten().to(device),
-            keys=keys.to(device),
-            values=(keys + kept[kept_source]).to(device),
             slots=None if active is None else slots.to(device),
             owned=owned,
         )
@@ -196,37 +206,115 @@ class Sharded:
         self, q: Tensor, k: Tensor, v: Tensor, plan: Sharded.Plan, cache: Cache | None, weight: Tensor | None
     ) -> Tensor:
         """See `Ring`."""
-        (B, A, n), (H, D) = plan.shape, q.shape[2:]
-        units = self._scratch.take("units", q, (3, B, n, H, D))
-        for i, rows in enumerate((q, k, v)):
+        (B, A, _), (H, D) = plan.shape, q.shape[2:]
+        arrived = self._sent((q, k, v), plan.all, "queries_keys_values")
+        every_q = torch.index_select(arrived, 0, plan.queries, out=self._scratch.take("queries", q, (B * A, H * D)))
+        k, v = self._kept(arrived, plan.all, plan, (H, D), cache, weight)
+        return self._merged(*self._kernel.attend(every_q.view(B, A, H, D), k, v), plan)
+
+    def attend_everywhere(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Sharded.Plan, cache: Cache | None, weight: Tensor | None
+    ) -> Tensor:
+        """See `Ring`. All ranks merge the same partial results in the same order."""
+        arrived = self._sent((k, v), plan.rows, "keys_values")
+        k, v = self._kept(arrived, plan.rows, plan, (q.shape[2], q.shape[3]), cache, weight)
+        out, lse = self._kernel.attend(q, k, v)
+        partial = self._with_bits(out, lse)
+        parts = self._transport.gather(partial, [len(partial)] * len(plan.sizes), "partial_everywhere")
+        return self._without_bits(parts.view(len(plan.sizes), *partial.shape), out, lse)
+
+    def _sent(self, tensors: Sequence[Tensor], routes: Routes, name: str) -> Tensor:
+        """Send rows [B, n, H, D] along their routes: what arrives, [sum(receive), H * D]."""
+        like, width = tensors[0], tensors[0].shape[2] * tensors[0].shape[3]
+        units = self._scratch.take("units", like, (len(tensors), *like.shape))
+        for i, rows in enumerate(tensors):
             units[i] = rows
-        leaving = self._scratch.take("leaving", q, (sum(plan.send), H * D))
-        torch.index_select(units.view(3 * B * n, H * D), 0, plan.outgoing, out=leaving)
-        arrived = self._transport.all_to_all(leaving, plan.send, plan.receive, "queries_keys_values")
-        every_q, k, v = (
-            torch.index_select(arrived, 0, where, out=self._scratch.take(name, q, (len(where), H * D)))
-            for name, where in (("queries", plan.queries), ("keys", plan.keys), ("values", plan.values))
+        leaving = self._scratch.take("leaving", like, (sum(routes.send), width))
+        torch.index_select(units.view(-1, width), 0, routes.outgoing, out=leaving)
+        return self._transport.all_to_all(leaving, routes.send, routes.receive, name)
+
+    def _kept(
+        self,
+        arrived: Tensor,
+        routes: Routes,
+        plan: Sharded.Plan,
+        heads: tuple[int, int],
+        cache: Cache | None,
+        weight: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Store the rows of my tokens that arrived; return K and V of all my tokens."""
+        B = plan.shape[0]
+        k, v = (
+            torch.index_select(arrived, 0, where, out=self._scratch.take(name, arrived, (len(where), arrived.shape[1])))
+            for name, where in (("keys", routes.keys), ("values", routes.values))
         )
-        every_q = every_q.view(B, A, H, D)
-        k, v = (rows.unflatten(1, (H, D)) for rows in (k, v))
+        k, v = (rows.unflatten(1, heads) for rows in (k, v))
         if plan.slots is None:
-            k, v = (t.view(B, len(t) // B, H, D) for t in (k, v))
+            k, v = (t.view(B, len(t) // B, *heads) for t in (k, v))
             if cache is not None:
                 cache.write(k, v)
-        else:
-            assert cache is not None, "a pass of some tokens needs the others' keys and values"
-            cache.write_flat(k, v, plan.slots)
-            k, v = cache.keys_values(q.dtype, None if weight is None else weight[:, plan.owned])
-        return self._merged(*self._kernel.attend(every_q, k, v), plan)
+            return k, v
+        assert cache is not None, "a pass of some tokens needs the others' keys and values"
+        cache.write_flat(k, v, plan.slots)
+        return cache.keys_values(arrived.dtype, None if weight is None else weight[:, plan.owned])
 
     def _merged(self, out: Tensor, lse: Tensor, plan: Sharded.Plan) -> Tensor:
         """Send partial results [B, A, H, D] with lse [B, A, H] home and merge them: [B, n, H, D]."""
-        n, D, dtype = plan.shape[2], out.shape[-1], lse.dtype
-        # The lse travels bit for bit as further elements of each row: one message, nothing rounded.
-        bits = lse.unsqueeze(-1).view(out.dtype)
-        partial = self._scratch.take("partial", out, (out.shape[1], out.shape[0], out.shape[2], D + bits.shape[-1]))
-        partial[..., :D], partial[..., D:] = out.transpose(0, 1), bits.transpose(0, 1)
+        n = plan.shape[2]
+        partial = self._with_bits(out, lse)
         home = self._transport.all_to_all(partial, plan.sizes, [n] * len(plan.sizes), "partial_outputs")
-        home = home.view(len(plan.sizes), n, *home.shape[1:])
-        lses = home[..., D:].contiguous().view(dtype).squeeze(-1)
-        return merge(home[..., :D], lses)[0].to(out.dtype).transpose(0, 1)
+        return self._without_bits(home.view(len(plan.sizes), n, *home.shape[1:]), out, lse)
+
+    def _with_bits(self, out: Tensor, lse: Tensor) -> Tensor:
+        """Rows first, [M, B, H, D + ...]: the lse as further elements, bit for bit: one message, nothing rounded."""
+        bits, D = lse.unsqueeze(-1).view(out.dtype), out.shape[-1]
+        shape = (out.shape[1], out.shape[0], out.shape[2], D + bits.shape[-1])
+        partial = self._scratch.take("partial", out, shape)
+        partial[..., :D], partial[..., D:] = out.transpose(0, 1), bits.transpose(0, 1)
+        return partial
+
+    @staticmethod
+    def _without_bits(parts: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+        """Merge parts [R, M, B, H, D + ...], each as of `_with_bits(out, lse)`: [B, M, H, D]."""
+        D = out.shape[-1]
+        lses = parts[..., D:].contiguous().view(lse.dtype).squeeze(-1)
+        return merge(parts[..., :D], lses)[0].to(out.dtype).transpose(0, 1)
+
+
+def _routes(
+    leaving: Sequence[Tensor],
+    kept_source: Tensor,
+    queries: Tensor,
+    me: int,
+    device: torch.device,
+    rows_of_each: int | None = None,
+) -> tuple[Routes, Tensor]:
+    """Routes of a message: to each rank my queries, if they travel, then K and then V of the tokens it owns.
+
+    Args:
+        leaving: for each rank, which of my rows, by sample, it owns.
+        kept_source: which rank each of my own tokens' rows comes from, by sample and token.
+        queries: units of queries that come from each rank; 0 where they do not travel.
+        me: this rank.
+        device: where the indices are needed.
+        rows_of_each: rows of q, k or v on this rank, all samples; by default as many as its queries.
+
+    Returns:
+        The routes, and where the units of each rank begin among those that arrive.
+    """
+    mine = int(queries[me])
+    rows = mine if rows_of_each is None else rows_of_each
+    outgoing = [part for of in leaving for part in (torch.arange(mine), of + mine, of + mine + rows)]
+    kept = torch.bincount(kept_source, minlength=len(leaving))
+    begin = (queries + 2 * kept).cumsum(0) - queries - 2 * kept
+    arrival = torch.empty_like(kept_source)
+    arrival[kept_source.argsort(stable=True)] = torch.arange(len(kept_source))
+    keys = arrival - (kept.cumsum(0) - kept)[kept_source] + (begin + queries)[kept_source]
+    routes = Routes(
+        send=[mine + 2 * len(of) for of in leaving],
+        receive=(queries + 2 * kept).tolist(),
+        outgoing=torch.cat(outgoing).to(device),
+        keys=keys.to(device),
+        values=(keys + kept[kept_source]).to(device),
+    )
+    return routes, begin

@@ -17,6 +17,33 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests/tiny.py, tests/reference.py
 
+import feature_table
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-feature-table", action="store_true", help="write the table of docs/models.md")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "feature(name): a row of the table of docs/models.md; needs a parameter family")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    feature_table.note_collected(config, items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    feature_table.note_outcome(item, report)
+    return report
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if session.config.getoption("--write-feature-table") and exitstatus == 0:
+        feature_table.write(session.config.stash[feature_table.OUTCOMES])
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_single_thread():

@@ -8,11 +8,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
-from tiny import TEXT_WIDTH
+from tiny import IMAGE_KINDS, TEXT_WIDTH, tiny_image_pipeline
 from tiny import tiny_pipeline as denoiser
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?-"
@@ -24,9 +24,9 @@ def _tokenizer() -> T5TokenizerFast:
     return T5TokenizerFast(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0, model_max_length=512)
 
 
-def complete_pipeline(kind: str = "unipc") -> WanPipeline:
-    """A tiny random WanPipeline with tokenizer and text encoder; kinds as in `tiny.KINDS`."""
-    pipe = denoiser(kind)
+def complete_pipeline(kind: str = "unipc") -> WanPipeline | WanImageToVideoPipeline:
+    """A tiny random pipeline with tokenizer and text encoder; kinds as in `tiny.KINDS` and `tiny.IMAGE_KINDS`."""
+    pipe = tiny_image_pipeline(kind) if kind in IMAGE_KINDS else denoiser(kind)
     parts = pipe.components
     tokenizer = _tokenizer()
     torch.manual_seed(3)
@@ -45,7 +45,7 @@ def complete_pipeline(kind: str = "unipc") -> WanPipeline:
     parts["vae"].register_to_config(latents_mean=[0.1] * 16, latents_std=[1.5] * 16)
     parts |= {"tokenizer": tokenizer, "text_encoder": UMT5EncoderModel(config).eval()}
     options = {name: pipe.config[name] for name in ("boundary_ratio", "expand_timesteps")}
-    return WanPipeline(**parts, **options)
+    return type(pipe)(**parts, **options)
 
 
 def broken_copies(model: Path, folder: Path) -> dict[str, Path]:
@@ -69,6 +69,7 @@ def broken_copies(model: Path, folder: Path) -> dict[str, Path]:
         "zero patch",
         "endless layers",
         "odd expert",
+        "wrong channels",
     ):
         copies[name] = folder / name.replace(" ", "-")
         shutil.copytree(model, copies[name])
@@ -83,6 +84,7 @@ def broken_copies(model: Path, folder: Path) -> dict[str, Path]:
     for name, changes in (
         ("bad sizes", {"ffn_dim": 100}),
         ("zero patch", {"patch_size": [1, 0, 2]}),
+        ("wrong channels", {"in_channels": 36}),
         ("endless layers", {"num_layers": math.inf}),
     ):
         sizes = copies[name] / "transformer" / "config.json"

@@ -138,9 +138,33 @@ class Reference:
             for i, block in enumerate(model.blocks):
                 block.attn1.set_processor(MaskedProcessor(i, self))
 
+    def given(self, latents: Tensor, t: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The model's input and timesteps; `condition` is a first latent frame, or channels to be appended."""
+        b, _, f, y, x = latents.shape
+        n = f * (y // 2) * (x // 2)
+        if not self.per_token:
+            return latents if condition is None else torch.cat([latents, condition], 1), t.expand(b)
+        step = t.repeat(b, n)
+        if condition is not None:
+            latents = torch.cat([condition, latents[:, :, 1:]], 2)
+            step[:, : n // f] = 0
+        return latents, step
+
     @torch.no_grad()
-    def run(self, latents: Tensor, plans: list[Tensor | None], text: Tensor, negative: Tensor | None, scale: float):
-        """Return the final latents; `plans` holds None, [0], [A] or [B, A] per step."""
+    def run(
+        self,
+        latents: Tensor,
+        plans: list[Tensor | None],
+        text: Tensor,
+        negative: Tensor | None,
+        scale: float,
+        condition: Tensor | None = None,
+        seen: Tensor | None = None,
+    ):
+        """Return the final latents; `plans` holds None, [0], [A] or [B, A] per step.
+
+        `condition` as in `given`; `seen` is what the image encoder says of the image.
+        """
         scheduler = self.scheduler
         scheduler.set_timesteps(len(plans))
         scheduler.set_begin_index(0)
@@ -165,8 +189,8 @@ class Reference:
             for name, embeds in texts.items():
                 self.history = histories[name]
                 if self.mask.any():
-                    step = t.expand(b, n) if self.per_token else t.expand(b)
-                    v = self.models[expert](latents, step, embeds, return_dict=False)[0]
+                    noisy, step = self.given(latents, t, condition)
+                    v = self.models[expert](noisy, step, embeds, seen, return_dict=False)[0]
                     self.history.mix("velocity", self.rows(v), self.mask)
                     self.history.tick(self.sigma, self.mask)
                 where = {"hold": None, "taylor": sigmas[i], "ab2": (sigmas[i] + sigmas[i + 1]) / 2}[self.forecast]
@@ -178,7 +202,7 @@ class Reference:
                 out[name] = self.video(rows, (f, y, x))
             v = out["cond"] if negative is None else out["uncond"] + scale * (out["cond"] - out["uncond"])
             latents = scheduler.step(v, t, latents, return_dict=False)[0]
-        return latents
+        return latents if condition is None else self.given(latents, t, condition)[0][:, : latents.shape[1]]
 
     @staticmethod
     def rows(video: Tensor) -> Tensor:

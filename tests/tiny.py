@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLWan,
@@ -14,14 +15,32 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 KINDS = ("euler", "unipc", "dpm++", "wan22", "ti2v5b")
+IMAGE_KINDS = ("wan21 i2v", "wan22 i2v", "ti2v5b i2v")
+FAMILIES = {
+    "Wan 2.1 T2V": "unipc",
+    "Wan 2.1 I2V": "wan21 i2v",
+    "Wan 2.2 T2V": "wan22",
+    "Wan 2.2 I2V": "wan22 i2v",
+    "Wan 2.2 TI2V, text": "ti2v5b",
+    "Wan 2.2 TI2V, image": "ti2v5b i2v",
+}
+"""Kind of pipeline by the name of its family."""
 TEXT_WIDTH = 32
 SIZE = {"height": 64, "width": 64, "num_frames": 9}  # a grid of 3 x 4 x 4 = 48 tokens
 
 
 def tiny_transformer(
-    seed: int = 0, *, layers: int = 2, heads: int = 2, head_dim: int = 24, in_channels: int = 16
+    seed: int = 0,
+    *,
+    layers: int = 2,
+    heads: int = 2,
+    head_dim: int = 24,
+    in_channels: int = 16,
+    image_dim: int | None = None,
 ) -> Any:
     """Build a Wan transformer whose modulation and biases matter."""
     torch.manual_seed(seed)
@@ -38,6 +57,8 @@ def tiny_transformer(
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=64,
+        image_dim=image_dim,
+        added_kv_proj_dim=heads * head_dim if image_dim is not None else None,
     ).eval()
     for parameter in model.parameters():
         # Random weights of the usual size make all tokens alike: larger ones make attention and time matter.
@@ -81,26 +102,64 @@ def tiny_pipeline(kind: str = "euler", seed: int = 0, **transformer: Any) -> Wan
     return pipe
 
 
-def tiny_image_pipeline(seed: int = 0) -> WanImageToVideoPipeline:
-    """Build an image-to-video pipeline (two experts, no CLIP); it does not pass its step index."""
-    text = tiny_pipeline("wan22", seed)
+def image_encoder(seed: int = 0) -> Any:
+    """Build what Wan 2.1 looks at an image with: 17 tokens of a 32 x 32 view."""
+    torch.manual_seed(seed)
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    return CLIPVisionModel(config).eval()
+
+
+def tiny_image_pipeline(kind: str = "wan22 i2v", seed: int = 0, **transformer: Any) -> WanImageToVideoPipeline:
+    """Build an image-to-video pipeline of `IMAGE_KINDS`; it does not pass its step index.
+
+    2.1 sees the image through CLIP too, 2.2 has two experts, TI2V-5B has timesteps for each token.
+    """
+    per_token, sees, two = (kind.startswith(name) for name in ("ti2v5b", "wan21", "wan22"))
+    text = tiny_pipeline("unipc" if per_token else "euler", seed)
+    if not per_token:
+        transformer = {"in_channels": 36, "image_dim": 16 if sees else None, **transformer}
+    size = {"height": 32, "width": 32}
     pipe = WanImageToVideoPipeline(
         tokenizer=None,
         text_encoder=None,
         vae=text.vae,
         scheduler=text.scheduler,
-        transformer=tiny_transformer(seed, in_channels=36),
-        transformer_2=tiny_transformer(seed + 1, in_channels=36),
-        boundary_ratio=0.9,
+        transformer=tiny_transformer(seed, **transformer),
+        transformer_2=tiny_transformer(seed + 1, **transformer) if two else None,
+        image_encoder=image_encoder(seed) if sees else None,
+        image_processor=CLIPImageProcessor(crop_size=size, size=size) if sees else None,
+        boundary_ratio=0.9 if two else None,
+        expand_timesteps=per_token,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def embeddings(prompts: int = 1, seed: int = 5) -> dict[str, torch.Tensor]:
-    """Build prompt embeddings for both guidance branches, 16 text tokens."""
+def build(kind: str, **transformer: Any) -> Any:
+    """Build a pipeline of `KINDS` or `IMAGE_KINDS`."""
+    return (tiny_image_pipeline if kind in IMAGE_KINDS else tiny_pipeline)(kind, **transformer)
+
+
+def picture(width: int = 64, height: int = 64, seed: int = 3) -> Image.Image:
+    """Build an RGB image of coloured stripes."""
+    red, green, blue = np.random.default_rng(seed).integers(60, 256, 3)
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    stripes = np.stack([x * red // width, y * green // height, (x + 2 * y) % 16 * blue // 16], axis=-1)
+    return Image.fromarray(stripes.astype(np.uint8))
+
+
+def embeddings(prompts: int = 1, seed: int = 5, length: int = 16) -> dict[str, torch.Tensor]:
+    """Build prompt embeddings for both guidance branches, `length` text tokens."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (prompts, 16, TEXT_WIDTH)
+    shape = (prompts, length, TEXT_WIDTH)
     return {
         "prompt_embeds": torch.randn(shape, generator=generator),
         "negative_prompt_embeds": torch.randn(shape, generator=generator),
@@ -108,9 +167,12 @@ def embeddings(prompts: int = 1, seed: int = 5) -> dict[str, torch.Tensor]:
 
 
 def generate(pipe: Any, *, steps: int = 8, seed: int = 1, prompts: int = 1, **changes: Any) -> torch.Tensor:
-    """Run a pipeline up to its final latents."""
+    """Run a pipeline up to its final latents; one that needs an image gets `picture()`."""
+    # A transformer that sees the image counts 512 text tokens from the end, whatever it is given.
+    length = 16 if pipe.transformer.config.image_dim is None else 512
     arguments: dict[str, Any] = {
-        **embeddings(prompts),
+        **embeddings(prompts, length=length),
+        **({"image": picture()} if isinstance(pipe, WanImageToVideoPipeline) else {}),
         **SIZE,
         "num_inference_steps": steps,
         "guidance_scale": 3.0,

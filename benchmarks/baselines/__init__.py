@@ -1,4 +1,4 @@
-"""Whole-step accelerations of a stock `WanPipeline`: what heterostep is measured against.
+"""Accelerations of stock Wan pipelines, with one expert or two: what heterostep is measured against.
 
 All have one interface: ``with baseline.applied(pipe): pipe(..., num_inference_steps=baseline.steps)``,
 afterwards ``baseline.compute`` is the share of the dense transformer work that was evaluated. Outside of the
@@ -10,12 +10,14 @@ from .easycache import EasyCache
 from .fewer_steps import FewerSteps
 from .first_block import FirstBlock
 from .magcache import MagCache, magnitude_ratios
+from .pab import PAB
 from .taylorseer import TaylorSeer
 from .teacache import TeaCache, fit_polynomial
 from .tuning import KINDS, Trial, bisect_thresholds, build, tune
 
 __all__ = [
     "KINDS",
+    "PAB",
     "Baseline",
     "EasyCache",
     "FewerSteps",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,34 +14,78 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor
 
 
+def transformers_of(pipe: Any) -> list[Any]:
+    """The transformers of a Wan pipeline: one, or two experts in the order in which they run."""
+    return [model for model in (pipe.transformer, getattr(pipe, "transformer_2", None)) if model is not None]
+
+
+def steps_of_experts(pipe: Any, steps: int) -> list[range]:
+    """Which of `steps` denoising steps each transformer does."""
+    ratio = getattr(pipe.config, "boundary_ratio", None)
+    if ratio is None:
+        return [range(steps)]
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(steps)
+    split = int((scheduler.timesteps >= ratio * scheduler.config.num_train_timesteps).sum())
+    return [range(split), range(split, steps)]
+
+
+def step_of(pipe: Any, context: Any) -> int:
+    """The step of a running call; image-to-video pipelines do not say it, but their scheduler counts."""
+    return context.step_index if context.step_index is not None else pipe.scheduler.step_index or 0
+
+
 class WorkCounter:
-    """Counts the token rows that went through the transformer blocks, from outside, by the input of
-    ``attn1.to_q``.
+    """Counts the floating point operations of the transformer blocks, from outside, by the rows of tokens that enter
+    the linear layers of self-attention, cross-attention and feed-forward.
 
     A block that a cache skips does not project queries; a partial step of HSA projects those of its active
-    tokens. The same counter so measures every method, whatever the method says about itself.
+    tokens; attention broadcast skips attention alone. The same counter so measures every method, whatever the method
+    says about itself.
     """
 
-    def __init__(self, transformer: Any) -> None:
-        """Attach to a Wan transformer; `close` detaches."""
-        self.rows = self.calls = self.full_rows = 0
-        self._layers = len(transformer.blocks)
-        self._patch = math.prod(transformer.config.patch_size)
-        self._handles = [b.attn1.to_q.register_forward_pre_hook(self._count_rows) for b in transformer.blocks]
-        self._handles.append(transformer.register_forward_pre_hook(self._count_call, with_kwargs=True))
+    def __init__(self, *transformers: Any) -> None:
+        """Attach to Wan transformers; `close` detaches."""
+        self.work = self.full_work = 0.0
+        self.calls = 0
+        self._costs = {"self": 0.0, "cross": 0.0, "feed-forward": 0.0}
+        self._handles: list[Any] = []
+        for transformer in transformers:
+            before = self._before(transformer)
+            self._handles.append(transformer.register_forward_pre_hook(before, with_kwargs=True))
+            for block in transformer.blocks:
+                # Of the feed-forward an inner layer: hooks of caches stand around the whole of it.
+                layers = {"self": block.attn1.to_q, "cross": block.attn2.to_q, "feed-forward": block.ffn.net[2]}
+                self._handles += [layer.register_forward_pre_hook(self._rows(part)) for part, layer in layers.items()]
 
-    def _count_rows(self, module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.rows += args[0].shape[0] * args[0].shape[1]
+    def _before(self, transformer: Any) -> Any:
+        config, layers = transformer.config, len(transformer.blocks)
+        width, patch = config.num_attention_heads * config.attention_head_dim, math.prod(config.patch_size)
 
-    def _count_call(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        self.calls += 1
-        self.full_rows += self._layers * latents.shape[0] * latents[0, 0].numel() // self._patch
+        def count(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
+            tokens = latents[0, 0].numel() // patch
+            self._costs = {
+                "self": 8.0 * width**2 + 4.0 * tokens * width,
+                "cross": 4.0 * width**2 + 4.0 * text.shape[1] * width,
+                "feed-forward": 4.0 * width * config.ffn_dim,
+            }
+            self.calls += 1
+            self.full_work += layers * latents.shape[0] * tokens * sum(self._costs.values())
+
+        return count
+
+    def _rows(self, part: str) -> Any:
+        def count(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.work += args[0].shape[0] * args[0].shape[1] * self._costs[part]
+
+        return count
 
     @property
     def share(self) -> float:
-        """Rows evaluated over those that the same calls would evaluate densely; nan before the first."""
-        return self.rows / self.full_rows if self.full_rows else math.nan
+        """Work done over what the same calls would do densely; nan before the first."""
+        return self.work / self.full_work if self.full_work else math.nan
 
     def close(self) -> None:
         """Detach."""
@@ -75,15 +120,13 @@ class Baseline(ABC):
         """Work on `pipe` inside the context; one run per context.
 
         Raises:
-            ValueError: two experts, or another cache or HSA is at work already.
+            ValueError: another cache or HSA is at work already.
         """
-        transformer = pipe.transformer
-        if getattr(pipe, "transformer_2", None) is not None:
-            raise ValueError("The baselines are written for pipelines with one transformer.")
-        registry = HookRegistry.check_if_exists_or_initialize(transformer)
-        if transformer.is_cache_enabled or registry.hooks:
-            raise ValueError("Something else is hooked to the transformer: remove it before a baseline is applied.")
-        self._work = WorkCounter(transformer)
+        for transformer in transformers_of(pipe):
+            registry = HookRegistry.check_if_exists_or_initialize(transformer)
+            if transformer.is_cache_enabled or registry.hooks:
+                raise ValueError("Something else is hooked to the transformer: remove it before a baseline is applied.")
+        self._work = WorkCounter(*transformers_of(pipe))
         try:
             with self._attached(pipe):
                 yield self
@@ -101,16 +144,18 @@ class DiffusersCache(Baseline):
     """A baseline that diffusers has: subclasses give its config."""
 
     @abstractmethod
-    def _config(self) -> Any:
-        """Build the config for ``enable_cache``."""
+    def _config(self, steps: range) -> Any:
+        """Build the config for ``enable_cache`` of a transformer that does `steps` of the denoising steps."""
 
     @contextmanager
     def _attached(self, pipe: Any) -> Iterator[None]:
-        pipe.transformer.enable_cache(self._config())
-        try:
+        pairs = zip(transformers_of(pipe), steps_of_experts(pipe, self.steps), strict=True)
+        with ExitStack() as stack:
+            for transformer, steps in pairs:
+                if steps:
+                    transformer.enable_cache(self._config(steps))
+                    stack.callback(transformer.disable_cache)
             yield
-        finally:
-            pipe.transformer.disable_cache()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from diffusers.hooks.hooks import BaseState, StateManager
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from .baseline import Baseline, hooked
+from .baseline import Baseline, hooked, step_of, transformers_of
 
 _HOOK = "easycache"
 
@@ -41,8 +41,10 @@ class EasyCache(Baseline):
 
     @contextmanager
     def _attached(self, pipe: Any) -> Iterator[None]:
-        hook = _ModelHook(self.settings["threshold"], self.settings["warmup"])
-        with hooked(pipe.transformer, [(pipe.transformer, hook)], _HOOK):
+        with ExitStack() as stack:
+            for transformer in transformers_of(pipe):
+                hook = _ModelHook(pipe, self.settings["threshold"], self.settings["warmup"])
+                stack.enter_context(hooked(transformer, [(transformer, hook)], _HOOK))
             yield
 
 
@@ -62,8 +64,9 @@ class _ModelHook(ModelHook):
 
     _is_stateful = True
 
-    def __init__(self, threshold: float, warmup: int) -> None:
+    def __init__(self, pipe: Any, threshold: float, warmup: int) -> None:
         super().__init__()
+        self.pipe = pipe
         self.states = StateManager(_State)
         self.threshold, self.warmup = threshold, warmup
         self._start()
@@ -85,8 +88,9 @@ class _ModelHook(ModelHook):
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         context, state = self.states.context, self.states.get_state()
         latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if context.step_index != self.step:
-            self.step, self.leader = context.step_index, context.name
+        step = step_of(self.pipe, context)
+        if step != self.step:
+            self.step, self.leader = step, context.name
             self._decide(latents, state.velocity)
         if not self.evaluate and state.velocity is not None:
             if kwargs.get("return_dict", True):

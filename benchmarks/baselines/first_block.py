@@ -19,5 +19,5 @@ class FirstBlock(DiffusersCache):
     def __init__(self, dense_steps: int, *, threshold: float) -> None:
         super().__init__(dense_steps, threshold=threshold)
 
-    def _config(self) -> FirstBlockCacheConfig:
+    def _config(self, steps: range) -> FirstBlockCacheConfig:
         return FirstBlockCacheConfig(threshold=self.settings["threshold"])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from diffusers import MagCacheConfig
 
-from .baseline import DiffusersCache
+from .baseline import DiffusersCache, transformers_of
 
 _BLOCK_HOOK = "mag_cache_block_hook"
 
@@ -36,29 +37,37 @@ class MagCache(DiffusersCache):
     ) -> None:
         super().__init__(dense_steps, threshold=threshold, ratios=list(ratios), max_skip=max_skip, retention=retention)
 
-    def _config(self) -> MagCacheConfig:
+    def _config(self, steps: range) -> MagCacheConfig:
         s = self.settings
         return MagCacheConfig(
             threshold=s["threshold"],
             max_skip_steps=s["max_skip"],
             retention_ratio=s["retention"],
-            num_inference_steps=self.dense_steps,
-            mag_ratios=list(s["ratios"]),
+            num_inference_steps=len(steps),
+            mag_ratios=list(s["ratios"][steps.start : steps.stop]),
         )
 
-    def predicted_compute(self) -> float:
-        """The share of steps that will be evaluated: the rule reads the ratios alone, so it needs no run."""
+    def predicted_compute(self, experts: Sequence[range] | None = None) -> float:
+        """The share of steps that will be evaluated: the rule reads the ratios alone, so it needs no run.
+
+        Args:
+            experts: the steps of each transformer, each of which begins anew; None: there is one.
+        """
+        own = [self._evaluated(self.settings["ratios"][r.start : r.stop]) for r in experts or [range(self.dense_steps)]]
+        return sum(own) / self.dense_steps
+
+    def _evaluated(self, ratios: Sequence[float]) -> int:
         s = self.settings
         evaluated, ratio, error, skipped = 0, 1.0, 0.0, 0
-        for step, scale in enumerate(s["ratios"]):
-            if step >= int(s["retention"] * self.dense_steps + 0.5):
+        for step, scale in enumerate(ratios):
+            if step >= int(s["retention"] * len(ratios) + 0.5):
                 ratio, skipped = ratio * scale, skipped + 1
                 error += abs(1.0 - ratio)
                 if step and error <= s["threshold"] and skipped <= s["max_skip"]:
                     continue
                 ratio, error, skipped = 1.0, 0.0, 0
             evaluated += 1
-        return evaluated / self.dense_steps
+        return evaluated
 
 
 def magnitude_ratios(pipe: Any, run: Callable[[], Any], steps: int) -> dict[str, list[float]]:
@@ -70,20 +79,19 @@ def magnitude_ratios(pipe: Any, run: Callable[[], Any], steps: int) -> dict[str,
         steps: denoising steps.
 
     Returns:
-        Guidance branch -> ratio |residual_i| / |residual_{i-1}| for every step (the first is 1).
+        Guidance branch -> ratio |residual_i| / |residual_{i-1}| for every step (the first of each expert is 1).
     """
-    transformer, found = pipe.transformer, {}
-    # At the last step it knows of, the hook prints its ratios and forgets them: it is told of one step more.
-    transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=steps + 1))
-    states = transformer.blocks[-1]._diffusers_hook.get_hook(_BLOCK_HOOK).state_manager
+    found: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        for transformer in transformers_of(pipe):
+            # At the last step it knows of, the hook prints its ratios and forgets them: it is told of one step more.
+            transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=steps + 1))
+            stack.callback(transformer.disable_cache)
+            states = transformer.blocks[-1]._diffusers_hook.get_hook(_BLOCK_HOOK).state_manager
 
-    def copy_ratios(*_: Any) -> None:
-        found[states.context.name] = list(states.get_state().calibration_ratios)
+            def copy_last(*_: Any, states: Any = states) -> None:
+                found.setdefault(states.context.name, []).append(states.get_state().calibration_ratios[-1])
 
-    handle = transformer.register_forward_hook(copy_ratios)
-    try:
+            stack.callback(transformer.register_forward_hook(copy_last).remove)
         run()
-    finally:
-        handle.remove()
-        transformer.disable_cache()
     return found

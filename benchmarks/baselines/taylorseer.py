@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import TaylorSeerCacheConfig
 
@@ -28,7 +30,7 @@ class TaylorSeer(DiffusersCache):
     def __init__(self, dense_steps: int, *, interval: int, warmup: int, order: int = 1) -> None:
         super().__init__(dense_steps, interval=interval, warmup=warmup, order=order)
 
-    def _config(self) -> TaylorSeerCacheConfig:
+    def _config(self, steps: range) -> TaylorSeerCacheConfig:
         s = self.settings
         return TaylorSeerCacheConfig(
             cache_interval=s["interval"],
@@ -38,20 +40,26 @@ class TaylorSeer(DiffusersCache):
             cache_identifiers=_IDENTIFIERS,
         )
 
-    def predicted_compute(self) -> float:
-        """The share of steps that will be evaluated."""
+    def predicted_compute(self, experts: Sequence[range] | None = None) -> float:
+        """The share of steps that will be evaluated; `experts`: the steps of each transformer, each begins anew."""
         interval, warmup = self.settings["interval"], self.settings["warmup"]
-        steps = range(self.dense_steps)
+        steps = [i for own in experts or [range(self.dense_steps)] for i in range(len(own))]
         return sum(i < warmup or (i - warmup - 1) % interval == 0 for i in steps) / self.dense_steps
 
     @classmethod
-    def candidates(cls, dense_steps: int, compute: float, orders: tuple[int, ...] = (1, 2)) -> list[TaylorSeer]:
-        """For every interval and order the warm-up nearest to `compute`, if it is within half a step."""
+    def candidates(
+        cls,
+        dense_steps: int,
+        compute: float,
+        orders: tuple[int, ...] = (1, 2),
+        experts: Sequence[range] | None = None,
+    ) -> list[TaylorSeer]:
+        """For every interval and order the warm-up nearest to `compute`, if it is within half a step of each expert."""
         found = []
         for interval in range(2, 11):
             # Below two evaluations there is nothing to extrapolate from.
             trials = [cls(dense_steps, interval=interval, warmup=w) for w in range(2, dense_steps)]
-            best = min(trials, key=lambda t: abs(t.predicted_compute() - compute))
-            if abs(best.predicted_compute() - compute) <= 0.5 / dense_steps + 1e-9:
+            best = min(trials, key=lambda t: abs(t.predicted_compute(experts) - compute))
+            if abs(best.predicted_compute(experts) - compute) <= 0.5 * len(experts or [1]) / dense_steps + 1e-9:
                 found += [cls(dense_steps, **{**best.settings, "order": order}) for order in orders]
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor
 
-from .baseline import Baseline, hooked, relative_change
+from .baseline import Baseline, hooked, relative_change, step_of, transformers_of
 
 _HOOK = "teacache"
 
@@ -41,14 +41,15 @@ class TeaCache(Baseline):
 
     @contextmanager
     def _attached(self, pipe: Any) -> Iterator[None]:
-        blocks = pipe.transformer.blocks
-        if len(blocks) < 2:
-            raise ValueError("TeaCache needs at least two blocks.")
-        states = StateManager(_State)
         self.changes = []
-        hooks: list[tuple[torch.nn.Module, ModelHook]] = [(blocks[0], _FirstBlock(states, self))]
-        hooks += [(block, _LaterBlock(states, self, last=block is blocks[-1])) for block in blocks[1:]]
-        with hooked(pipe.transformer, hooks, _HOOK):
+        with ExitStack() as stack:
+            for transformer in transformers_of(pipe):
+                blocks, states = transformer.blocks, StateManager(_State)
+                if len(blocks) < 2:
+                    raise ValueError("TeaCache needs at least two blocks.")
+                hooks: list[tuple[torch.nn.Module, ModelHook]] = [(blocks[0], _FirstBlock(states, self, pipe))]
+                hooks += [(block, _LaterBlock(states, self, last=block is blocks[-1])) for block in blocks[1:]]
+                stack.enter_context(hooked(transformer, hooks, _HOOK))
             yield
 
     def estimate(self, change: float) -> float:
@@ -92,6 +93,10 @@ class _BlockHook(ModelHook):
 class _FirstBlock(_BlockHook):
     """Decides, and stands in for the whole stack where the step is skipped."""
 
+    def __init__(self, states: StateManager, cache: TeaCache, pipe: Any) -> None:
+        super().__init__(states, cache)
+        self.pipe = pipe
+
     def new_forward(
         self, module: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any
     ) -> Tensor:
@@ -102,7 +107,7 @@ class _FirstBlock(_BlockHook):
         else:
             state.change = relative_change(signal, state.signal)
             state.accumulated += self.cache.estimate(state.change)
-            last = context.step_index == context.num_inference_steps - 1
+            last = step_of(self.pipe, context) == self.pipe.num_timesteps - 1
             state.evaluate = last or state.accumulated >= self.cache.settings["threshold"]
         state.signal = signal
         if not state.evaluate:

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .baseline import Baseline
+from .baseline import Baseline, steps_of_experts
 from .easycache import EasyCache
 from .fewer_steps import FewerSteps
 from .first_block import FirstBlock
 from .magcache import MagCache, magnitude_ratios
+from .pab import PAB
 from .taylorseer import TaylorSeer
 from .teacache import TeaCache, fit_polynomial
 
@@ -29,6 +30,7 @@ KINDS: dict[str, type[Baseline]] = {
     "first-block": FirstBlock,
     "magcache": MagCache,
     "taylorseer": TaylorSeer,
+    "pab": PAB,
     "teacache": TeaCache,
     "easycache": EasyCache,
 }
@@ -118,8 +120,14 @@ def tune(
         return {c: {"evaluated": max(round(c * dense_steps), 1), "solver": kind} for c in computes}
     candidates = _candidates(kind, pipe, dense_steps, computes, trials)
     chosen: dict[float, dict[str, Any]] = {}
+    judged: dict[str, tuple[float, float]] = {}
     for wanted in computes:
-        results = [(*_judge(baseline, pipe, trials), baseline) for baseline in candidates[wanted]]
+        results = []
+        for baseline in candidates[wanted]:
+            key = repr(baseline.settings)
+            if key not in judged:
+                judged[key] = _judge(baseline, pipe, trials)
+            results.append((*judged[key], baseline))
         # A variant that misses the compute is no candidate, unless all of them do.
         nearest = min(abs(compute - wanted) for compute, _, _ in results)
         allowed = [r for r in results if abs(r[0] - wanted) <= max(0.02, nearest + 0.005)]
@@ -134,8 +142,11 @@ def _candidates(
     kind: str, pipe: Any, dense_steps: int, computes: Sequence[float], trials: Sequence[Trial]
 ) -> dict[float, list[Baseline]]:
     """Variants of a method, each tuned to each compute."""
+    experts = steps_of_experts(pipe, dense_steps)
     if kind == "taylorseer":
-        return {c: list(TaylorSeer.candidates(dense_steps, c)) for c in computes}
+        return {c: list(TaylorSeer.candidates(dense_steps, c, experts=experts)) for c in computes}
+    if kind == "pab":
+        return {c: list(PAB.candidates(dense_steps)) for c in computes}
     if kind == "magcache":
         ratios = _mean_ratios(pipe, dense_steps, trials)
         families = [
@@ -143,10 +154,10 @@ def _candidates(
             for k in (2, 3, 4, 6, 10)
             for r in (0.05, 0.1, 0.2)
         ]
-        measures = [lambda t, f=f: f(t).predicted_compute() for f in families]
+        measures = [lambda t, f=f: f(t).predicted_compute(experts) for f in families]
         found = [bisect_thresholds(m, computes, high=100.0, rounds=30, tolerance=1e-9) for m in measures]
         tuned = {c: [f(t[c]) for f, t in zip(families, found, strict=True)] for c in computes}
-        return {c: _within(tuned[c], c, 0.5 / dense_steps) for c in computes}
+        return {c: _within(tuned[c], c, 0.5 / dense_steps, experts) for c in computes}
     if kind == "teacache":
         runs = [lambda t=t: t.run(dense_steps) for t in trials]
         polynomial = fit_polynomial(pipe, runs, dense_steps)
@@ -166,10 +177,10 @@ def _candidates(
     return out
 
 
-def _within(baselines: list[Any], wanted: float, slack: float) -> list[Any]:
+def _within(baselines: list[Any], wanted: float, slack: float, experts: Sequence[range]) -> list[Any]:
     """Those whose predicted compute is within `slack` of the wanted one, or the nearest one."""
-    near = [b for b in baselines if abs(b.predicted_compute() - wanted) <= slack + 1e-9]
-    return near or [min(baselines, key=lambda b: abs(b.predicted_compute() - wanted))]
+    near = [b for b in baselines if abs(b.predicted_compute(experts) - wanted) <= slack + 1e-9]
+    return near or [min(baselines, key=lambda b: abs(b.predicted_compute(experts) - wanted))]
 
 
 def _mean_ratios(pipe: Any, dense_steps: int, trials: Sequence[Trial]) -> list[float]:

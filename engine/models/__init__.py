@@ -5,14 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import ConfigError
+from .adapter import Adapter, Site
+from .ltx2 import LTX2Adapter
+from .ltx2_recipe import LTX2Recipe
+from .recipe import Recipe
 from .wan import WanAdapter
+from .wan_recipe import WanRecipe
 
-__all__ = ["WanAdapter", "adapter_for"]
+__all__ = ["Adapter", "LTX2Adapter", "Recipe", "Site", "WanAdapter", "adapter_for", "recipe_for"]
 
-_ADAPTERS = (WanAdapter,)
+_ADAPTERS: tuple[type[Adapter], ...] = (WanAdapter, LTX2Adapter)
+_RECIPES: tuple[tuple[type[Adapter], type[Recipe]], ...] = ((WanAdapter, WanRecipe), (LTX2Adapter, LTX2Recipe))
 
 
-def adapter_for(pipe: Any) -> WanAdapter:
+def adapter_for(pipe: Any) -> Adapter:
     """Return the adapter of a diffusers pipeline.
 
     Raises:
@@ -23,3 +29,8 @@ def adapter_for(pipe: Any) -> WanAdapter:
             return adapter()
     known = ", ".join(name for adapter in _ADAPTERS for name in adapter.pipelines)
     raise ConfigError(f"{type(pipe).__name__} is not supported: HSA works with {known} and their stock transformers.")
+
+
+def recipe_for(pipeline: str) -> Recipe:
+    """Return the recipe of a pipeline by its class name, one of `facts.SUPPORTED_PIPELINES`."""
+    return next(recipe() for adapter, recipe in _RECIPES if pipeline in adapter.pipelines)

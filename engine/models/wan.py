@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-import torch
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import ModelHook
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
-from ..attention import AttentionCall, CachedTextAttnProcessor, CachedWanAttnProcessor
-from ..tokens import Grid, Patch, gather_rows
+from ..attention import AttentionCall
+from ..tokens import Grid, Patch, gather_rows, pack, patchify, unpatchify
+from .adapter import Adapter, Site
+from .wan_attention import CachedTextAttnProcessor, CachedWanAttnProcessor, RopeRows
 
 
-class WanAdapter:
-    """Wan text- and image-to-video: one or two experts, timesteps per video or (TI2V-5B) per token."""
+class WanAdapter(Adapter):
+    """Wan text- and image-to-video: one or two experts, timesteps per video or (TI2V-5B) per token.
 
-    pipelines = ("WanPipeline", "WanImageToVideoPipeline")
-    processor = CachedWanAttnProcessor
-    text_processor = CachedTextAttnProcessor
+    Active tokens are packed into a small video of their own; see `Adapter` for what the methods mean.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline", "WanImageToVideoPipeline")
+    stock_processors: ClassVar[tuple[type, ...]] = (WanAttnProcessor,)
+    moving: ClassVar[tuple[str, ...]] = ("hidden_states", "timestep")
+    solvers: ClassVar[tuple[str, ...]] = ("euler", "unipc", "dpm++")
+    step_tensors: ClassVar[tuple[str, ...]] = ()
+    output: ClassVar[Any] = Transformer2DModelOutput
 
     @classmethod
     def recognises(cls, pipe: Any) -> bool:
-        """Whether `pipe` is one of `pipelines` (or derived from one) with stock transformers."""
+        """See `Adapter`."""
         if not any(c.__name__ in cls.pipelines for c in type(pipe).__mro__):
             return False
         found = cls.transformers(pipe)
@@ -32,34 +40,45 @@ class WanAdapter:
 
     @staticmethod
     def transformers(pipe: Any) -> list[tuple[int, Any]]:
-        """Return (expert, transformer) pairs; expert 0 does the high noise, 1 the low noise."""
+        """See `Adapter`."""
         pair = (getattr(pipe, "transformer", None), getattr(pipe, "transformer_2", None))
         return [(expert, model) for expert, model in enumerate(pair) if model is not None]
 
     @staticmethod
-    def patch(transformer: Any) -> Patch:
-        """Size of a token in latents."""
-        return Patch(*transformer.config.patch_size)
-
-    @staticmethod
     def blocks(transformer: Any) -> list[Any]:
-        """The layers, in the order in which they run."""
+        """See `Adapter`."""
         return list(transformer.blocks)
 
     @staticmethod
-    def attentions(transformer: Any) -> list[Any]:
-        """Self-attention modules, one per layer: the only place where tokens meet."""
-        return [block.attn1 for block in transformer.blocks]
+    def sites(transformer: Any) -> list[Site]:
+        """Self-attention of each layer."""
+        return [Site(block.attn1) for block in transformer.blocks]
+
+    @staticmethod
+    def processor(call: AttentionCall, replaced: Any, *, everywhere: bool = False) -> CachedWanAttnProcessor:
+        """See `Adapter`."""
+        assert not everywhere
+        return CachedWanAttnProcessor(call, replaced)
 
     @staticmethod
     def text_attentions(transformer: Any) -> list[Any]:
-        """Cross-attention modules with the stock processor, whose keys and values are those of the prompt."""
+        """Cross-attention modules with the stock processor."""
         found = [block.attn2 for block in transformer.blocks]
         return [attention for attention in found if type(attention.processor) is WanAttnProcessor]
 
     @staticmethod
+    def text_processor(replaced: Any) -> CachedTextAttnProcessor:
+        """See `Adapter`."""
+        return CachedTextAttnProcessor(replaced)
+
+    @staticmethod
+    def hooks(transformer: Any, call: AttentionCall) -> list[tuple[Any, ModelHook]]:
+        """The rotary embeddings, which are those of the small video otherwise."""
+        return [(transformer.rope, RopeRows(call, _patch(transformer)))]
+
+    @staticmethod
     def experts(pipe: Any) -> list[int]:
-        """Expert that the pipeline will call at each step."""
+        """See `Adapter`."""
         timesteps, ratio = pipe.scheduler.timesteps, getattr(pipe.config, "boundary_ratio", None)
         if ratio is None:
             return [0] * len(timesteps)
@@ -68,51 +87,61 @@ class WanAdapter:
         return [0 if high else 1 for high in high_noise.tolist()]
 
     @staticmethod
-    def guidance(pipe: Any, branches: Sequence[str], expert: int) -> dict[str, float]:
-        """Weights with which the pipeline mixes the branches' velocities into the guided one."""
-        if set(branches) != {"cond", "uncond"}:
-            return {name: 1.0 / len(branches) for name in branches}
+    def branches(pipe: Any) -> tuple[str, ...]:
+        """See `Adapter`."""
+        return ("cond", "uncond") if pipe.do_classifier_free_guidance else ("cond",)
+
+    @staticmethod
+    def units(pipe: Any, branch: str) -> tuple[str, ...]:
+        """One for each branch."""
+        return (branch,)
+
+    @staticmethod
+    def guidance(pipe: Any, units: Sequence[str], expert: int) -> dict[str, float]:
+        """See `Adapter`."""
+        if set(units) != {"cond", "uncond"}:
+            return {name: 1.0 / len(units) for name in units}
         scale = pipe._guidance_scale_2 if expert == 1 else pipe._guidance_scale
         return {"cond": float(scale), "uncond": 1.0 - float(scale)}
 
     @staticmethod
-    def branches(pipe: Any) -> tuple[str, ...]:
-        """Names of the guidance branches of the running pipeline call, in the order of its calls."""
-        return ("cond", "uncond") if pipe.do_classifier_free_guidance else ("cond",)
+    def grid(module: Any, arguments: Mapping[str, Any]) -> Grid:
+        """See `Adapter`."""
+        return _patch(module).grid_of(arguments["hidden_states"])
 
     @staticmethod
-    def num_branches(pipe: Any) -> int:
-        """How many guidance branches the running pipeline call evaluates per step."""
-        return 2 if pipe.do_classifier_free_guidance else 1
+    def video(module: Any, arguments: Mapping[str, Any]) -> Tensor:
+        """See `Adapter`."""
+        latents: Tensor = arguments["hidden_states"]
+        return latents[:, : module.config.out_channels]
 
     @staticmethod
-    def rope(transformer: Any) -> tuple[Any, RopeRows]:
-        """Return the module that makes rotary embeddings, and the hook that reduces them to active tokens."""
-        return transformer.rope, RopeRows(WanAdapter.patch(transformer))
+    def subset(module: Any, arguments: Mapping[str, Any], active: Tensor) -> dict[str, Any]:
+        """See `Adapter`."""
+        patch, timestep = _patch(module), arguments["timestep"]
+        packed = pack(gather_rows(patchify(arguments["hidden_states"], patch), active), patch)
+        if timestep.ndim == 2:
+            timestep = gather_rows(timestep, active)
+        return {**arguments, "hidden_states": packed, "timestep": timestep}
+
+    @staticmethod
+    def rows(module: Any, out: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `Adapter`."""
+        return patchify(out[0], _patch(module)), ()
+
+    @staticmethod
+    def answer(module: Any, grid: Grid, rows: Tensor, others: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """See `Adapter`."""
+        return (unpatchify(rows, _patch(module), grid),)
+
+    @staticmethod
+    def nothing(module: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """See `Adapter`."""
+        latents = arguments["hidden_states"]
+        shape = (latents.shape[0], module.config.out_channels, *latents.shape[2:])
+        return (latents.new_zeros(()).expand(shape),)
 
 
-class RopeRows(ModelHook):
-    """On the transformer's `rope`: embeddings of the active tokens at their true positions."""
-
-    def __init__(self, patch: Patch) -> None:
-        """Start inactive: the stock embeddings, of tokens of size `patch`."""
-        super().__init__()
-        self.call: AttentionCall | None = None
-        self.grid: Grid | None = None
-        self.patch = patch
-        self._key: tuple[Any, ...] | None = None
-        self._table: tuple[Tensor, Tensor] | None = None
-
-    def new_forward(self, module: torch.nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, each [1 or B, A, 1, D]."""
-        active = self.call.active if self.call is not None else None
-        if active is None or self.grid is None:
-            return self.fn_ref.original_forward(hidden_states)
-        key = (self.grid, hidden_states.device, *(buffer.dtype for buffer in module.buffers()))
-        if key != self._key or self._table is None:
-            # The stock forward reads nothing but the shape: one expanded element stands for the whole video.
-            shape = (1, 1, *(n * p for n, p in zip(self.grid, self.patch, strict=True)))
-            self._table = self.fn_ref.original_forward(hidden_states.new_empty(1).expand(shape))
-            self._key = key
-        cos, sin = (t.expand(active.shape[0], -1, -1, -1) if active.ndim == 2 else t for t in self._table)
-        return gather_rows(cos, active), gather_rows(sin, active)
+def _patch(transformer: Any) -> Patch:
+    """Size of a token in latents."""
+    return Patch(*transformer.config.patch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +16,11 @@ import torch
 from ...engine.checkpoint import remove_others
 from ...engine.engine import find_finished
 from ...engine.facts import read_facts
+from ...engine.image import read_image
 from ...engine.job import JobConfig
 from ...engine.loading import pick_device, pick_dtype
 from ...engine.record import compare
-from ...engine.request import Cancelled, EngineConfig, Event, GenerateRequest, VideoOutput
+from ...engine.request import Cancelled, EngineConfig, Event, GenerateRequest, VideoOutput, resolve
 from ...errors import ConfigError
 from ...parallel.config import ParallelConfig
 from ..degrees import parallel_from
@@ -59,6 +61,8 @@ def generate_on_ray(
         JobStopped: a signal told to go; what is done is saved.
     """
     size = arguments.nproc or 1
+    if request.image is not None:  # its file is on this machine, the ranks may be on others
+        request = dataclasses.replace(request, image=read_image(request.image))
     if config.device.startswith("cuda:"):
         raise ConfigError(f"--device {config.device} with --ray: Ray chooses the GPUs; take cuda, cpu or auto")
     address = cluster_address(arguments.ray_address)
@@ -120,21 +124,17 @@ def _degrees(
 ) -> tuple[ParallelConfig | None, str]:
     """The degrees for the ranks at the start, and why."""
     facts = read_facts(config.model)
-    guidance = facts.defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    defaults = facts.defaults
-    grid = facts.grid(
-        request.width or defaults.width, request.height or defaults.height, request.num_frames or defaults.num_frames
-    )
-    branches, device = 2 if guidance > 1.0 else 1, pick_device("auto" if gpus else "cpu")
-    itemsize = pick_dtype(config.dtype, device).itemsize
-    kv_bytes = branches * facts.cache_bytes(grid[0] * grid[1] * grid[2], itemsize)
+    resolved = resolve(request, facts)
+    branches, device = facts.passes(resolved.guidance_scale), pick_device("auto" if gpus else "cpu")
+    num_tokens = math.prod(facts.grid(resolved.width, resolved.height, resolved.num_frames))
+    kv_bytes = branches * facts.cache_bytes(num_tokens, pick_dtype(config.dtype, device).itemsize)
     if gpus and device.type == "cpu":  # kernels and memory are those of other machines: the ranks check them
         there = argparse.Namespace(**{**vars(arguments), "kernel": None})
-        parallel, reason = parallel_from(there, facts.num_heads, branches, kv_bytes, device)
+        parallel, reason = parallel_from(there, facts.shared_heads, branches, kv_bytes, device)
         if parallel is not None and arguments.kernel is not None:
             parallel = dataclasses.replace(parallel, kernel=arguments.kernel)
         return parallel, reason
-    return parallel_from(arguments, facts.num_heads, branches, kv_bytes, device)
+    return parallel_from(arguments, facts.shared_heads, branches, kv_bytes, device)
 
 
 def _work(request: GenerateRequest, parallel: ParallelConfig | None, job: JobConfig | None) -> Work:

@@ -183,7 +183,7 @@ class RankWorker:
         guidance = None if work is None else work.request.guidance_scale
         guidance = facts.defaults.guidance_scale if guidance is None else guidance
         asked = work.parallel if work is not None else None
-        return refit(asked, self._place.size, facts.num_heads, 2 if guidance > 1.0 else 1)
+        return refit(asked, self._place.size, facts.shared_heads, facts.passes(guidance))
 
     def _regroup(self, engine: Engine, degrees: ParallelConfig | None) -> None:
         """Let the engine share its next videos as `degrees` say; sharded weights stay as they were shared."""

@@ -69,8 +69,8 @@ IdempotencyKey = Annotated[
 @router.post("/v1/videos", response_model=Video, openapi_extra=openapi_body())
 async def create(request: Request, service: Service, owner: Owner, idempotency_key: IdempotencyKey = None) -> Video:
     """Queue a video."""
-    body, fingerprint = await read_create(request)
-    video, _ = await run_in_threadpool(service.submit, body, owner, fingerprint, idempotency_key)
+    asked = await read_create(request, service.takes_images)
+    video, _ = await run_in_threadpool(service.submit, asked, owner, idempotency_key)
     return video
 
 
@@ -84,8 +84,8 @@ async def create_and_wait(
     request: Request, service: Service, owner: Owner, idempotency_key: IdempotencyKey = None
 ) -> Response:
     """Make a video and answer with its file. When the client goes away, the video is cancelled."""
-    body, fingerprint = await read_create(request)
-    queued, _ = await run_in_threadpool(service.submit, body, owner, fingerprint, idempotency_key)
+    asked = await read_create(request, service.takes_images)
+    queued, _ = await run_in_threadpool(service.submit, asked, owner, idempotency_key)
     video = await wait_for(service, request, queued.id, owner)
     if video is None:
         raise HTTPException(503, f"the wait for video {queued.id} was broken off; ask for it by its id")

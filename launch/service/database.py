@@ -13,7 +13,7 @@ from typing import Any
 
 from ...errors import ConfigError, HeterostepError
 
-SCHEMA = 1
+SCHEMA = 2
 
 _TABLES = """
 CREATE TABLE jobs (
@@ -50,6 +50,8 @@ CREATE INDEX by_owner ON jobs(owner, seq);
 CREATE TABLE previews (id TEXT PRIMARY KEY, step INTEGER NOT NULL, image BLOB NOT NULL);
 CREATE TABLE figures (name TEXT, labels TEXT, value REAL NOT NULL, PRIMARY KEY (name, labels));
 """
+# Since version 2: what unfinished jobs start from, as PNG.
+_IMAGES = "CREATE TABLE images (id TEXT PRIMARY KEY, image BLOB NOT NULL)"
 
 
 class StoreUnavailable(HeterostepError):
@@ -133,6 +135,8 @@ class Database:
                 if found == 0:
                     for statement in _TABLES.split(";\n"):
                         self.execute(statement)
+                if found < SCHEMA:
+                    self.execute(_IMAGES)
                     self.execute(f"PRAGMA user_version = {SCHEMA}")
         except (sqlite3.Error, StoreUnavailable) as error:
             raise ConfigError(f"{str(path)!r} cannot be used as a job store ({error})") from error

@@ -159,7 +159,8 @@ class Dispatcher:
         try:
             folder.mkdir()
             state.mkdir(exist_ok=True)
-            task = Task(id=job.id, request=ResolvedRequest(**job.request), folder=folder, state=state)
+            request, image = ResolvedRequest(**job.request), self._image(job, state)
+            task = Task(id=job.id, request=request, folder=folder, state=state, image=image)
             with contextlib.closing(runner.run(task)) as events:
                 for event in events:
                     follower.see(event)
@@ -184,6 +185,15 @@ class Dispatcher:
         finally:
             del self._running[job.id]
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _image(self, job: Job, state: Path) -> Path | None:
+        """Put the image that a job starts from, if there is one, into its folder."""
+        content = self._store.image(job)
+        if content is None:
+            return None
+        path = state / "image.png"
+        path.write_bytes(content)
+        return path
 
     def _rest(self, pixels: int) -> float:
         """Estimate of the seconds from the last step to the files."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
+from ...engine.image import read_image
 from ...engine.request import Cancelled, EngineConfig, GenerateRequest, Started, StepDone
 from ...errors import ConfigError, RankFailure
 from ...hsa.config import HSAConfig
@@ -165,9 +166,11 @@ class GangRunner:
         from ..gang.copies import read_copies
         from ..gang.messages import Work
 
+        # Its file is on this machine, the ranks may be on others.
+        image = read_image(task.image) if task.image is not None else None
         return Work(
             id=task.id,
-            request=GenerateRequest(**dataclasses.asdict(task.request)),
+            request=GenerateRequest(**dataclasses.asdict(task.request) | {"image": image}),
             state=str(task.state) if gang.near else None,
             copies=None if gang.near else read_copies(task.state),
             checkpoint_every=self._settings.checkpoint_every,

@@ -5,18 +5,24 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+from dataclasses import replace
+from typing import NamedTuple
 
 import pydantic
+from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from ...engine.facts import ModelFacts
-from ...engine.request import GenerateRequest, ResolvedRequest, resolve
+from ...engine.image import png, read_image
+from ...engine.request import GenerateRequest, ResolvedRequest, prepare, resolve
 from ...errors import RequestError
 from .schemas import CreateVideo
 from .settings import Limits
 
 _MAX_FIELDS = 32
+# Stands for a file among the texts of a form.
+_FILE = "file"
 # Whatever a model makes is shorter; beyond it the number of frames is only a number.
 _MAX_SECONDS = 3600.0
 # C0 controls but tab and line ends, and halves of surrogate pairs, which no encoding can carry.
@@ -32,40 +38,66 @@ class BadField(RequestError):
         self.param = param
 
 
+class Asked(NamedTuple):
+    """What a client asked for.
+
+    Attributes:
+        body: the fields.
+        fingerprint: equal for equal requests.
+        image: content of the file that came with them.
+    """
+
+    body: CreateVideo
+    fingerprint: str
+    image: bytes | None = None
+
+
 class _FormParser(MultiPartParser):
-    """Keeps the texts of a form. Of a file only its coming is noted: its bytes are not kept, its name is not used."""
+    """Keeps the texts of a form. A file's name is not used, and its bytes are kept only where they are wanted."""
+
+    # In memory: the guard limits the body, and a disk would keep what was sent.
+    spool_max_size = 1 << 30
+    keep_files = False
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
-        if self._current_part.file is None:
+        if self._current_part.file is None or self.keep_files:
             super().on_part_data(data, start, end)
 
 
-async def read_create(request: Request) -> tuple[CreateVideo, str]:
+async def read_create(request: Request, takes_images: bool = False) -> Asked:
     """Read the body of a request for a video.
 
-    Returns:
-        The body, and a fingerprint: equal for equal requests.
+    Args:
+        request: of HTTP.
+        takes_images: whether the model does; else files are not kept.
 
     Raises:
         BadField: it is not what `CreateVideo` says.
     """
+    image = None
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind == "application/json":
             body = CreateVideo.model_validate_json(await request.body(), strict=True)
         elif kind == "multipart/form-data":
-            body = CreateVideo.model_validate_strings(await _read_form(request))
+            fields, image = await _read_form(request, takes_images)
+            body = CreateVideo.model_validate_strings(fields)
         else:
             raise BadField(None, "the body must be application/json or multipart/form-data")
     except pydantic.ValidationError as error:
         raise _said(error) from error
-    return body, hashlib.sha256(body.model_dump_json().encode()).hexdigest()
+    digest = hashlib.sha256(body.model_dump_json().encode())
+    if image is not None:
+        digest.update(b"\0" + image)
+    return Asked(body, digest.hexdigest(), image)
 
 
-async def _read_form(request: Request) -> dict[str, str]:
+async def _read_form(request: Request, keep_files: bool) -> tuple[dict[str, str], bytes | None]:
+    """The texts of a form, and its file: it can only be the image."""
     parser = _FormParser(
         request.headers, request.stream(), max_files=1, max_fields=_MAX_FIELDS, max_part_size=256 * 1024
     )
+    parser.keep_files = keep_files
     try:
         form = await parser.parse()
     except MultiPartException as error:
@@ -73,13 +105,19 @@ async def _read_form(request: Request) -> dict[str, str]:
     except (LookupError, ValueError) as error:  # a charset that is none, a boundary that cannot be
         raise BadField(None, "the form cannot be read") from error
     values: dict[str, str] = {}
+    image = None
     for name, value in form.multi_items():
         # A reference may be a file, or an object spelled as input_reference[image_url].
         name = "input_reference" if name.partition("[")[0] == "input_reference" else name
         if name in values:
             raise BadField(name, f"{name} was given twice")
-        values[name] = value if isinstance(value, str) else "file"
-    return values
+        if not isinstance(value, str) and name != "input_reference":
+            raise BadField(name[:80], f"{name[:80]!r} must be a text, not a file")
+        values[name] = value if isinstance(value, str) else _FILE
+        if isinstance(value, UploadFile) and name == "input_reference" and keep_files:
+            image = await value.read()
+    await form.close()
+    return values, image
 
 
 def _said(error: pydantic.ValidationError) -> BadField:
@@ -89,24 +127,29 @@ def _said(error: pydantic.ValidationError) -> BadField:
     return BadField(place or None, f"{place}: {message}" if place else f"the body is not valid ({message})")
 
 
-def to_request(body: CreateVideo, *, model: str, facts: ModelFacts, limits: Limits, compute: float) -> ResolvedRequest:
-    """Turn a body into a request that the model can serve, with every default filled in.
+def to_request(
+    asked: Asked, *, model: str, facts: ModelFacts, limits: Limits, compute: float
+) -> tuple[ResolvedRequest, bytes | None]:
+    """Turn what a client asked into a request that the model can serve, with every default filled in.
 
     Args:
-        body: what the client asked.
+        asked: fields and image.
         model: its public name.
         facts: its sizes.
         limits: of the service.
         compute: where the client does not say.
 
+    Returns:
+        The request, and the image that it starts from, as PNG of the video's size.
+
     Raises:
         BadField: it breaks a limit, or asks for what the model cannot do.
         RequestError: it does not fit the model's grid.
     """
+    body = asked.body
     if body.model is not None and body.model != model:
         raise BadField("model", f"model {body.model[:80]!r} is not served here; this service has {model!r}")
-    if body.input_reference not in (None, ""):
-        raise BadField("input_reference", f"model {model!r} makes videos from text alone; leave out input_reference")
+    _check_reference(asked, model, facts)
     for name in ("prompt", "negative_prompt"):
         text = getattr(body, name)
         if len(text) > limits.prompt:
@@ -114,25 +157,46 @@ def to_request(body: CreateVideo, *, model: str, facts: ModelFacts, limits: Limi
         if _UNPRINTABLE.search(text):
             raise BadField(name, f"{name} holds control characters; send plain text")
     width, height = (int(side) for side in body.size.split("x")) if body.size is not None else (None, None)
-    request = resolve(
-        GenerateRequest(
-            prompt=body.prompt,
-            negative_prompt=body.negative_prompt,
-            width=width,
-            height=height,
-            num_frames=_frames(body, facts),
-            fps=body.fps,
-            num_inference_steps=body.num_inference_steps,
-            guidance_scale=body.guidance_scale,
-            guidance_scale_2=body.guidance_scale_2,
-            # Drawn here, so that every attempt at the job makes the same video.
-            seed=body.seed if body.seed is not None else secrets.randbelow(2**31),
-            compute=body.compute if body.compute is not None else compute,
-        ),
-        facts,
+    wanted = GenerateRequest(
+        prompt=body.prompt,
+        negative_prompt=body.negative_prompt,
+        width=width,
+        height=height,
+        num_frames=_frames(body, facts),
+        fps=body.fps,
+        num_inference_steps=body.num_inference_steps,
+        guidance_scale=body.guidance_scale,
+        guidance_scale_2=body.guidance_scale_2,
+        # Drawn here, so that every attempt at the job makes the same video.
+        seed=body.seed if body.seed is not None else secrets.randbelow(2**31),
+        compute=body.compute if body.compute is not None else compute,
     )
+    # Without the image first: it is not scaled to a size that is then refused.
+    request = resolve(wanted, replace(facts, image="none"))
     _check_limits(request, limits)
-    return request
+    if asked.image is None:
+        return request, None
+    try:
+        wanted = replace(wanted, image=read_image(asked.image))
+    except RequestError as error:
+        raise BadField("input_reference", str(error)) from error
+    request, image = prepare(wanted, facts)
+    _check_limits(request, limits)
+    assert image is not None, "there was one"
+    return request, png(image)
+
+
+def _check_reference(asked: Asked, model: str, facts: ModelFacts) -> None:
+    """Refuse an image where none can be used, a link to one, and none where one is needed."""
+    given = asked.body.input_reference not in (None, "")
+    if given and facts.image == "none":
+        raise BadField("input_reference", f"model {model!r} makes videos from text alone; leave out input_reference")
+    if given and asked.image is None:
+        raise BadField(
+            "input_reference", "input_reference must be a file in a form (multipart/form-data); links are not followed"
+        )
+    if not given and facts.image == "required":
+        raise BadField("input_reference", f"model {model!r} makes videos from an image; send one as input_reference")
 
 
 def _frames(body: CreateVideo, facts: ModelFacts) -> int | None:

@@ -52,6 +52,7 @@ class JobStore:
         max_queue: int,
         idempotency_key: str | None = None,
         fingerprint: str | None = None,
+        image: bytes | None = None,
     ) -> tuple[Job, bool]:
         """Queue a job, or find the one that the same `idempotency_key` made.
 
@@ -63,6 +64,7 @@ class JobStore:
             max_queue: how many jobs may wait.
             idempotency_key: the client's name for this request.
             fingerprint: of what the client asked, to tell a repetition from another request.
+            image: what the video starts from, a file's content; kept until the job is finished.
 
         Returns:
             The job, and whether it is new.
@@ -97,6 +99,8 @@ class JobStore:
                     time.time(),
                 ),
             )
+            if image is not None:
+                self._db.execute("INSERT INTO images VALUES (?, ?)", (id, image))
             return self._db.select("id = ?", (id,))[0], True
 
     def get(self, id: str, owner: str) -> Job | None:
@@ -175,6 +179,12 @@ class JobStore:
                 started_at=job.started_at or time.time(),
             )
             return self._db.select("id = ?", (job.id,))[0]
+
+    def image(self, job: Job) -> bytes | None:
+        """Return the file that a job was created with, if it was and is not finished."""
+        with self._db.reading():
+            found = self._db.execute("SELECT image FROM images WHERE id = ?", (job.id,)).fetchone()
+        return found[0] if found is not None else None
 
     def progress(self, job: Job, preview: bytes | None = None, **columns: Any) -> None:
         """Say how far a job is; not worth a disk flush. No-op where the job is no longer this attempt's."""
@@ -285,6 +295,7 @@ class JobStore:
     def _finish(self, job: Job, status: str, **columns: Any) -> None:
         ended = {"stage": "", "lease": None, "eta_seconds": None, "completed_at": time.time()}
         self._db.update(job.id, status=status, **ended, **columns)
-        self._db.execute("DELETE FROM previews WHERE id = ?", (job.id,))
+        for table in ("previews", "images"):
+            self._db.execute(f"DELETE FROM {table} WHERE id = ?", (job.id,))
         labels = json.dumps({"status": status})
         self._db.add_figures({("heterostep_requests", labels): 1.0})

@@ -104,7 +104,7 @@ class ProcessRunner:
 
     def run(self, task: Task) -> Generator[Event]:
         """Make a video in the child; see `Runner.run`."""
-        request = dataclasses.asdict(task.request)
+        request = dataclasses.asdict(task.request) | {"image": str(task.image) if task.image is not None else None}
         fields = {"id": task.id, "request": request, "folder": str(task.folder), "state": str(task.state)}
         self._task, over = task.id, False
         try:

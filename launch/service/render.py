@@ -38,7 +38,7 @@ def write_files(folder: Path, engine: Engine, output: VideoOutput) -> dict[str, 
     assert report.evaluations is not None, "a finished run has evaluations"
     evaluations = report.evaluations.cpu().numpy()
     paths = {variant: folder / name for variant, (name, _) in FILES.items()}
-    write_mp4(paths["video"], frames, output.fps)
+    write_mp4(paths["video"], frames, output.fps, audio=output.audio)
     # Tokens of small videos would be smeared by 4:2:0 chroma.
     write_mp4(paths["heatmap"], overlay_frames(frames, evaluations), output.fps, scale=scale_for(*frames.shape[1:3]))
     paths["thumbnail"].write_bytes(webp(frames[len(frames) // 2], _THUMBNAIL_SIDE, quality=85))

@@ -20,12 +20,14 @@ class Task:
         request: what to make, valid for the runner's model.
         folder: empty and this attempt's own; the files of `results.FILES` go there.
         state: folder for what lets a later attempt go on where this one ended; shared by all attempts of the job.
+        image: file that the video starts from, if it starts from one; `request` holds its fingerprint alone.
     """
 
     id: str
     request: ResolvedRequest
     folder: Path
     state: Path
+    image: Path | None = None
 
 
 class Runner(Protocol):

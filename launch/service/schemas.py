@@ -34,7 +34,9 @@ class CreateVideo(BaseModel):
     compute: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="Share of the dense denoising work to spend; 1 is the stock pipeline."
     )
-    input_reference: Any = Field(None, description="An image to start from, for models that take one.")
+    input_reference: Any = Field(
+        None, description="An image to start from, for models that take one: a PNG, JPEG or WebP file in a form."
+    )
 
 
 class Problem(BaseModel):
@@ -117,6 +119,7 @@ class ModelCard(BaseModel):
     owned_by: Literal["heterostep"] = "heterostep"
     family: str
     inputs: list[str]
+    image: Literal["none", "optional", "required"] = Field(description="Whether a video starts from an image.")
     defaults: dict[str, int | float | None]
     size_step: tuple[int, int] = Field(description="Width and height are multiples of these.")
     frame_step: int = Field(description="Frames are a multiple of this, plus one.")

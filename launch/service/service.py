@@ -10,14 +10,14 @@ from pathlib import Path
 from ...engine.facts import read_facts
 from .database import Job
 from .dispatcher import Dispatcher
-from .intake import to_request
+from .intake import Asked, to_request
 from .jobs import JobStore, QueueFull
 from .metrics import Metrics, Tally
 from .process_runner import ProcessRunner
 from .results import FILES
 from .retention import forget
 from .runner import Runner
-from .schemas import CreateVideo, ModelCard, Video, to_video
+from .schemas import ModelCard, Video, to_video
 from .security import ApiKeys
 from .settings import ServiceSettings, limits_for, public_name
 
@@ -104,17 +104,20 @@ class VideoService:
         """Why no job ever could; None while there is hope."""
         return self._dispatcher.hopeless
 
-    def submit(
-        self, body: CreateVideo, owner: str, fingerprint: str, idempotency_key: str | None
-    ) -> tuple[Video, bool]:
+    @property
+    def takes_images(self) -> bool:
+        """Whether a video may start from an image."""
+        return self._facts.image != "none"
+
+    def submit(self, asked: Asked, owner: str, idempotency_key: str | None) -> tuple[Video, bool]:
         """Queue a video, or find the one that the same Idempotency-Key made; the second value is whether it is new.
 
         Raises:
             RequestError: it cannot be served.
             QueueFull: too many wait.
         """
-        request = to_request(
-            body, model=self.model, facts=self._facts, limits=self._limits, compute=self.settings.compute
+        request, image = to_request(
+            asked, model=self.model, facts=self._facts, limits=self._limits, compute=self.settings.compute
         )
         try:
             job, new = self._store.create(
@@ -124,7 +127,8 @@ class VideoService:
                 request=request,
                 max_queue=self.settings.max_queue,
                 idempotency_key=idempotency_key,
-                fingerprint=fingerprint,
+                fingerprint=asked.fingerprint,
+                image=image,
             )
         except QueueFull:
             self.tally.count("heterostep_requests", status="rejected")
@@ -191,7 +195,8 @@ class VideoService:
             id=self.model,
             created=self._started,
             family=facts.family,
-            inputs=["text"],
+            inputs=["text", "image"] if self.takes_images else ["text"],
+            image=facts.image,  # type: ignore[arg-type]  # it is one of these
             defaults={**facts.defaults._asdict(), "compute": self.settings.compute},
             size_step=facts.size_step,
             frame_step=facts.frame_step,

@@ -49,7 +49,7 @@ PLANNERS = {None: lambda: None, "odd": Odd, "per sample": PerSample}
 
 def make(kind, config, planner, layout, changes):
     """Latents, tokens of each step, and how each step was shared."""
-    pipe = tiny.tiny_pipeline(kind, heads=4)
+    pipe = tiny.build(kind, heads=4)
     parallel = ParallelConfig(**layout) if layout else None
     session = apply(pipe, config, PLANNERS[planner](), parallel=parallel)
     latents = tiny.generate(pipe, **changes)
@@ -90,10 +90,16 @@ def test_a_set_for_each_sample(layout):
     assert_same("euler", None, "per sample", layout, prompts=2)
 
 
-@pytest.mark.parametrize("kind", ["unipc", "dpm++", "wan22", "ti2v5b"])
+@pytest.mark.feature("2 ranks: ulysses, ring, cfg")
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("layout", [{"ulysses": 2}, {"ring": 2}, {"cfg": 2}], ids=str)
-def test_every_pipeline(kind, layout):
-    assert_same(kind, HSAConfig(compute=0.5, policy="tokens"), None, layout, steps=12)
+def test_every_family(family, layout):
+    assert_same(tiny.FAMILIES[family], HSAConfig(compute=0.5, policy="tokens"), None, layout, steps=12)
+
+
+@pytest.mark.parametrize("layout", [{"ulysses": 2}, {"ring": 2}, {"cfg": 2}], ids=str)
+def test_another_scheduler(layout):
+    assert_same("dpm++", HSAConfig(compute=0.5, policy="tokens"), None, layout, steps=12)
 
 
 @pytest.mark.parametrize("layout", [{"ulysses": 2}, {"ring": 2}, {"cfg": 2}], ids=str)

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiny import generate, tiny_pipeline
+from tiny import IMAGE_KINDS, generate, tiny_pipeline
+from tiny import build as pipeline_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import pareto_report
 from baselines import (
+    PAB,
     EasyCache,
     FewerSteps,
     FirstBlock,
@@ -30,6 +32,7 @@ from baselines import (
     magnitude_ratios,
     tune,
 )
+from baselines.baseline import steps_of_experts
 
 import heterostep as hs
 
@@ -54,6 +57,7 @@ BASELINES = [
     TaylorSeer(STEPS, interval=3, warmup=2),
     TeaCache(STEPS, threshold=100.0),
     EasyCache(STEPS, threshold=100.0),
+    PAB(STEPS, interval=2, cross_interval=5),
 ]
 
 
@@ -96,6 +100,62 @@ def test_threshold_zero_is_dense(pipe, dense, make):
         out = generate(pipe, steps=STEPS)
     assert baseline.compute == 1.0
     assert (out - dense).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["wan22", "ti2v5b", *IMAGE_KINDS])
+def test_every_family(kind):
+    """Two experts, timesteps for each token, an image: one interface, and a stock pipeline afterwards."""
+    pipe = pipeline_of(kind)
+    dense = generate(pipe, steps=STEPS)
+    for baseline in BASELINES:
+        with baseline.applied(pipe):
+            out = generate(pipe, steps=baseline.steps)
+        assert 0.0 < baseline.compute < 1.0, baseline.name
+        assert torch.isfinite(out).all() and not torch.equal(out, dense), baseline.name
+    assert torch.equal(generate(pipe, steps=STEPS), dense)
+
+
+@pytest.mark.parametrize("kind", ["wan22", "wan22 i2v"])
+def test_predictions_know_of_two_experts(kind):
+    pipe = pipeline_of(kind)
+    experts = steps_of_experts(pipe, STEPS)
+    assert len(experts) == 2 and sum(map(len, experts)) == STEPS and all(experts)
+    ratios = magnitude_ratios(pipe, lambda: generate(pipe, steps=STEPS), STEPS)
+    assert all(len(r) == STEPS and r[0] == r[experts[1].start] == 1.0 for r in ratios.values())
+    for baseline in (MagCache(STEPS, threshold=0.5, ratios=ratios["cond"]), TaylorSeer(STEPS, interval=3, warmup=2)):
+        with baseline.applied(pipe):
+            generate(pipe, steps=STEPS)
+        assert baseline.compute == pytest.approx(baseline.predicted_compute(experts))
+
+
+def test_attention_broadcast_keeps_guidance_branches_apart(pipe):
+    """As diffusers enables it, the second branch gets what the first one computed, and guidance has no effect."""
+    baseline = PAB(STEPS, interval=2, cross_interval=2, low=-1.0, high=1001.0)
+    seen = {}
+    # Not of the first block, whose self-attention has not seen the text yet.
+    later = [block.attn1 for block in pipe.transformer.blocks[1:]]
+    with baseline.applied(pipe):
+        handles = [
+            attention.register_forward_hook(lambda m, args, out: seen.setdefault(id(m), []).append(out))
+            for attention in later
+        ]
+        generate(pipe, steps=4)
+    for handle in handles:
+        handle.remove()
+    for cond0, uncond0, cond1, uncond1, *_ in seen.values():
+        assert torch.equal(cond0, cond1) and torch.equal(uncond0, uncond1)
+        assert not torch.equal(cond0, uncond0)
+
+
+def test_attention_broadcast_saves_attention_alone(pipe):
+    """Every layer's attention at half of the steps: the rest of the work is the feed-forward's."""
+    baseline = PAB(STEPS, interval=2, cross_interval=2, low=-1.0, high=1001.0)
+    with baseline.applied(pipe):
+        generate(pipe, steps=STEPS)
+    width, ffn, tokens, text = 48, 96, 48, 16
+    attention = 8 * width**2 + 4 * tokens * width + 4 * width**2 + 4 * text * width
+    feed_forward = 4 * width * ffn
+    assert baseline.compute == pytest.approx((0.5 * attention + feed_forward) / (attention + feed_forward))
 
 
 def test_an_exception_inside_restores_the_pipeline(pipe, dense):
@@ -164,7 +224,7 @@ def test_bisection_shares_measurements():
     assert len(calls) == len(set(calls)) < 27
 
 
-@pytest.mark.parametrize("kind", ["euler", "first-block", "magcache", "taylorseer", "teacache", "easycache"])
+@pytest.mark.parametrize("kind", ["euler", "first-block", "magcache", "taylorseer", "pab", "teacache", "easycache"])
 def test_tuning_meets_the_compute(pipe, dense, kind):
     def run(steps):
         return generate(pipe, steps=steps)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from heterostep.engine.engine import Engine
 from heterostep.launch import cli
+from tiny import IMAGE_KINDS, picture
 
 PROMPT = ["--prompt", "a red disc moves right"]
 
@@ -183,6 +184,7 @@ def test_bad_flags(capsys, tiny_model, tmp_path, monkeypatch, flags, rule):
         "zero patch",
         "endless layers",
         "odd expert",
+        "wrong channels",
     ],
 )
 def test_bad_model_folders(capsys, broken_models, tmp_path, name):
@@ -201,6 +203,64 @@ def test_bad_model_folders(capsys, broken_models, tmp_path, name):
 def test_missing_models(capsys, command, model, rule):
     status, _, err = run(capsys, *command, "--model", model)
     assert status == 2 and err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_model_loaded")
+@pytest.mark.parametrize(
+    ("kind", "flags", "rule"),
+    [
+        (None, ["--image", "a.png"], "makes videos from text alone; leave out the image"),
+        ("wan21 i2v", [], "makes videos from an image; give one (--image FILE)"),
+        ("ti2v5b", ["--image", "absent.png"], "image 'absent.png' does not exist"),
+        ("ti2v5b", ["--image", "."], "image '.' is no file"),
+        ("ti2v5b", ["--image", ""], "path of a file"),
+        ("ti2v5b", ["--image", "text.png"], "image 'text.png' is no PNG, JPEG or WebP image"),
+        ("ti2v5b", ["--image", "torn.png"], "image 'torn.png' cannot be decoded: its file is cut off or damaged"),
+        ("ti2v5b", ["--image", "a.png", "--size", "40x48"], "nearest size is 48x48"),
+        ("ti2v5b", ["--image", "long.png"], "at most 64 along each axis"),
+    ],
+)
+def test_bad_images(capsys, tiny_model, image_models, tmp_path, monkeypatch, kind, flags, rule):
+    monkeypatch.chdir(tmp_path)
+    picture().save("a.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "a.png").read_bytes()[:-150])
+    (tmp_path / "text.png").write_text("a picture of a cat")
+    picture(6400, 16).save("long.png")
+    there = set(tmp_path.iterdir())
+    status, out, err = run(capsys, "generate", *PROMPT, "--model", image_models[kind] if kind else tiny_model, *flags)
+    assert (status, out) == (2, "")
+    assert rule in err and err.startswith("heterostep: ") and err.count("\n") == 1
+    assert set(tmp_path.iterdir()) == there
+
+
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
+def test_a_video_from_an_image(capsys, image_models, tmp_path, kind):
+    picture(90, 60).save(tmp_path / "a.png")
+    status, out, err = run(
+        capsys, "generate", *PROMPT, "--model", image_models[kind], "--image", tmp_path / "a.png", "--steps", 20,
+        "--frames", 5, "--policy", "tokens", "--output", tmp_path / "v.mp4", "--report", tmp_path / "r.json",
+        "--device", "cpu",
+    )  # fmt: skip
+    assert (status, err) == (0, "") and "5 frames of 64x48" in out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert frames_of(tmp_path / "v.mp4") == 5 and len(report["request"]["image"]) == 64
+    assert report["conditioned"] == (12 if kind == "ti2v5b i2v" else 0)
+    assert report["compute"] == pytest.approx(0.5, abs=0.02)
+    assert report["evaluations"]["min"] == 1 or not report["conditioned"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("wan21 i2v", ["WanImageToVideoPipeline", "required: image to video; give --image FILE"]),
+        ("wan22 i2v", ["2 x 2 layers", "required"]),
+        ("ti2v5b", ["WanPipeline", "optional: text to video, or image to video with --image FILE"]),
+        (None, ["no: text to video", "1, 2; ring takes any"]),
+    ],
+)
+def test_info_says_whether_an_image_is_taken(capsys, tiny_model, image_models, kind, words):
+    status, out, err = run(capsys, "info", "--model", image_models[kind] if kind else tiny_model)
+    assert (status, err) == (0, "") and all(word in out for word in words)
 
 
 def test_info(capsys, tiny_model):

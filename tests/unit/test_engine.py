@@ -330,6 +330,26 @@ def test_published_models_are_known_by_their_configs(tmp_path, sizes, vae, index
     assert facts.cache_bytes(tokens) / 2**30 == pytest.approx(gibibytes, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("width", "transformer", "index", "family", "guidance"),
+    [
+        (40, {"in_channels": 36, "image_dim": 1280}, {}, "Wan 14B I2V", (5.0, None)),
+        (12, {"in_channels": 36, "image_dim": 1280}, {}, "Wan 1.3B I2V", (5.0, None)),
+        (40, {"in_channels": 36}, {"transformer_2": ["diffusers", "X"]}, "Wan 2.2 A14B I2V", (3.5, 3.5)),
+        (24, {"in_channels": 16}, {"expand_timesteps": True}, "Wan 2.2 TI2V 5B", (5.0, None)),
+    ],
+)
+def test_published_image_models_are_known_by_their_configs(tmp_path, width, transformer, index, family, guidance):
+    sizes = {"num_attention_heads": width, "attention_head_dim": 128, "num_layers": 2, "patch_size": [1, 2, 2]}
+    folder = folder_of(tmp_path, {**sizes, **transformer}, _class_name="WanImageToVideoPipeline", **index)
+    facts = read_facts(folder)
+    assert facts.family == family
+    assert (facts.defaults.guidance_scale, facts.defaults.guidance_scale_2) == guidance
+    assert facts.sees_image == ("image_dim" in transformer)
+    assert facts.pipeline_for(True) == "WanImageToVideoPipeline"
+    assert facts.pipeline_for(False) == ("WanPipeline" if facts.image == "optional" else "WanImageToVideoPipeline")
+
+
 def test_configs_that_lack_something(tmp_path):
     with pytest.raises(hs.ConfigError, match="num_attention_heads"):
         read_facts(folder_of(tmp_path, {}))
@@ -372,6 +392,7 @@ def test_wrong_settings(tiny_model, changes, rule):
         ("zero patch", "patch_size 0"),
         ("endless layers", "misstates"),
         ("odd expert", "misstates"),
+        ("wrong channels", "its transformer takes 36 channels, but WanPipeline gives it 16"),
     ],
 )
 def test_models_that_cannot_be_loaded(broken_models, name, rule):

@@ -17,6 +17,7 @@ import torch
 
 import heterostep as hs
 from folders import complete_pipeline
+from heterostep.engine import conditions
 from heterostep.engine.engine import Cancelled, Decoding, Interrupted, Started, StepDone, find_finished
 from heterostep.engine.identity import differences, identity_of
 from heterostep.engine.record import run_record
@@ -181,14 +182,14 @@ def test_save_and_stop_without_a_job_is_cancel(engine):
 
 
 def test_stopped_before_the_first_step_and_while_passing_over(engine, tmp_path, monkeypatch):
-    stop = engine._encode_text
+    stock = conditions.encode_prompts
 
-    def encode(request):
+    def encode(*arguments):
         engine.save_and_stop()
-        return stop(request)
+        return stock(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(engine, "_encode_text", encode)
+        patched.setattr("heterostep.engine.engine.encode_prompts", encode)
         with pytest.raises(Interrupted, match="stopped after step 0 of 12; no step of it is saved") as caught:
             events_of(engine, tmp_path)
     assert caught.value.step == 0
@@ -206,7 +207,7 @@ def test_a_finished_job_is_found_not_made(engine, tiny_model, tmp_path, monkeypa
     def refuse(*_, **__):
         raise AssertionError("something was computed")
 
-    monkeypatch.setattr(engine, "_encode_text", refuse)
+    monkeypatch.setattr("heterostep.engine.engine.encode_prompts", refuse)
     monkeypatch.setattr(engine, "_denoise", refuse)
     started, output = events_of(engine, tmp_path)
     assert started.resumed_at == STEPS

@@ -6,7 +6,7 @@ import torch
 from reference import Reference
 
 import heterostep as hs
-from tiny import KINDS, embeddings, generate, tiny_image_pipeline, tiny_pipeline
+from tiny import KINDS, embeddings, generate, tiny_pipeline
 
 N = 48
 
@@ -368,18 +368,6 @@ def test_bfloat16_pipeline_runs():
     assert generate(pipe, steps=12).isfinite().all()
 
 
-def test_compiled_blocks_need_two_graphs_for_all_layers():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    pipe, plans = tiny_pipeline(layers=10), random_plans(8)
-    hs.apply(pipe, planner=FixedPlanner(plans))
-    want = generate(pipe)
-    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
-    assert relative(generate(pipe), want) < 1e-5
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4  # full; partial, static then dynamic
-    torch._dynamo.reset()
-
-
 def test_report_is_json():
     import json
 
@@ -390,29 +378,6 @@ def test_report_is_json():
     data = json.loads(json.dumps(session.report.to_dict()))
     assert len(data["steps"]) == data["num_steps"] == 5
     assert set(data["steps"][0]) == {"step", "sigma", "active", "total", "reason", "seconds"}
-
-
-def test_image_to_video_counts_its_own_steps():
-    """This pipeline passes no step index and has two experts: the scheduler's count stands in."""
-    pipe, image = tiny_image_pipeline(), torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
-    stock = generate(pipe, steps=20, image=image)
-    hs.apply(pipe, hs.HSAConfig(compute=1.0))
-    assert torch.equal(generate(pipe, steps=20, image=image), stock)
-    session = hs.apply(pipe, hs.HSAConfig(compute=0.5, policy="tokens"))
-    first = generate(pipe, steps=20, image=image)
-    report = session.report
-    assert [r.step for r in report.steps] == list(range(20))
-    assert abs(report.compute - 0.5) <= 0.02
-    assert sum(r.reason == "expert switch" for r in report.steps) == 1
-
-    def broken(pipe, step, timestep, tensors):
-        raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        generate(pipe, steps=20, image=image, callback_on_step_end=broken)
-    assert torch.equal(generate(pipe, steps=20, image=image), first)
-    hs.remove(pipe)
-    assert torch.equal(generate(pipe, steps=20, image=image), stock)
 
 
 def test_stale_keys_matter_in_these_tests():

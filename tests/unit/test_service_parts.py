@@ -18,7 +18,7 @@ pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 from heterostep.engine.facts import read_facts
 from heterostep.engine.request import GenerateRequest, resolve
 from heterostep.errors import ConfigError, RequestError
-from heterostep.launch.service.intake import BadField, to_request
+from heterostep.launch.service.intake import Asked, BadField, to_request
 from heterostep.launch.service.jobs import JobStore
 from heterostep.launch.service.lease import Lease, is_held
 from heterostep.launch.service.logs import LOGGER, JsonLines, say
@@ -35,8 +35,8 @@ FACTS = read_facts("demo")
 
 def wanted(tmp_path, settings=None, **fields):
     settings = settings or ServiceSettings(data_dir=tmp_path)
-    body = CreateVideo(prompt="x", **fields)
-    return to_request(body, model="demo", facts=FACTS, limits=limits_for(settings, FACTS), compute=0.5)
+    asked = Asked(CreateVideo(prompt="x", **fields), "")
+    return to_request(asked, model="demo", facts=FACTS, limits=limits_for(settings, FACTS), compute=0.5)[0]
 
 
 # Requests.
