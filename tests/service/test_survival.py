@@ -33,7 +33,7 @@ def test_kill_everything_with_five_queued_and_one_running(start):
     listed = second.http.get("/v1/videos", params={"order": "asc"}).json()["data"]
     assert [video["id"] for video in listed] == [running, *queued]
     assert {video["status"] for video in listed} == {"queued"} and listed[0]["queue_position"] == 0
-    videos = [second.finished(id, timeout=120) for id in (running, *queued)]
+    videos = [second.finished(id) for id in (running, *queued)]
     assert [video["status"] for video in videos] == ["completed"] * 6
     (fault,) = videos[0]["faults"]
     assert fault["cause"] == "restart" and fault["step"] >= 10 and fault["saved"] >= 10  # it went on there
@@ -77,7 +77,7 @@ def test_a_dead_worker_is_replaced_and_its_job_made(start):
     os.kill(worker, signal.SIGKILL)
     wait_until(lambda: server.http.get("/health").status_code == 503, 5)
     assert server.http.get("/ready").status_code == 200  # jobs are taken meanwhile
-    video = server.finished(id, timeout=120)
+    video = server.finished(id)
     assert video["status"] == "completed"
     (fault,) = video["faults"]
     assert fault["cause"] == "died" and "SIGKILL" in fault["message"] and fault["step"] >= fault["saved"] >= 5
@@ -114,7 +114,7 @@ def test_an_orderly_stop_keeps_the_jobs(start):
     assert time.monotonic() - begin < 15
     assert server.workers() == [] and server.logged("job saved")[0]["job"] == id
     again = start()
-    videos = [again.finished(job, timeout=120) for job in (id, waiting)]
+    videos = [again.finished(job) for job in (id, waiting)]
     assert [video["status"] for video in videos] == ["completed"] * 2
     assert videos[0]["faults"] == []  # to be stopped is no fault
 
@@ -134,6 +134,6 @@ def test_two_services_share_one_data_directory(start):
     first, second = start(), start()
     ids = [server.create(prompt=f"{PROMPT} {n}", num_frames=5) for n in range(3) for server in (first, second)]
     for id in ids:
-        assert second.finished(id, timeout=120)["status"] == "completed"
+        assert second.finished(id)["status"] == "completed"
     assert completions(first) == dict.fromkeys(ids, 1)  # one log file for both
     assert first.http.get("/metrics").text.count('requests_total{status="completed"} 6.0') == 1
