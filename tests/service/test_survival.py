@@ -36,7 +36,7 @@ def test_kill_everything_with_five_queued_and_one_running(start):
     videos = [second.finished(id) for id in (running, *queued)]
     assert [video["status"] for video in videos] == ["completed"] * 6
     (fault,) = videos[0]["faults"]
-    assert fault["cause"] == "restart" and fault["step"] >= 10 and fault["saved"] >= 10  # it went on there
+    assert fault["cause"] == "restart" and fault["step"] >= 10 and fault["saved"] >= 5  # it went on there
     assert all(video["faults"] == [] for video in videos[1:])
     # None twice: each was completed once, in the order of the queue, and each has its own file.
     assert completions(second) == dict.fromkeys((running, *queued), 1)
@@ -72,7 +72,7 @@ def test_a_kill_between_the_files_and_the_row_is_not_made_twice(start):
 def test_a_dead_worker_is_replaced_and_its_job_made(start):
     server = start().healthy()
     id = server.create(**LONG)
-    server.running(id, 5)
+    server.running(id, 8)
     (worker,) = server.workers()
     os.kill(worker, signal.SIGKILL)
     wait_until(lambda: server.http.get("/health").status_code == 503, 5)
