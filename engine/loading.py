@@ -90,7 +90,10 @@ def load_pipeline(
         index = {name: entry for name, entry in config.items() if name not in left_out}
         networks = _load_networks(facts, Path(folder), index, dtype)
         networks |= dict.fromkeys(name for name in left_out if name in config)
-        pipeline = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **networks)
+        # Of parts with code of the pipeline's own diffusers warns that it cannot tell their type: they come afterwards.
+        own = {name: part for name, part in networks.items() if ".pipelines." in type(part).__module__}
+        pipeline = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **networks | dict.fromkeys(own))
+        pipeline.register_modules(**own)
     except (ConfigError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a foreign or torn folder can raise anything: OSError, KeyError, SafetensorError ...

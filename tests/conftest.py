@@ -45,8 +45,11 @@ def pytest_runtest_makereport(item):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if session.config.getoption("--write-feature-table") and exitstatus == 0:
-        feature_table.write(session.config.stash[feature_table.OUTCOMES])
+    # Each worker of pytest-xdist sees only a part of what ran.
+    outcomes = session.config.stash.get(feature_table.OUTCOMES, {})
+    if session.config.getoption("--write-feature-table") and exitstatus == 0 and outcomes:
+        assert not hasattr(session.config, "workerinput"), "--write-feature-table needs one process: leave out -n"
+        feature_table.write(outcomes)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -19,6 +19,8 @@ from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from PIL import Image
 
 VERSIONS = ("2.0", "2.3", "2.5")
+FAMILIES = {"LTX-2 text": ("2.0", False), "LTX-2.3 image": ("2.3", True), "LTX-2.5 text": ("2.5", False)}
+"""Columns of the table in docs/models.md: version, and whether it starts from an image."""
 TEXT_WIDTH, TEXT_LAYERS = 16, 3
 SIZE = {"height": 32, "width": 64, "num_frames": 5, "frame_rate": 8.0}  # 3 x 4 x 8 = 96 tokens, 16 of sound
 GRID = (3, 4, 8)

@@ -226,11 +226,11 @@ def test_compiled_blocks(family):
     before = run(pipe, steps=4)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
     try:
         assert near(run(pipe, steps=4), before)
-        # All tokens; 8 of them; any number.
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+        # All tokens, and any smaller number of them.
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     finally:
         torch._dynamo.reset()
 
@@ -254,8 +254,9 @@ def test_the_committed_table_is_what_ran(request):
     table = feature_table.committed()
     shown = feature_table.cells_in(table)
     collected, outcomes = config.stash[feature_table.COLLECTED], config.stash[feature_table.OUTCOMES]
-    advice = "run pytest tests/unit/test_features.py tests/distributed/test_pipeline.py --write-feature-table"
+    files = {"test_features.py", "test_ltx2_features.py", "test_pipeline.py", "test_ltx2.py"}
+    advice = "write the table anew, as the page says"
     assert outcomes.items() <= shown.items(), advice
     assert collected.keys() <= shown.keys(), advice
-    if {"test_features.py", "test_pipeline.py"} <= set(collected.values()):
+    if files <= set(collected.values()):
         assert shown.keys() == collected.keys(), advice
