@@ -53,7 +53,7 @@ serve-demo: $(VENV)/.serve
 	@$(THREADS) $(BIN)/heterostep serve --no-ray --policy tokens --data-dir out/service
 
 test: $(VENV)/.dev
-	@$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	@$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from .facts import first_line
-from .files import write_durably
+from .files import checkpoint_name, write_durably
 
 FORMAT = "heterostep saved state"
 VERSION = 1
@@ -55,17 +55,6 @@ class Saved:
     sigma: float
     job: Mapping[str, Any]
     content: Mapping[str, Any]
-
-
-def checkpoint_name(step: int) -> str:
-    """Name of the checkpoint after `step` steps."""
-    return f"checkpoint-{step:06d}"
-
-
-def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a folder by their names, newest first; whether they are whole is not known yet."""
-    found = (re.fullmatch(r"checkpoint-(\d{6,})\.json", path.name) for path in folder.iterdir())
-    return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
 def write_saved(folder: Path, name: str, saved: Saved) -> None:

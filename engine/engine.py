@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from ..errors import HeterostepError, RankFailure, RequestError
+from ..errors import ConfigError, HeterostepError, RankFailure, RequestError
 from ..hsa.config import HSAConfig
 from ..parallel.mesh import ParallelMesh
 from .audio import Audio
@@ -42,7 +42,7 @@ from .request import (
 )
 from .session import apply, remove
 from .sharding import Sharding
-from .steps import StepEvents, Stop, dense_report, stopped
+from .steps import Progress, StepEvents, Stop, dense_report, stopped
 from .tiles import can_share, decode_shared
 
 if TYPE_CHECKING:
@@ -106,6 +106,24 @@ class Engine:
     def leads(self) -> bool:
         """Whether this rank reads prompts, keeps jobs and decodes; true on one rank."""
         return self.sharding is None or self.sharding.agreement.leads
+
+    @property
+    def reads(self) -> bool:
+        """Whether it has the text encoder, and so can lead."""
+        return self.pipeline.text_encoder is not None
+
+    def regroup(self, sharding: Sharding | None) -> None:
+        """Share the next videos with these ranks; None: with none. The weights stay where they are.
+
+        Raises:
+            ConfigError: the weights are sharded over other ranks, or this rank is to lead but cannot read prompts.
+        """
+        if self.config.shard_weights:
+            raise ConfigError("sharded weights lie on the ranks that loaded them: load the model anew for other ranks")
+        if not self.reads and (sharding is None or sharding.agreement.leads):
+            raise ConfigError("this rank has no text encoder and cannot be the first: load the model anew on it")
+        parallel = None if sharding is None else sharding.config
+        self.config, self.sharding = dataclasses.replace(self.config, parallel=parallel), sharding
 
     def generate(self, request: GenerateRequest, job: JobConfig | None = None) -> VideoOutput:
         """Make a video and wait for it; arguments and errors as for `stream`."""
@@ -208,8 +226,9 @@ class Engine:
                 return self._make(request, image, None, None, None, emit, stop, step)
             identity = identity_of(self.facts, request, _allocation(self.config, request), self.dtype, self.pipeline)
             # All that is saved is alike on all ranks: one reads and writes it.
-            with Job(config, identity) if self.leads else contextlib.nullcontext() as job:
-                finished, saved = self._decide(lambda: _found(job))
+            job = Job(config, identity) if self.leads else None
+            with contextlib.ExitStack() as held:
+                finished, saved = self._decide(lambda: _found(job, held))
                 if finished is None:
                     return self._make(request, image, job, config.checkpoint_every, saved, emit, stop, step)
                 num_tokens = math.prod(self.facts.grid(request.width, request.height, request.num_frames))
@@ -403,27 +422,12 @@ def _sharding(config: EngineConfig, device: torch.device) -> Sharding | None:
     return Sharding(ParallelMesh.create(parallel, device), parallel)
 
 
-def _found(job: Job | None) -> tuple[Finished | None, Saved | None]:
-    """A job's result, or where it can go on."""
+def _found(job: Job | None, held: contextlib.ExitStack) -> tuple[Finished | None, Saved | None]:
+    """Take hold of a job: its result, or where it can go on."""
     assert job is not None, "asked on the rank that keeps the job"
+    held.enter_context(job)
     finished = job.finished()
     return finished, None if finished is not None else job.newest()
-
-
-class Progress:
-    """How far a run is, for messages."""
-
-    def __init__(self) -> None:
-        self._on_step: StepEvents | None = None
-
-    def follow(self, on_step: StepEvents) -> None:
-        """Look at a run's steps."""
-        self._on_step = on_step
-
-    @property
-    def where(self) -> str:
-        """In words."""
-        return "before its first step" if self._on_step is None else f"after {self._on_step.done} steps"
 
 
 def _allocation(config: EngineConfig, request: ResolvedRequest) -> HSAConfig | None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,14 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
     text = json.dumps(content, indent=1, allow_nan=False)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the checkpoint after `step` steps."""
+    return f"checkpoint-{step:06d}"
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder by their names, newest first; whether they are whole is not known yet."""
+    found = (re.fullmatch(r"checkpoint-(\d{6,})\.json", path.name) for path in folder.iterdir())
+    return sorted((int(match[1]) for match in found if match), reverse=True)

@@ -24,8 +24,9 @@ import torch
 from ..errors import ConfigError
 from ..hsa.config import HSAConfig
 from .audio import Audio
-from .checkpoint import Damaged, Saved, checkpoint_name, checkpoint_steps, read_saved, remove_others, write_saved
+from .checkpoint import Damaged, Saved, read_saved, remove_others, write_saved
 from .facts import first_line
+from .files import checkpoint_name, checkpoint_steps
 from .identity import differences
 from .report import HSAReport, plain_step, step_from
 from .request import ResolvedRequest, StepDone, VideoOutput
@@ -65,6 +66,14 @@ class JobConfig:
             raise ConfigError(f"resume must be one of {', '.join(RESUME)}, not {self.resume!r}")
 
 
+class JobInUse(ConfigError):
+    """Another process works on the job."""
+
+
+class JobDiffers(ConfigError):
+    """The folder holds another job, or what another version of heterostep saved."""
+
+
 class Finished(NamedTuple):
     """The stored result of a job: the video, and the record of its making (`record.run_record`)."""
 
@@ -102,7 +111,8 @@ class Job:
         """Make the folder and keep others out.
 
         Raises:
-            ConfigError: the folder cannot be used, or another process does.
+            ConfigError: the folder cannot be used.
+            JobInUse: another process uses it.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -230,7 +240,7 @@ class Job:
     def _check(self, saved: Saved) -> None:
         found = differences(saved.job, self._identity)
         if found:
-            raise ConfigError(
+            raise JobDiffers(
                 f"the job folder {str(self.folder)!r} holds another job, which differs in {', '.join(found)}: ask for "
                 'the same, name another folder (--job-dir), or begin anew (--resume never, resume="never")'
             )
@@ -266,7 +276,7 @@ def _exclude_others(lock: BinaryIO, folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ConfigError(
+        raise JobInUse(
             f"the job folder {str(folder)!r} is in use by another run: wait for it, or name another folder"
         ) from error
     except OSError as error:

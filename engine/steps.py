@@ -148,6 +148,22 @@ class StepEvents:
         job.save(self.done, sigma, {"session": self._session.state(**tensors), "seconds": seconds})
 
 
+class Progress:
+    """How far a run is, for messages."""
+
+    def __init__(self) -> None:
+        self._on_step: StepEvents | None = None
+
+    def follow(self, on_step: StepEvents) -> None:
+        """Look at a run's steps."""
+        self._on_step = on_step
+
+    @property
+    def where(self) -> str:
+        """In words."""
+        return "before its first step" if self._on_step is None else f"after {self._on_step.done} steps"
+
+
 def dense_report(events: list[StepDone], grid: tuple[int, int, int]) -> HSAReport:
     """The report of a run of the stock pipeline: every token at every step."""
     records = [

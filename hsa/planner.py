@@ -59,8 +59,7 @@ class StepPlanner:
             forced_full: steps at which everything is active.
             switches: those of them at which another expert begins; None: perhaps all.
             conditioned: int64 [C], tokens whose velocity is never used; None: there are none. Policies that leave out
-                tokens evaluate them on steps that must be full and on no other. Whole steps keep no keys and values of
-                them, and evaluate them with all others.
+                tokens evaluate them on full steps only, the others evaluate whole steps anyway.
 
         Raises:
             ConfigError: no plan meets ``config.compute``; the message names the least possible.

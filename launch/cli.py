@@ -36,6 +36,8 @@ examples:
     heterostep generate --prompt "a red disc moves right" --compute 0.33 --compare-dense --report r.json
   on two ranks of this machine:
     heterostep generate --prompt "a red disc moves right" --nproc 2 --ulysses 2 --output two.mp4
+  on a gang of ranks that replaces those that die:
+    heterostep generate --prompt "a red disc moves right" --ray --nproc 2 --output two.mp4
   a long one, to be given again after whatever broke it off:
     heterostep generate --prompt "a red disc moves right" --job-dir disc --output disc.mp4
 
@@ -170,6 +172,14 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
         "A rank is a process, with a GPU of its own where there are any. Degrees that are left out are chosen.",
     )
     ranks.add_argument("--nproc", type=_whole(1), metavar="P", help="start P ranks on this machine (default 1)")
+    ranks.add_argument(
+        "--ray",
+        action="store_true",
+        help="start them as a gang of Ray actors, in which a rank that dies is replaced and the video goes on",
+    )
+    ranks.add_argument(
+        "--ray-address", metavar="A", help="the same on a running Ray cluster, such as auto or HOST:PORT"
+    )
     ranks.add_argument("--ulysses", type=_whole(1), metavar="U", help="ranks that share the heads; must divide them")
     ranks.add_argument("--ring", type=_whole(1), metavar="R", help="ranks that share the tokens; any number")
     ranks.add_argument("--cfg", type=_whole(1), metavar="C", help="2: one guidance branch for each half of the ranks")
@@ -244,7 +254,18 @@ def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
     where.add_argument("--no-ray", action="store_true", help="one service process with its workers, without Ray")
     where.add_argument("--ray-address", metavar="A", help="a running Ray cluster, such as auto; else one is started")
     where.add_argument(
-        "--gpus-per-replica", type=_whole(0), metavar="W", help="on Ray: GPUs for each (default 1 where there are any)"
+        "--gpus-per-replica",
+        type=_whole(0),
+        metavar="W",
+        help="on Ray: GPUs for each (default 1 where there are any); from 2 on W ranks make each video together, on "
+        "CPUs where there are no GPUs",
+    )
+    where.add_argument(
+        "--checkpoint-every",
+        type=_whole(1),
+        default=5,
+        metavar="K",
+        help="steps after which a job is saved (default 5)",
     )
 
     who = command.add_argument_group("who, and how much")

@@ -68,6 +68,29 @@ def parallel_from(
     return config, reason
 
 
+def refit(wished: ParallelConfig | None, size: int, num_heads: int, num_branches: int) -> ParallelConfig | None:
+    """Return the degrees for a number of ranks that may have changed; None for one rank.
+
+    Args:
+        wished: taken as they are where they fit; else new ones are chosen, with the same kernel, cut and ring cache.
+            None: chosen.
+        size: how many ranks there are.
+        num_heads: attention heads of the model.
+        num_branches: guidance branches of the request.
+    """
+    if size == 1:
+        return None
+    if wished is not None:
+        fitting = degrees(world_size=size, num_heads=num_heads, num_branches=num_branches)
+        if (wished.cfg, wished.ring, wished.ulysses) in fitting:
+            return wished
+    config, _ = choose(size, num_heads, num_branches)
+    if wished is None:
+        return config
+    ring_cache = config.ring_cache if wished.ring_cache == "auto" else wished.ring_cache
+    return replace(config, ring_cache=ring_cache, kernel=wished.kernel, cut=wished.cut)
+
+
 def _free_bytes(device: torch.device, ranks: int) -> int | None:
     """Memory that a rank of this machine may take; None where the system does not say."""
     if device.type == "cuda":

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,13 +60,16 @@ def generate(arguments: argparse.Namespace) -> int:
     if max(resolved.width, resolved.height) * arguments.scale > MAX_SIDE:
         raise ConfigError(f"scale {arguments.scale} makes the video larger than the {MAX_SIDE} pixels H.264 allows")
     job, rank = _job(arguments), arguments.rank
+    say: Callable[[str], None] = (lambda text: None) if arguments.quiet else print
+    if arguments.ray or arguments.ray_address is not None:
+        return _done(*_on_ray(arguments, config, request, job, say), paths, arguments, say)
     branches, device = facts.passes(resolved.guidance_scale), pick_device(config.device)
     num_tokens = math.prod(facts.grid(resolved.width, resolved.height, resolved.num_frames))
     kv_bytes = branches * facts.cache_bytes(num_tokens, pick_dtype(config.dtype, device).itemsize)
     parallel, reason = parallel_from(arguments, facts.shared_heads, branches, kv_bytes, device)
     config = dataclasses.replace(config, parallel=parallel, shard_weights=arguments.shard_weights)
     quiet = arguments.quiet = arguments.quiet or (rank is not None and not rank.leads)
-    say: Callable[[str], None] = (lambda text: None) if quiet else print
+    say = (lambda text: None) if quiet else print
 
     if job is not None:
         found = _finished(config, request, job, rank)
@@ -92,6 +96,24 @@ def _finished(config: EngineConfig, request: GenerateRequest, job: JobConfig, ra
             return found
         raise SystemExit(0)
     return None
+
+
+def _on_ray(
+    arguments: argparse.Namespace,
+    config: EngineConfig,
+    request: GenerateRequest,
+    job: JobConfig | None,
+    say: Callable[[str], None],
+) -> tuple[VideoOutput, dict[str, Any]]:
+    if arguments.rank is not None:
+        raise ConfigError("--ray is for `heterostep generate`: under torchrun the ranks are there already")
+    if find_spec("ray") is None:
+        raise ConfigError("ray is not installed; pip install 'heterostep[ray]', or leave out --ray")
+    from .gang.generate import generate_on_ray
+
+    return generate_on_ray(
+        arguments, config, request, job, lambda events, label: _run(events, label, arguments.quiet), say
+    )
 
 
 def _done(
@@ -203,6 +225,8 @@ def _run(events: Iterator[Event], label: str, quiet: bool) -> VideoOutput:
     try:
         for event in events:
             if isinstance(event, Started):
+                if bar is not None:  # ranks were lost, and it begins again
+                    bar.close()
                 bar = _bar(event.request.num_inference_steps, event.resumed_at or 0, label, quiet)
                 if event.resumed_at is not None and not quiet:
                     print(f"going on after step {event.resumed_at} of {event.request.num_inference_steps}")

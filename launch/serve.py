@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from .gang.config import threads_asked
 
 if TYPE_CHECKING:
     from .service.settings import ServiceSettings
@@ -33,6 +34,11 @@ def serve(arguments: argparse.Namespace) -> int:
     _require("fastapi", "uvicorn", "prometheus_client", "python_multipart", extra="serve")
     settings = settings_from(arguments)
     if arguments.no_ray:
+        if settings.ranks > 1:
+            raise ConfigError(
+                f"--gpus-per-replica {settings.ranks} with --no-ray: several ranks for one video need Ray; leave out "
+                "one of the two"
+            )
         return _serve_here(settings, arguments.host, arguments.port)
     _require("ray", extra="ray", otherwise=", or serve without Ray: --no-ray")
     return _serve_on_ray(settings, arguments)
@@ -47,13 +53,15 @@ def settings_from(arguments: argparse.Namespace) -> ServiceSettings:
         # A page that calls itself by a name of its own could otherwise send jobs to this machine.
         hosts = (*_LOOPBACK, *(name.lower() for name in arguments.allow_host))
     names = (
-        *("model", "compute", "policy", "dtype", "device", "replicas"),
+        *("model", "compute", "policy", "dtype", "device", "replicas", "checkpoint_every"),
         *("max_queue", "max_prompt", "max_pixels", "max_frames", "max_steps", "keep_days", "keep_gib"),
     )
     return ServiceSettings(
         data_dir=Path(arguments.data_dir),
         api_key_file=Path(arguments.api_key_file) if arguments.api_key_file is not None else None,
         allowed_hosts=hosts,
+        ranks=max(1, arguments.gpus_per_replica or 1),
+        threads=threads_asked(),
         **{name: getattr(arguments, name) for name in names},
     )
 
@@ -174,18 +182,22 @@ def _application(settings: ServiceSettings, gpus: int | None) -> Any:
 
     VideoService(settings).close()  # says what is wrong with model, keys and data directory before anything starts
     replicas, settings = settings.replicas, dataclasses.replace(settings, replicas=1)
-    if gpus is None:
+    if settings.ranks > 1:
+        gpus = 0  # the ranks have them
+    elif gpus is None:
         # `serve run` builds the application before it starts a cluster, which is then one of this machine.
         found = ray.cluster_resources().get("GPU", 0.0) if ray.is_initialized() else Path("/dev/nvidiactl").exists()
         gpus = 1 if found else 0
 
     class VideoReplica:
         def __init__(self, settings: ServiceSettings) -> None:
+            from .service.gang_runner import GangRunner
             from .service.logs import log_json_lines
+            from .service.process_runner import ProcessRunner
             from .service.service import VideoService
 
             log_json_lines()
-            self._service = VideoService(settings)
+            self._service = VideoService(settings, GangRunner if settings.ranks > 1 else ProcessRunner)
 
         def __serve_build_asgi_app__(self) -> Any:
             from .service.app import create_app
@@ -211,8 +223,10 @@ def _serve_on_ray(settings: ServiceSettings, arguments: argparse.Namespace) -> i
     import ray
     from ray import serve
 
-    options = {} if arguments.ray_address is not None else {"include_dashboard": False}
-    ray.init(address=arguments.ray_address, log_to_driver=False, **options)
+    from .gang.cluster import cluster_address, init
+
+    ranks = settings.ranks if settings.ranks > 1 else 0
+    init(cluster_address(arguments.ray_address), settings.replicas * (1 + ranks), settings.device)
     try:
         serve.start(http_options={"host": arguments.host, "port": arguments.port})
         serve.run(_application(settings, arguments.gpus_per_replica), name="heterostep", route_prefix="/")

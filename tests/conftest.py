@@ -25,12 +25,16 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "xdist_group(name): tests for one worker of pytest-xdist")
     config.addinivalue_line("markers", "feature(name): a row of the table of docs/models.md; needs a parameter family")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     feature_table.note_collected(config, items)
+    for item in items:  # for pytest-xdist: what starts processes and watches the clock keeps to one worker
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(item.path.stem if folder == "unit" else "processes"))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -41,8 +45,11 @@ def pytest_runtest_makereport(item):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if session.config.getoption("--write-feature-table") and exitstatus == 0:
-        feature_table.write(session.config.stash[feature_table.OUTCOMES])
+    # Each worker of pytest-xdist sees only a part of what ran.
+    outcomes = session.config.stash.get(feature_table.OUTCOMES, {})
+    if session.config.getoption("--write-feature-table") and exitstatus == 0 and outcomes:
+        assert not hasattr(session.config, "workerinput"), "--write-feature-table needs one process: leave out -n"
+        feature_table.write(outcomes)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,19 +13,20 @@ from pathlib import Path
 from ...engine.request import Cancelled, ResolvedRequest
 from ...errors import RequestError
 from .database import Job, StoreUnavailable
-from .events import Made, RunnerLost, Stopped
+from .events import Made, RunnerLost, Stepped, Stopped
 from .follower import Follower, num_pixels
 from .jobs import JobStore
 from .lease import Lease, is_held
 from .logs import say
 from .metrics import Tally
-from .results import complete, folder_bytes, is_complete, read_manifest
+from .results import complete, folder_bytes, is_complete, read_manifest, saved_step
 from .retention import sweep
 from .runner import Runner, Task
 from .settings import ServiceSettings
 
-MAX_RETRIES = 2
-"""How often a job is begun again after the runner was lost with it."""
+MAX_LOSSES = 20
+"""How often a job is begun again after the runner was lost with it. Two losses without a new step saved between them
+are enough: it may be the cause."""
 MAX_RESTARTS = 10
 """How often it is begun again after the whole service died with it: once more could be its fault."""
 
@@ -54,6 +55,8 @@ class Dispatcher:
         self._wake = threading.Condition()
         self._running: dict[str, Runner] = {}
         self._threads: list[threading.Thread] = []
+        # Jobs whose runner was lost: when, and why.
+        self._lost: dict[str, tuple[float, str]] = {}
         # Of the last video, seconds for a pixel: what is left to do when denoising ends.
         self._after_denoising = 0.0
         self.mean_seconds: float | None = None
@@ -161,6 +164,9 @@ class Dispatcher:
             with contextlib.closing(runner.run(task)) as events:
                 for event in events:
                     follower.see(event)
+                    if isinstance(event, Stepped) and job.id in self._lost:
+                        since, cause = self._lost.pop(job.id)
+                        self._tally.observe("heterostep_recovery_seconds", time.monotonic() - since, cause=cause)
             self._complete(job, follower.made, folder)
         except Cancelled:
             self._end(job, "cancelled", {"code": "cancelled", "message": f"cancelled after step {follower.step}"})
@@ -206,6 +212,8 @@ class Dispatcher:
         if self._finish(job):
             for stage, seconds in made.seconds.items():
                 self._tally.observe("heterostep_stage_seconds", seconds, stage=stage)
+            for imbalance in made.imbalances:
+                self._tally.observe("heterostep_rank_imbalance", imbalance)
 
     def _finish(self, job: Job) -> bool:
         """Record that the files of a job are complete."""
@@ -226,6 +234,7 @@ class Dispatcher:
         return done
 
     def _end(self, job: Job, status: str, error: dict[str, str]) -> None:
+        self._lost.pop(job.id, None)
         if self._store.finish(job, status, error=error):
             shutil.rmtree(self._settings.state / job.id, ignore_errors=True)
             say(f"job {status}", job=job.id, reason=error["message"])
@@ -235,15 +244,22 @@ class Dispatcher:
         if is_complete(self._settings.results / job.id):
             self._finish(job)
             return
-        limit = MAX_RESTARTS if cause == "restart" else MAX_RETRIES
-        before = sum((fault["cause"] == "restart") == (cause == "restart") for fault in job.faults)
-        fault = {"cause": cause, "message": message, "step": step, "at": int(time.time())}
-        if before < limit:
+        saved = saved_step(self._settings.state / job.id)
+        fault = {"cause": cause, "message": message, "step": step, "saved": saved, "at": int(time.time())}
+        before = [fault for fault in job.faults if (fault["cause"] == "restart") == (cause == "restart")]
+        if cause == "restart":
+            again = len(before) < MAX_RESTARTS
+        else:
+            again = len(before) < MAX_LOSSES and (not before or saved > before[-1].get("saved", 0))
+        if again:
             if self._store.requeue(job, fault):
+                if cause != "restart":  # when it died is not known
+                    self._lost[job.id] = (time.monotonic(), cause)
                 self._tally.count("heterostep_recoveries", cause=cause)
                 say("job requeued", logging.WARNING, job=job.id, cause=cause, reason=message, step=step)
         else:
-            why = f"given up after {before + 1} attempts; the last time, {message}"
+            why = f"given up after {len(before) + 1} attempts; the last time, {message}"
+            self._lost.pop(job.id, None)
             if self._store.give_up(job, fault, {"code": "runner_lost", "message": why}):
                 shutil.rmtree(self._settings.state / job.id, ignore_errors=True)
                 say("job failed", logging.ERROR, job=job.id, cause=cause, reason=why, step=step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,11 +58,13 @@ class Made:
 
     Attributes:
         hsa: what was computed, for the response's block of that name.
-        seconds: by stage: `encode_text`, `denoise`, `decode`, `write`, `total`.
+        seconds: by stage: `encode_text`, `denoise`, `checkpoint`, `decode`, `write`, `total`.
+        imbalances: of the evaluated steps on several ranks: the most tokens of a rank over their mean.
     """
 
     hsa: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    imbalances: Sequence[float] = ()
 
 
 Event = Began | Stepped | Decoding | Made
@@ -72,7 +74,7 @@ class RunnerLost(RankFailure):
     """The process that made the video is gone, or no longer usable; the job can be tried again.
 
     Attributes:
-        cause: one word for statistics: `died`, `frozen` or `error`.
+        cause: one word for statistics: `died`, `frozen` or `error`; of a gang also `node`, `memory`, `timeout`.
     """
 
     def __init__(self, cause: str, message: str) -> None:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import base64
+import functools
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...engine.engine import Engine
+from ...engine.job import JobConfig
 from ...engine.preview import Preview
 from ...engine.request import (
     Cancelled,
     Decoding,
     EngineConfig,
-    Event,
     GenerateRequest,
     Started,
     StepDone,
@@ -26,6 +26,7 @@ from ...engine.request import (
 from ...errors import ConfigError, RequestError
 from ...hsa.config import HSAConfig
 from ..logs import silence_libraries
+from ..resume import go_on
 from .render import webp, write_files
 from .worker import Line
 
@@ -38,7 +39,7 @@ def make_videos(line: Line, options: dict[str, Any]) -> None:
 
     Args:
         line: where they come from.
-        options: model, compute, policy, dtype, device, index.
+        options: model, compute, policy, dtype, device, checkpoint_every, index.
 
     Raises:
         HeterostepError: the model cannot be loaded.
@@ -48,12 +49,12 @@ def make_videos(line: Line, options: dict[str, Any]) -> None:
     device = _device(options["device"], options["index"])
     engine = Engine(EngineConfig(model=options["model"], hsa=hsa, dtype=options["dtype"], device=device))
     preview = Preview(engine.pipeline)
-    line.on_wish = engine.cancel
+    line.on_wish = functools.partial(_end, engine)
     line.answer("ready", seconds=engine.load_seconds, device=str(engine.device))
     while True:
         task = line.tasks.get()
         try:
-            _make(line, engine, preview, task)
+            _make(line, engine, preview, task, options["checkpoint_every"])
         except (
             RequestError,
             ConfigError,
@@ -70,13 +71,15 @@ def make_videos(line: Line, options: dict[str, Any]) -> None:
         line.wanted.pop(task["id"], None)
 
 
-def _make(line: Line, engine: Engine, preview: Preview, task: dict[str, Any]) -> None:
-    for event in _stream(engine, GenerateRequest(**task["request"]), Path(task["state"])):
+def _make(line: Line, engine: Engine, preview: Preview, task: dict[str, Any], every: int) -> None:
+    job = JobConfig(folder=task["state"], checkpoint_every=every)
+    for event in go_on(engine, GenerateRequest(**task["request"]), job, anew=True):
         # A wish that came before the run began was lost to the engine.
         if task["id"] in line.wanted:
-            engine.cancel()
+            _end(engine, line.wanted[task["id"]])
         if isinstance(event, Started):
-            line.answer("began", num_steps=event.request.num_inference_steps, num_tokens=event.num_tokens)
+            num_steps, step = event.request.num_inference_steps, event.resumed_at or 0
+            line.answer("began", num_steps=num_steps, num_tokens=event.num_tokens, step=step)
         elif isinstance(event, StepDone):
             picture = preview.take()
             line.answer(
@@ -96,9 +99,12 @@ def _make(line: Line, engine: Engine, preview: Preview, task: dict[str, Any]) ->
             _write(line, engine, preview, event, Path(task["folder"]))
 
 
-def _stream(engine: Engine, request: GenerateRequest, state: Path) -> Iterator[Event]:
-    """Make the video; `state` is where a job that is to go on after a kill keeps its saved steps."""
-    return engine.stream(request)
+def _end(engine: Engine, verb: str) -> None:
+    """Let the video being made end within a step; "stop" saves it first."""
+    if verb == "cancel":
+        engine.cancel()
+    else:
+        engine.save_and_stop()
 
 
 def _write(line: Line, engine: Engine, preview: Preview, output: VideoOutput, folder: Path) -> None:

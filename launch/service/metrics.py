@@ -15,6 +15,7 @@ from .jobs import JobStore
 from .runner import Runner
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
+_IMBALANCES = (1.0, 1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 4.0)
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -26,6 +27,8 @@ HISTOGRAMS: Mapping[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
     "heterostep_queue_seconds": ("Time from the request to its first step.", (), _SECONDS),
     "heterostep_stage_seconds": ("Time of each stage of a video.", ("stage",), _SECONDS),
     "heterostep_step_seconds": ("Time of a denoising step.", (), _SECONDS),
+    "heterostep_recovery_seconds": ("Time from the loss of a runner to its job's next step.", ("cause",), _SECONDS),
+    "heterostep_rank_imbalance": ("Most tokens of a rank over their mean, at an evaluated step.", (), _IMBALANCES),
     "heterostep_active_fraction": ("Share of the tokens that a step evaluated.", (), _SHARES),
 }
 

@@ -45,7 +45,8 @@ class ProcessRunner:
             frozen_after: seconds of silence after which the child is taken for frozen, and killed.
         """
         self._options = {
-            name: getattr(settings, name) for name in ("model", "compute", "policy", "dtype", "device")
+            name: getattr(settings, name)
+            for name in ("model", "compute", "policy", "dtype", "device", "checkpoint_every")
         } | {"index": index}
         self._index, self._frozen_after = index, frozen_after
         self._process: subprocess.Popen[bytes] | None = None

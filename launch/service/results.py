@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...engine.files import checkpoint_steps
+
 MANIFEST = "manifest.json"
 
 FILES: Mapping[str, tuple[str, str]] = {
@@ -52,6 +54,11 @@ def read_manifest(target: Path) -> dict[str, Any]:
 def folder_bytes(folder: Path) -> int:
     """Size of the files in a folder."""
     return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def saved_step(state: Path) -> int:
+    """How many steps of an unfinished job need not be done again, by the names in its folder of states."""
+    return next(iter(checkpoint_steps(state)), 0) if state.is_dir() else 0
 
 
 def _flush(path: Path) -> None:

@@ -49,9 +49,10 @@ class Problem(BaseModel):
 class Fault(BaseModel):
     """Something that went wrong on the way and was recovered from."""
 
-    cause: str = Field(description="died, frozen, error or restart.")
+    cause: str = Field(description="died, frozen, node, memory, timeout, error or restart.")
     message: str
     step: int = Field(description="Steps that were done.")
+    saved: int = Field(0, description="Steps that were saved, where it went on.")
     at: int = Field(description="Unix time.")
 
 

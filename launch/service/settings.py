@@ -26,6 +26,9 @@ class ServiceSettings:
         dtype: as in `EngineConfig`.
         device: likewise; `"auto"` gives each replica a GPU of its own, as far as they go.
         replicas: processes with a model each, in this service process.
+        ranks: processes that make each video together, of every replica; more than one only on Ray.
+        threads: of each rank on CPUs; None shares the cores of a machine among its ranks.
+        checkpoint_every: denoising steps after which a job is saved, to go on there after whatever ends its runner.
         api_key_file: text file with a line for each key; None serves everybody who can connect.
         allowed_hosts: names under which browsers may reach the service; empty allows all.
         max_queue: jobs that may wait; more are answered 429.
@@ -47,6 +50,9 @@ class ServiceSettings:
     dtype: str = "auto"
     device: str = "auto"
     replicas: int = 1
+    ranks: int = 1
+    threads: int | None = None
+    checkpoint_every: int = 5
     api_key_file: Path | None = None
     allowed_hosts: tuple[str, ...] = ()
     max_queue: int = 100
@@ -59,7 +65,17 @@ class ServiceSettings:
 
     def __post_init__(self) -> None:
         HSAConfig(compute=self.compute, policy=self.policy)  # says what is wrong with them
-        for name in ("replicas", "max_queue", "max_prompt", "max_pixels", "max_frames", "max_steps"):
+        for name in (
+            "replicas",
+            "ranks",
+            "threads",
+            "checkpoint_every",
+            "max_queue",
+            "max_prompt",
+            "max_pixels",
+            "max_frames",
+            "max_steps",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value!r}")

@@ -29,7 +29,7 @@ class Line:
     Attributes:
         tasks: what is to be made.
         wanted: what became of a task's wish to end: `cancel` or `stop`, by its id.
-        on_wish: called when such a wish comes, from the thread that listens.
+        on_wish: called with such a wish, from the thread that listens.
     """
 
     def __init__(self, answers: IO[str]) -> None:
@@ -37,7 +37,7 @@ class Line:
         self._answers, self._lock = answers, threading.Lock()
         self.tasks: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.wanted: dict[str, str] = {}
-        self.on_wish: Callable[[], None] = lambda: None
+        self.on_wish: Callable[[str], None] = lambda verb: None
 
     def answer(self, event: str, **fields: Any) -> None:
         """Send one answer; callable from any thread."""
@@ -60,7 +60,7 @@ class Line:
                 continue
             verb, id = next(iter(command.items()))
             self.wanted[id] = verb
-            self.on_wish()
+            self.on_wish(verb)
         # Not sys.exit: nothing must be finished, written or waited for on behalf of nobody.
         os._exit(0)
 

@@ -1,4 +1,4 @@
-"""The same application as a Ray Serve deployment: the same API, a killed replica, an orderly end."""
+"""The same application as a Ray Serve deployment of gangs: the same API, a killed replica and rank, an orderly end."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Deployment:
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory):
-    deployment = Deployment(tmp_path_factory.mktemp("ray"))
+    deployment = Deployment(tmp_path_factory.mktemp("ray"), "--gpus-per-replica", "2")
     family = []
     try:
         yield deployment.healthy()

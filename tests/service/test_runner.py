@@ -79,10 +79,17 @@ def test_cancel_and_stop_within_a_step(runner, task):
         with pytest.raises(error):
             for event in runner.run(task(num_inference_steps=500, compute=1.0)):
                 seen.append(event)
-                if isinstance(event, Stepped) and event.step == 5:
+                if isinstance(event, Stepped) and len(seen) == 7:
                     ask()
         # The step that ran when the wish came is the last one; another may have been on its way to us.
-        assert seen[-1].step <= 7
+        assert 7 <= len(seen) <= 9
+    # What was stopped was saved: the next attempt goes on there.
+    stopped = seen[-1].step
+    with pytest.raises(Cancelled):
+        for event in runner.run(task(num_inference_steps=500, compute=1.0)):
+            if isinstance(event, Began):
+                assert stopped <= event.step <= stopped + 1
+                runner.cancel()
     # A wish without a task is none.
     runner.cancel()
     assert isinstance(list(runner.run(task(num_inference_steps=6)))[-1], Made)
@@ -102,14 +109,19 @@ def test_pictures_on_the_way(runner, task):
     assert len(pictures) >= 5 and all(picture[:4] == b"RIFF" for picture in pictures)
 
 
-def test_killed(runner, task):
+def test_killed_and_gone_on_with(runner, task):
     with pytest.raises(RunnerLost, match="killed by SIGKILL") as caught:
-        for event in runner.run(task(num_inference_steps=500, compute=1.0)):
-            if isinstance(event, Stepped):
+        for event in runner.run(task(num_inference_steps=30, compute=1.0)):
+            if isinstance(event, Stepped) and event.step >= 7:
                 os.kill(runner.pid, signal.SIGKILL)
     assert caught.value.cause == "died" and not runner.ready and runner.pid is None
     until_ready(runner)
-    assert isinstance(list(runner.run(task(num_inference_steps=6)))[-1], Made)
+    events = list(runner.run(task(num_inference_steps=30, compute=1.0)))
+    assert events[0].step in (5, 10) and events[1].step == events[0].step + 1
+    assert isinstance(events[-1], Made) and len(events[-1].hsa["steps"]) == 30
+    # The same folder, another job: as after an update, it is made anew.
+    events = list(runner.run(task(num_inference_steps=6)))
+    assert events[0].step == 0 and isinstance(events[-1], Made)
 
 
 def test_killed_while_idle(runner):

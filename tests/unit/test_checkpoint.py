@@ -16,12 +16,11 @@ from heterostep.engine import files
 from heterostep.engine.checkpoint import (
     Damaged,
     Saved,
-    checkpoint_name,
-    checkpoint_steps,
     read_saved,
     remove_others,
     write_saved,
 )
+from heterostep.engine.files import checkpoint_name, checkpoint_steps
 from heterostep.engine.job import Job, JobConfig
 from tiny import generate, tiny_pipeline
 

@@ -84,15 +84,17 @@ def test_partial_run_equals_the_masked_reference(kind, forecast):
 
 @pytest.mark.parametrize("policy", ["tokens", "groups"])
 @pytest.mark.parametrize("compute", [0.3, 0.5])
-def test_conditioned_tokens_are_evaluated_once(policy, compute):
+def test_partial_steps_leave_out_conditioned_tokens(policy, compute):
     pipe = tiny_image_pipeline("ti2v5b i2v")
     session = hs.apply(pipe, hs.HSAConfig(compute=compute, policy=policy, kv_forecast=0.5))
     generate(pipe, steps=20)
     report = session.report
+    full = sum(record.active == N for record in report.steps)
     assert report.conditioned == report.to_dict()["conditioned"] == GIVEN
-    assert (report.evaluations[0] == 1).all() and int(report.evaluations[1:].min()) > 1
+    assert (report.evaluations[0] == full).all()
+    assert int(report.evaluations[1:].min()) >= full and report.evaluations[1:].float().mean() > full
     assert abs(report.compute - compute) <= 0.02
-    assert max(record.active for record in report.steps[1:]) == N - GIVEN
+    assert max(record.active for record in report.steps if record.active != N) < N - GIVEN
 
 
 def test_work_that_the_others_cannot_take_goes_to_conditioned_tokens():

@@ -1,0 +1,278 @@
+"""A gang of Ray actors: what it makes, and what becomes of it when ranks are killed, frozen, missing or wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+
+from heterostep.engine.engine import Engine
+from heterostep.engine.files import checkpoint_steps
+from heterostep.engine.job import JobConfig
+from heterostep.engine.request import Cancelled, EngineConfig, GenerateRequest, Started, StepDone
+from heterostep.errors import ConfigError, RankFailure, RequestError
+from heterostep.hsa.config import HSAConfig
+from heterostep.launch.cli import main
+from heterostep.launch.gang.cluster import connected, place
+from heterostep.launch.gang.config import GangConfig
+from heterostep.launch.gang.gang import Gang
+from heterostep.launch.gang.member import Member
+from heterostep.launch.gang.messages import Closed, RankLost, Work
+from heterostep.launch.gang.video import make_video
+
+ENGINE = EngineConfig(model="demo", device="cpu", dtype="float32", hsa=HSAConfig(compute=0.5, policy="tokens"))
+REQUEST = GenerateRequest(prompt="a red disc moves right", seed=7, num_frames=5, num_inference_steps=16)
+FROZEN = 4.0
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with connected(None, 2, "cpu"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def gang(cluster):
+    gang = Gang(GangConfig(size=2, threads=1, spare=True, frozen_after=FROZEN, patience=1.0), ENGINE)
+    yield gang
+    gang.close()
+
+
+class Run:
+    """A video through a gang: what was seen on the way."""
+
+    def __init__(self, gang, folder, request=REQUEST, at=None, do=None):
+        """Call `do` once for each step of `at` when it is done."""
+        self.losses, self.begun, self.steps, self.seconds = [], [], [], []
+        due, stamp = list(at or ()), None
+        work = Work(id="video", request=request)
+        run = make_video(gang, work, folder, self.losses.append)
+        while True:
+            try:
+                event = next(run)
+            except StopIteration as end:
+                self.outcome = end.value
+                return
+            if isinstance(event, Started):
+                self.begun.append(event.resumed_at or 0)
+            if isinstance(event, StepDone):
+                self.steps.append(event.step)
+                if stamp is not None:
+                    self.seconds.append(time.monotonic() - stamp)
+                    stamp = None
+                if due and event.step + 1 == due[0]:
+                    due.pop(0)
+                    stamp = time.monotonic()
+                    do()
+
+    @property
+    def latents(self):
+        return self.outcome.output.latents
+
+
+@pytest.fixture(scope="module")
+def unbroken(gang, tmp_path_factory):
+    return Run(gang, tmp_path_factory.mktemp("unbroken"))
+
+
+def killing(gang, rank, number=signal.SIGKILL):
+    return lambda: os.kill(gang.pids[rank], number)
+
+
+def test_it_makes_the_video_of_one_rank(unbroken, tmp_path):
+    assert unbroken.steps == list(range(16)) and unbroken.begun == [0] and unbroken.losses == []
+    record = unbroken.outcome.record
+    assert len(record["ranks"]) == 2 and record["parallel"]["cfg"] == 2
+    assert len(unbroken.outcome.imbalances) > 5 and all(1.0 <= each < 1.1 for each in unbroken.outcome.imbalances)
+    alone = Engine(ENGINE).generate(REQUEST, JobConfig(folder=tmp_path))
+    torch.testing.assert_close(alone.latents, unbroken.latents, rtol=0, atol=1e-4)
+
+
+def test_a_killed_rank_is_replaced(gang, unbroken, tmp_path):
+    before, lives = gang.pids, gang.lives
+    run = Run(gang, tmp_path, at=[7], do=killing(gang, 0))
+    assert [lost.cause for lost in run.losses] == ["died"] and "rank 0 of 2 died" in str(run.losses[0])
+    assert run.begun == [0, 5] and run.steps[-11:] == list(range(5, 16))
+    assert torch.equal(run.latents, unbroken.latents)
+    # The other process was kept, with its model.
+    assert len(set(gang.pids) & set(before)) == 1 and gang.lives == lives + 1
+    assert run.outcome.output.report.evaluations.equal(unbroken.outcome.output.report.evaluations)
+
+
+def test_a_frozen_rank_is_named_and_replaced(gang, unbroken, tmp_path):
+    run = Run(gang, tmp_path, at=[8], do=killing(gang, 1, signal.SIGSTOP))
+    assert [lost.cause for lost in run.losses] == ["frozen"] and "rank 1 of 2 was silent" in str(run.losses[0])
+    assert torch.equal(run.latents, unbroken.latents)
+    assert run.seconds[0] > FROZEN
+
+
+def test_what_is_wrong_for_all_ranks_alike_ends_the_request_only(gang, unbroken, tmp_path):
+    pids, lives = gang.pids, gang.lives
+    few = GenerateRequest(prompt="x", num_frames=5, num_inference_steps=1)
+    with pytest.raises(RequestError, match="cannot be met with 1 steps"):
+        Run(gang, None, few)
+    # The folder of another job, which only rank 0 looks into.
+    (tmp_path / "job").mkdir()
+    Run(gang, tmp_path / "job", GenerateRequest(prompt="x", num_frames=5, num_inference_steps=6))
+    with pytest.raises(RequestError, match="holds another job"):
+        Run(gang, tmp_path / "job")
+    # Without guidance there is one branch, which the ranks share otherwise.
+    single = Run(gang, None, GenerateRequest(prompt="x", num_frames=5, num_inference_steps=6, guidance_scale=1.0))
+    assert single.outcome.record["parallel"]["ulysses"] == 2
+    assert (gang.pids, gang.lives) == (pids, lives)
+
+
+def test_cancel_and_stop_within_a_step(gang, unbroken, tmp_path):
+    long = GenerateRequest(prompt="x", num_frames=5, num_inference_steps=300, compute=1.0)
+    for verb in ("cancel", "stop"):
+        seen = []
+        work = Work(id="video", request=long)
+        with pytest.raises(Cancelled), contextlib.closing(make_video(gang, work, tmp_path, pytest.fail)) as run:
+            for event in run:
+                if isinstance(event, StepDone):
+                    seen.append(event.step)
+                    if len(seen) == 3:
+                        gang.wish(verb)
+        assert len(seen) <= 5
+    assert checkpoint_steps(tmp_path)[0] in (seen[-1] + 1, seen[-1] + 2)  # saved where it stopped
+    assert not gang.working
+    gang.wish("cancel")  # of nothing
+    # One that nobody listens to any more is stopped, too, and the ranks are free again.
+    run = make_video(gang, Work(id="video", request=long), None, pytest.fail)
+    next(run)
+    run.close()
+    assert torch.equal(Run(gang, tmp_path / "next").latents, unbroken.latents)
+
+
+def test_a_request_that_kills_twice_is_given_up_and_the_gang_goes_on(gang, unbroken, tmp_path):
+    with pytest.raises(RankFailure, match=r"given up after two losses in a row without a new step saved.*died"):
+        Run(gang, tmp_path / "bad", at=[2, 2], do=killing(gang, 1))
+    assert torch.equal(Run(gang, tmp_path / "good").latents, unbroken.latents)
+
+
+def test_a_folder_that_rank_0_cannot_reach(gang, unbroken, tmp_path, monkeypatch):
+    monkeypatch.setattr(Gang, "near", False)
+    run = Run(gang, tmp_path, at=[12], do=killing(gang, 0))
+    assert run.begun == [0, 10] and torch.equal(run.latents, unbroken.latents)
+    names = {path.name.partition("-")[0] for path in tmp_path.iterdir()}
+    assert names == {"result", "result.json", "progress.jsonl"}
+    again = Run(gang, tmp_path)
+    assert again.steps == [] and torch.equal(again.latents, unbroken.latents)
+
+
+def test_a_place_that_the_cluster_has_no_more(gang, unbroken, tmp_path, monkeypatch):
+    nowhere = gang._actor.options(resources={"nowhere": 1})
+    monkeypatch.setattr(gang, "_start", lambda bundle: Member(nowhere.remote(), bundle))
+    monkeypatch.setattr(gang, "_placed", lambda: False)
+    monkeypatch.setattr(gang, "_take_spare", lambda: None)
+    run = Run(gang, tmp_path, at=[7], do=killing(gang, 0))
+    assert gang.size == 1 and run.begun == [0, 5]
+    torch.testing.assert_close(run.latents, unbroken.latents, rtol=0, atol=1e-4)
+    monkeypatch.undo()
+    # The place is there again.
+    for member in gang._coming.values():
+        member.end()
+    gang._coming.clear()
+    gang._whole = False
+    assert torch.equal(Run(gang, tmp_path / "again").latents, unbroken.latents) and gang.size == 2
+
+
+def test_a_rank_that_dies_while_it_is_idle(gang, unbroken):
+    gang.watch()
+    os.kill(gang.pids[1], signal.SIGKILL)
+    with pytest.raises(RankLost, match="rank 1 of 2 was lost while it was idle"):
+        while True:
+            gang.watch()
+            time.sleep(0.05)
+    assert not gang.ready
+
+
+def test_the_service_drives_a_gang(gang, tmp_path, monkeypatch):
+    pytest.importorskip("prometheus_client", reason="the extra 'serve' is not installed")
+    from heterostep.launch.service.gang_runner import GangRunner
+    from heterostep.launch.service.schemas import CreateVideo
+    from heterostep.launch.service.service import VideoService
+    from heterostep.launch.service.settings import ServiceSettings
+
+    monkeypatch.setattr(GangRunner, "_make_gang", lambda self: gang)
+    service = VideoService(
+        ServiceSettings(data_dir=tmp_path, ranks=2, threads=1, policy="tokens", max_steps=400), GangRunner
+    )
+    service.start()
+
+    def until(condition, seconds=120):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def submit(**fields):
+        body = CreateVideo(prompt="a red disc moves right", seed=7, num_frames=5, **fields)
+        return service.submit(body, "", "", None)[0].id
+
+    killed, refused = submit(num_inference_steps=40, compute=1.0), submit(num_inference_steps=1)
+    waiting, cancelled = submit(num_inference_steps=6), submit(num_inference_steps=400, compute=1.0)
+    until(lambda: service.find(killed, "").step >= 7)
+    os.kill(gang.pids[1], signal.SIGKILL)
+    until(lambda: service.find(waiting, "").status == "completed")
+    until(lambda: service.find(cancelled, "").step >= 2)
+    assert gang.working
+    service.cancel(cancelled, "")
+    until(lambda: service.find(cancelled, "").status == "cancelled", 20)
+    video = service.find(killed, "")
+    (fault,) = video.faults
+    assert video.status == "completed" and fault.cause == "died" and fault.step >= fault.saved >= 5
+    assert "rank 1 of 2 died" in fault.message
+    assert len(video.hsa["steps"]) == 40 and video.timing["checkpoint"] > 0
+    assert service.find(refused, "").error.code == "invalid_request"
+    assert {path.name for path in (tmp_path / "results" / waiting).iterdir()} >= {"video.mp4", "report.json"}
+    figures = service.metrics.text().decode()
+    assert 'heterostep_recoveries_total{cause="died"} 1.0' in figures
+    assert 'heterostep_recovery_seconds_count{cause="died"} 1.0' in figures
+    assert 'heterostep_rank_imbalance_bucket{le="1.1"}' in figures and service.trouble is None
+    # An orderly stop saves the step that runs.
+    running = submit(num_inference_steps=400, compute=1.0)
+    until(lambda: service.find(running, "").step >= 2)
+    service.stop()
+    assert checkpoint_steps(tmp_path / "state" / running)[0] >= 2
+    with pytest.raises(Closed):
+        gang.heal()
+
+
+def test_a_cluster_that_is_too_small(cluster):
+    with pytest.raises(ConfigError, match="99 ranks need 99 CPUs, but the cluster has"):
+        place(GangConfig(size=99), lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--nproc", "2", "--ray-address", "127.0.0.1:1"), "no Ray cluster answers at '127.0.0.1:1'"),
+        (("--ray-address", "ray://head:10001"), "name HOST:PORT"),
+        (("--ray", "--nproc", "2", "--device", "cuda:1"), "Ray chooses the GPUs"),
+        (("--ray", "--nproc", "3", "--ulysses", "3"), "one of 1, 2, 4"),
+        (("--ray", "--nproc", "2", "--kernel", "flash"), "needs a CUDA device"),
+        (("--ray", "--ulysses", "2"), "job of 1"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_ray_starts(tmp_path, monkeypatch, capsys, flags, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was started"))
+    assert main(["generate", "--prompt", "x", *flags]) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "fields", [{"size": 0}, {"size": True}, {"size": 2, "frozen_after": 0.0}, {"size": 2, "gpus": True, "spare": True}]
+)
+def test_settings_are_checked(fields):
+    with pytest.raises(ConfigError, match=r"of a gang|a gang on GPUs"):
+        GangConfig(**fields)

@@ -1,0 +1,115 @@
+"""What the dispatcher does with a job whose runner is lost: again, where it was saved, or no more."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+pytest.importorskip("prometheus_client", reason="the extra 'serve' is not installed")
+
+from heterostep.engine.facts import read_facts
+from heterostep.engine.files import checkpoint_name
+from heterostep.engine.request import GenerateRequest, resolve
+from heterostep.launch.service import dispatcher
+from heterostep.launch.service.dispatcher import Dispatcher
+from heterostep.launch.service.events import Began, Made, RunnerLost, Stepped, Stopped
+from heterostep.launch.service.jobs import JobStore
+from heterostep.launch.service.metrics import Metrics, Tally
+from heterostep.launch.service.results import FILES
+from heterostep.launch.service.settings import ServiceSettings
+
+REQUEST = resolve(GenerateRequest(prompt="x", num_inference_steps=20), read_facts("demo"))
+
+
+class Scripted:
+    """A runner that is lost after the steps of a script, one an attempt, and saves every five."""
+
+    ready, trouble, hopeless, heartbeat_age = True, None, False, 0.5
+
+    def __init__(self, *script, cause="died"):
+        self.script, self.cause, self.begun, self.tended = list(script), cause, [], 0
+
+    def tend(self):
+        self.tended += 1
+
+    def run(self, task):
+        saved = [int(path.stem[-6:]) for path in task.state.iterdir()]
+        step = max(saved, default=0)
+        self.begun.append(step)
+        yield Began(num_steps=20, num_tokens=10, step=step)
+        end = self.script.pop(0) if self.script else 20
+        while step < end:
+            step += 1
+            if step % 5 == 0:
+                (task.state / f"{checkpoint_name(step)}.json").touch()
+            yield Stepped(step=step, num_steps=20, active=0.5, seconds=0.01, eta_seconds=1.0)
+        if step < 20:
+            raise RunnerLost(self.cause, f"it died after step {step}") if self.cause != "stop" else Stopped("stopped")
+        for name, _ in FILES.values():
+            (task.folder / name).touch()
+        seconds = {"decode": 0.1, "write": 0.1, "checkpoint": 0.2, "total": 1.0}
+        yield Made(hsa={"steps": []}, seconds=seconds, imbalances=(1.0, 1.04))
+
+    def cancel(self):
+        pass
+
+    stop = close = cancel
+
+
+@pytest.fixture
+def ended(tmp_path):
+    """Run one job to its end on a runner; returns the job and the figures."""
+
+    def run(runner):
+        settings = ServiceSettings(data_dir=tmp_path)
+        store, tally = JobStore(settings.database), Tally()
+        store.create(id="a", owner="", model="demo", request=REQUEST, max_queue=9)
+        service = Dispatcher(settings, "demo", store, [runner], tally)
+        service.start()
+        deadline = time.monotonic() + 20
+        while (job := store.get("a", "")).status in ("queued", "in_progress"):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        service.stop()
+        text = Metrics(store, tally, [runner]).text().decode()
+        assert not (settings.state / "a").exists()
+        store.close()
+        return job, text
+
+    return run
+
+
+def test_it_goes_on_where_it_was_saved(ended):
+    runner = Scripted(7, 11, 16)
+    job, figures = ended(runner)
+    assert job.status == "completed" and runner.begun == [0, 5, 10, 15]
+    assert [(fault["cause"], fault["step"], fault["saved"]) for fault in job.faults] == [
+        ("died", 7, 5), ("died", 11, 10), ("died", 16, 15),
+    ]  # fmt: skip
+    assert 'heterostep_recoveries_total{cause="died"} 3.0' in figures
+    assert 'heterostep_recovery_seconds_count{cause="died"} 3.0' in figures
+    assert "heterostep_rank_imbalance_count 2.0" in figures
+    assert 'heterostep_stage_seconds_sum{stage="checkpoint"} 0.2' in figures
+    assert 'heterostep_heartbeat_age_seconds{runner="0"} 0.5' in figures
+
+
+def test_two_losses_without_a_step_saved_between_them_are_enough(ended):
+    runner = Scripted(7, 8, 20)
+    job, figures = ended(runner)
+    assert job.status == "failed" and runner.begun == [0, 5]
+    assert job.error["code"] == "runner_lost"
+    assert job.error["message"] == "given up after 2 attempts; the last time, it died after step 8"
+    assert len(job.faults) == 2 and 'heterostep_recoveries_total{cause="died"} 1.0' in figures
+
+
+def test_losses_are_bounded_in_any_case(ended, monkeypatch):
+    monkeypatch.setattr(dispatcher, "MAX_LOSSES", 2)
+    job, _ = ended(Scripted(6, 11, 16, 20))
+    assert job.status == "failed" and "given up after 3 attempts" in job.error["message"]
+
+
+def test_to_be_stopped_is_no_fault(ended):
+    runner = Scripted(3, 4, 6, cause="stop")
+    job, _ = ended(runner)
+    assert job.status == "completed" and job.faults == () and runner.begun == [0, 0, 0, 5]

@@ -1,0 +1,120 @@
+"""The parts of a gang that need no Ray: copies of a job's folder, messages, degrees for fewer ranks, begun jobs."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from heterostep.engine.engine import Engine, EngineConfig
+from heterostep.engine.job import JobConfig, JobDiffers, JobInUse
+from heterostep.engine.request import GenerateRequest, StepDone
+from heterostep.errors import ConfigError
+from heterostep.launch import resume
+from heterostep.launch.degrees import refit
+from heterostep.launch.gang.copies import read_copies, write_copies
+from heterostep.launch.gang.messages import Progress
+from heterostep.launch.gang.outbox import Outbox
+from heterostep.launch.resume import go_on
+from heterostep.parallel.config import ParallelConfig
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_copies_come_in_the_order_in_which_they_may_be_torn(tmp_path):
+    for name in ("checkpoint-000005.json", "checkpoint-000005-ab.safetensors", "progress.jsonl", ".lock", "mine.txt"):
+        (tmp_path / name).write_text(name)
+    files = read_copies(tmp_path)
+    assert list(files) == ["progress.jsonl", "checkpoint-000005-ab.safetensors", "checkpoint-000005.json"]
+    assert list(read_copies(tmp_path, known=files)) == ["progress.jsonl"]
+
+
+def test_written_copies_keep_the_last_two_checkpoints_or_the_result(tmp_path):
+    kept = []
+    for step in ("05", "10", "15"):
+        files = {f"checkpoint-0000{step}-ab.safetensors": b"t", f"checkpoint-0000{step}.json": b"m"}
+        kept = write_copies(tmp_path, files | {"progress.jsonl": step.encode()}, kept)
+    assert [name for name in names(tmp_path) if name.endswith(".json")] == [
+        "checkpoint-000010.json", "checkpoint-000015.json",
+    ]  # fmt: skip
+    assert (tmp_path / "progress.jsonl").read_bytes() == b"15"
+    assert write_copies(tmp_path, {"progress.jsonl": b"16"}, kept) == kept and len(names(tmp_path)) == 5
+    write_copies(tmp_path, {"result-cd.safetensors": b"t", "result.json": b"m"}, kept)
+    assert names(tmp_path) == ["progress.jsonl", "result-cd.safetensors", "result.json"]
+
+
+@pytest.mark.parametrize("name", ["../result.json", "/etc/passwd", "checkpoint-1.json/..", "other.json", ".lock"])
+def test_only_files_of_a_job_are_written(tmp_path, name):
+    with pytest.raises(ValueError, match="no file of a job"):
+        write_copies(tmp_path / "job", {name: b""}, ())
+    assert names(tmp_path / "job") == []
+
+
+def said(step):
+    return Progress(event=StepDone(step=step, num_steps=9, sigma=0.5, active=1, total=1, seconds=0.1, eta_seconds=1.0))
+
+
+def test_what_a_rank_says_is_heard_once_and_at_once():
+    outbox = Outbox()
+    outbox.begin("a")
+    outbox.put(said(0))
+    outbox.put(said(1))
+    assert [message.event.step for message in outbox.since("a", 0, 0.0)] == [0, 1]
+    assert [message.event.step for message in outbox.since("a", 1, 0.0)] == [1]
+    assert outbox.since("a", 2, 0.0) == [] and outbox.since("other", 0, 0.0) == []
+    threading.Timer(0.1, outbox.put, [said(2)]).start()
+    begin = time.monotonic()
+    assert [message.event.step for message in outbox.since("a", 2, 20.0)] == [2]
+    assert time.monotonic() - begin < 10
+    outbox.begin("b")
+    assert outbox.since("a", 0, 0.0) == [] and outbox.since("b", 0, 0.0) == []
+
+
+def test_degrees_for_another_number_of_ranks():
+    wished = ParallelConfig(ring=2, ulysses=2, kernel="sdpa", cut="measured", ring_cache="gathered")
+    assert refit(wished, 4, num_heads=4, num_branches=2) is wished
+    assert refit(wished, 1, num_heads=4, num_branches=2) is None
+    three = refit(wished, 3, num_heads=4, num_branches=2)
+    assert (three.cfg, three.ring, three.ulysses) == (1, 3, 1)
+    assert (three.kernel, three.cut, three.ring_cache) == ("sdpa", "measured", "gathered")
+    guided, single = (refit(None, 2, num_heads=4, num_branches=count) for count in (2, 1))
+    assert (guided.cfg, guided.ulysses) == (2, 1) and (single.cfg, single.ulysses) == (1, 2)
+    assert refit(ParallelConfig(cfg=2), 2, num_heads=4, num_branches=1) == single
+
+
+class Busy:
+    """An engine that finds its job in use, or another's, some times."""
+
+    def __init__(self, error, times):
+        self.error, self.times, self.asked = error, times, []
+
+    def stream(self, request, job):
+        self.asked.append(job.resume)
+        if len(self.asked) <= self.times:
+            raise self.error("no")
+        yield "event"
+
+
+def test_a_job_is_waited_for_or_begun_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "_PAUSE_SECONDS", 0.0)
+    request, job = GenerateRequest(prompt="x"), JobConfig(folder=tmp_path)
+    engine = Busy(JobInUse, 3)
+    assert list(go_on(engine, request, job, anew=False)) == ["event"] and engine.asked == ["auto"] * 4
+    with pytest.raises(JobInUse):
+        list(go_on(Busy(JobInUse, 1000), request, job, anew=True))
+    engine = Busy(JobDiffers, 1)
+    assert list(go_on(engine, request, job, anew=True)) == ["event"] and engine.asked == ["auto", "never"]
+    with pytest.raises(JobDiffers):
+        list(go_on(Busy(JobDiffers, 1), request, job, anew=False))
+
+
+def test_an_engine_that_cannot_lead_does_not(tiny_model):
+    engine = Engine(EngineConfig(model=str(tiny_model)))
+    engine.regroup(None)
+    assert engine.reads and engine.sharding is None
+    engine.pipeline.text_encoder = None
+    with pytest.raises(ConfigError, match="no text encoder"):
+        engine.regroup(None)
