@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..errors import ConfigError
-from .budget import Schedule, affordable_full, place_steps
+from .budget import Schedule, affordable_full, bucket_of, place_steps
 from .config import HSAConfig
 
 Counts = Callable[[Schedule, HSAConfig], list[int]]
@@ -31,8 +31,7 @@ def spared_counts(counts: Counts, schedule: Schedule, config: HSAConfig, conditi
         conditioned: C, the number of conditioned tokens, 0 < C < N.
 
     Returns:
-        T counts: N, less than N - C, or 0 (or N - C, where the others are to be evaluated at all steps); None where the
-        policy cannot work on N - C tokens alone.
+        T counts, to be taken from the N - C others first; None where the policy cannot work on these alone.
 
     Raises:
         ConfigError: the steps that must be full cost more than ``config.compute``.
@@ -40,21 +39,33 @@ def spared_counts(counts: Counts, schedule: Schedule, config: HSAConfig, conditi
     required = affordable_full(schedule, config)
     n, steps = schedule.num_tokens, schedule.num_steps
     others, budget = n - conditioned, config.compute * steps * n + 1e-6
-    num_full = len(required)
-    while True:
+
+    def planned(num_full: int) -> list[int]:
+        """Counts if `num_full` steps were full, on which conditioned tokens are paid for."""
         share = (budget - conditioned * num_full) / (steps * others)
-        if share >= 1.0:
-            more = int((budget - others * steps) / conditioned)
-            full = set(place_steps([1.0] * steps, max(more, num_full), required))
-            return [n if i in full else others for i in range(steps)]
-        if share <= 0.0:
-            return None
-        try:
-            spared = counts(replace(schedule, num_tokens=others), replace(config, compute=share))
-        except ConfigError:  # its message would speak of another share than the one that was asked for
-            return None
-        found = [n if count == others or i in required else count for i, count in enumerate(spared)]
-        # A smaller share has no more full steps: this ends, and does not cost more than was asked for.
-        if found.count(n) <= num_full:
-            return found
-        num_full = found.count(n)
+        spared = counts(replace(schedule, num_tokens=others), replace(config, compute=min(max(share, 1e-9), 1.0)))
+        return [n if count == others or i in required else count for i, count in enumerate(spared)]
+
+    if budget >= others * steps + conditioned * len(required):
+        full = set(place_steps([1.0] * steps, int((budget - others * steps) / conditioned), required))
+        found = [n if i in full else others for i in range(steps)]
+        return _topped_up(found, int(budget) - sum(found), n, bucket_of(n))
+    # The more steps are paid for, the less is left and the fewer are full: the first number that is not exceeded.
+    low, high = len(required), steps
+    try:
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if planned(middle).count(n) <= middle else (middle + 1, high)
+        found = planned(low)
+    except ConfigError:  # its message would speak of another share than the one that was asked for
+        return None
+    return _topped_up(found, int(budget) - sum(found), others, bucket_of(n))
+
+
+def _topped_up(counts: list[int], left: int, most: int, bucket: int) -> list[int]:
+    """Spend what is left over on partial steps, the largest first, up to `most` tokens each."""
+    for i in sorted(range(len(counts)), key=lambda i: (-counts[i], i)):
+        if 0 < counts[i] < most:
+            more = min(left, most - counts[i]) // bucket * bucket
+            counts[i], left = counts[i] + more, left - more
+    return counts
