@@ -56,7 +56,7 @@ def _text_encoder(words: int) -> Any:
 
 
 def complete_ltx2(version: str = "2.0", **transformer: Any) -> LTX2Pipeline | LTX2ImageToVideoPipeline:
-    """A tiny random pipeline with tokenizer and text encoder; versions as in `tiny_ltx2.VERSIONS`."""
+    """A tiny random pipeline with tokenizer and text encoder; versions as in `tiny_ltx2`."""
     pipe, tokenizer = tiny_ltx2(version, **transformer), _tokenizer()
     pipe.register_modules(tokenizer=tokenizer, text_encoder=_text_encoder(len(tokenizer)))
     pipe.tokenizer_max_length = tokenizer.model_max_length

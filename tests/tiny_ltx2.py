@@ -18,7 +18,6 @@ from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from PIL import Image
 
-VERSIONS = ("2.0", "2.3", "2.5")
 FAMILIES = {"LTX-2 text": ("2.0", False), "LTX-2.3 image": ("2.3", True), "LTX-2.5 text": ("2.5", False)}
 """Columns of the table in docs/models.md: version, and whether it starts from an image."""
 TEXT_WIDTH, TEXT_LAYERS = 16, 3
@@ -170,7 +169,7 @@ def tiny_ltx2(version: str = "2.0", *, image: bool = False, seed: int = 0, **tra
     """Build a pipeline without text encoder and tokenizer: it is given prompt embeddings.
 
     Args:
-        version: of `VERSIONS`, or "interleaved": 2.0 with the other rotary embeddings.
+        version: "2.0", "2.3", "2.5", or "interleaved": 2.0 with the other rotary embeddings.
         image: the pipeline that starts from an image.
         seed: of the weights.
         transformer: arguments of `tiny_transformer`.

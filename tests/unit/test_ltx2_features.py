@@ -66,7 +66,7 @@ def test_dense(family):
     assert equal(run(pipe, family), stock)
 
 
-@feature("scheduler FlowMatchEuler")
+@feature("scheduler FlowMatchEuler", "LTX-2.3 image")
 def test_own_scheduler(family):
     pipe = make(family)
     assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
@@ -76,7 +76,7 @@ def test_own_scheduler(family):
     partial(pipe, family, sigmas=[1.0, 0.9, 0.6, 0.3])
 
 
-@feature("several prompts", "LTX-2 text", "LTX-2.3 image")
+@feature("several prompts", "LTX-2.3 image")
 def test_batches(family):
     pipe = make(family)
     dense_is_stock(pipe, family, prompts=2)
@@ -95,7 +95,7 @@ def test_several_videos(family):
     assert all(len(t) == 2 and not near([t[0]], [t[1]]) for t in both)
 
 
-@feature("callback_on_step_end", "LTX-2 text", "LTX-2.3 image")
+@feature("callback_on_step_end", "LTX-2 text")
 def test_callbacks(family):
     pipe, seen = make(family), []
 
@@ -109,7 +109,7 @@ def test_callbacks(family):
     assert not near(changed, run(pipe, family), 1e-3)
 
 
-@feature("LoRA: load, fuse, unfuse, unload", "LTX-2 text", "LTX-2.5 text")
+@feature("LoRA: load, fuse, unfuse, unload", "LTX-2 text")
 def test_lora(family):
     pytest.importorskip("peft", reason="the extra 'dev' is not installed")
     pipe = make(family)
@@ -129,7 +129,7 @@ def test_lora(family):
     assert near(partial(pipe, family), before, 1e-4)
 
 
-@feature("group offload", "LTX-2 text", "LTX-2.3 image")
+@feature("group offload", "LTX-2 text")
 def test_group_offload(family):
     pipe = make(family)
     before, cpu = partial(pipe, family), torch.device("cpu")
@@ -138,7 +138,7 @@ def test_group_offload(family):
     assert equal(partial(pipe, family), before)
 
 
-@feature("model offload", "LTX-2 text", "LTX-2.3 image")
+@feature("model offload", "LTX-2 text")
 def test_model_offload(family):
     pipe = make(family)
     before = partial(pipe, family)
@@ -147,7 +147,7 @@ def test_model_offload(family):
     assert equal(partial(pipe, family), before)
 
 
-@feature("layerwise casting, fp8 storage", "LTX-2 text", "LTX-2.5 text")
+@feature("layerwise casting, fp8 storage", "LTX-2.5 text")
 def test_layerwise_casting(family):
     pipe = make(family)
     before = partial(pipe, family)
