@@ -193,7 +193,7 @@ def test_the_worker_starts_from_the_image(tmp_path):
         "state": str(tmp_path / "state"),
     }
     line = Line()
-    _make(line, engine, Preview(engine.pipeline), task)
+    _make(line, engine, Preview(engine.pipeline), task, every=2)
     made = Made(**line.answers[-1][1])
     assert made.hsa["achieved"] == pytest.approx(0.5) and (tmp_path / "files" / "video.mp4").stat().st_size
     again = engine.generate(hs.GenerateRequest(**task["request"]))
