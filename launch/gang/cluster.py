@@ -69,7 +69,7 @@ def init(address: str | None, ranks: int, device: str) -> None:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(
             f"{where} ({first[:200]}); start one with `ray start --head`, or leave out the address"
-        ) from (error)
+        ) from error
 
 
 def _check_reachable(address: str) -> None:

@@ -196,6 +196,7 @@ def test_a_rank_that_dies_while_it_is_idle(gang, unbroken):
 def test_the_service_drives_a_gang(gang, tmp_path, monkeypatch):
     pytest.importorskip("prometheus_client", reason="the extra 'serve' is not installed")
     from heterostep.launch.service.gang_runner import GangRunner
+    from heterostep.launch.service.intake import Asked
     from heterostep.launch.service.schemas import CreateVideo
     from heterostep.launch.service.service import VideoService
     from heterostep.launch.service.settings import ServiceSettings
@@ -214,7 +215,7 @@ def test_the_service_drives_a_gang(gang, tmp_path, monkeypatch):
 
     def submit(**fields):
         body = CreateVideo(prompt="a red disc moves right", seed=7, num_frames=5, **fields)
-        return service.submit(body, "", "", None)[0].id
+        return service.submit(Asked(body, "", None), "", None)[0].id
 
     killed, refused = submit(num_inference_steps=40, compute=1.0), submit(num_inference_steps=1)
     waiting, cancelled = submit(num_inference_steps=6), submit(num_inference_steps=400, compute=1.0)
