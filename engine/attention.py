@@ -70,17 +70,15 @@ class CachedAttention:
         cache.write(key, value, self.call.active)
         if self.call.active is not None:
             key, value = cache.keys_values(query.dtype, self.call.weight)
-        out = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=0.0,
-            is_causal=False,
-            backend=self._attention_backend,
-            parallel_config=None,
-        )
-        return out.flatten(2, 3).type_as(query)
+        return attend(query, key, value, mask, self._attention_backend)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, backend: Any) -> Tensor:
+    """Attend by the kernel that diffusers calls `backend`: q [B, M, H, D], k and v [B, N, H, D] -> [B, M, H * D]."""
+    out = dispatch_attention_fn(
+        query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False, backend=backend, parallel_config=None
+    )
+    return out.flatten(2, 3).type_as(query)
 
 
 class TextKV:

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from ..facts import ModelFacts
     from ..request import ResolvedRequest
 
-# What the pipelines themselves use when they are given a prompt.
-_MAX_SEQUENCE_LENGTH = 1024
-
 
 class LTX2Recipe(Recipe):
     """Text- and image-to-video with sound; see `Recipe` for what the methods mean."""
@@ -29,17 +26,7 @@ class LTX2Recipe(Recipe):
         "negative_prompt_embeds",
         "negative_prompt_attention_mask",
     )
-
-    @classmethod
-    def embed(cls, pipeline: Any, request: ResolvedRequest) -> dict[str, Tensor | None]:
-        """See `Recipe`."""
-        found = pipeline.encode_prompt(
-            request.prompt,
-            request.negative_prompt,
-            do_classifier_free_guidance=request.guidance_scale > 1.0,
-            max_sequence_length=_MAX_SEQUENCE_LENGTH,
-        )
-        return dict(zip(cls.embeds, found, strict=True))
+    max_sequence_length: ClassVar[int] = 1024
 
     @staticmethod
     def arguments(facts: ModelFacts, request: ResolvedRequest) -> dict[str, Any]:
@@ -60,7 +47,7 @@ class LTX2Recipe(Recipe):
             "guidance_rescale": guidance.rescale,
             "audio_guidance_rescale": guidance.rescale,
             "use_cross_timestep": guidance.cross_timestep,
-            "max_sequence_length": _MAX_SEQUENCE_LENGTH,
+            "max_sequence_length": LTX2Recipe.max_sequence_length,
         }
 
     @staticmethod

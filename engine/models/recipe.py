@@ -19,11 +19,20 @@ class Recipe(Protocol):
     """A model's pipelines, as far as they differ; everything runs on stock parts."""
 
     embeds: ClassVar[tuple[str, ...]]
-    """Arguments of the pipeline that hold the prompts, encoded."""
+    """Arguments of the pipeline that hold the prompts, encoded, in the order of what its `encode_prompt` gives."""
+    max_sequence_length: ClassVar[int]
+    """Of a prompt, in the text encoder's tokens: what the pipeline itself uses when it is given one."""
 
-    @staticmethod
-    def embed(pipeline: Any, request: ResolvedRequest) -> dict[str, Tensor | None]:
+    @classmethod
+    def embed(cls, pipeline: Any, request: ResolvedRequest) -> dict[str, Tensor | None]:
         """Encode the prompts: values for all of `embeds`, None where a request has no use for one."""
+        found = pipeline.encode_prompt(
+            request.prompt,
+            request.negative_prompt,
+            do_classifier_free_guidance=request.guidance_scale > 1.0,
+            max_sequence_length=cls.max_sequence_length,
+        )
+        return dict(zip(cls.embeds, found, strict=True))
 
     @staticmethod
     def told(embeds: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from diffusers.hooks import ModelHook
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
-from ..attention import AttentionCall, CachedAttention, TextKV
+from ..attention import AttentionCall, CachedAttention, TextKV, attend
 from ..tokens import Patch, gather_rows
 
 _TEXT_LENGTH = 512
@@ -75,25 +74,12 @@ class CachedTextAttnProcessor(WanAttnProcessor):
         if store.text is None:
             _fill(store, attn, encoder_hidden_states)
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        image = None if store.image is None else self._attend(query, *store.image, None)
+        image = None if store.image is None else attend(query, *store.image, None, self._attention_backend)
         assert store.text is not None
-        out = self._attend(query, *store.text, attention_mask)
+        out = attend(query, *store.text, attention_mask, self._attention_backend)
         if image is not None:
             out = out + image
         return attn.to_out[1](attn.to_out[0](out))
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        out = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=0.0,
-            is_causal=False,
-            backend=self._attention_backend,
-            parallel_config=None,
-        )
-        return out.flatten(2, 3).type_as(query)
 
 
 class RopeRows(ModelHook):

@@ -16,25 +16,12 @@ if TYPE_CHECKING:
     from ..facts import ModelFacts
     from ..request import ResolvedRequest
 
-# What the pipelines themselves use when they are given a prompt.
-_MAX_SEQUENCE_LENGTH = 512
-
 
 class WanRecipe(Recipe):
     """Text- and image-to-video; see `Recipe` for what the methods mean."""
 
     embeds: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
-
-    @classmethod
-    def embed(cls, pipeline: Any, request: ResolvedRequest) -> dict[str, Tensor | None]:
-        """See `Recipe`."""
-        found = pipeline.encode_prompt(
-            request.prompt,
-            request.negative_prompt,
-            do_classifier_free_guidance=request.guidance_scale > 1.0,
-            max_sequence_length=_MAX_SEQUENCE_LENGTH,
-        )
-        return dict(zip(cls.embeds, found, strict=True))
+    max_sequence_length: ClassVar[int] = 512
 
     @classmethod
     def told(cls, embeds: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
@@ -51,7 +38,7 @@ class WanRecipe(Recipe):
             "num_frames": request.num_frames - extra,
             "guidance_scale": request.guidance_scale,
             "guidance_scale_2": request.guidance_scale_2,
-            "max_sequence_length": _MAX_SEQUENCE_LENGTH,
+            "max_sequence_length": WanRecipe.max_sequence_length,
         }
 
     @staticmethod
