@@ -83,8 +83,6 @@ def generate_on_ray(
         config, reason = here
         gpus = config.device == "cuda"
         check_room(size, gpus)
-        if job is not None and job.resume == "never":
-            remove_others(Path(job.folder), ())
         say(reason or "1 rank")
         spare = not gpus and size > 1 and not config.shard_weights
         gang = Gang(GangConfig(size=size, gpus=gpus, spare=spare, threads=threads_asked()), config)
@@ -178,6 +176,8 @@ def _keep(
     gang: Gang, work: Work, job: JobConfig, show: Show, say: Callable[[str], None]
 ) -> tuple[VideoOutput, dict[str, Any]]:
     """The video of a job that outlives this process."""
+    if job.resume == "never":  # once: after a loss it goes on
+        remove_others(Path(job.folder), ())
 
     def stop() -> None:
         if not gang.working:
