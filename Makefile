@@ -53,7 +53,9 @@ serve-demo: $(VENV)/.serve
 	@$(THREADS) $(BIN)/heterostep serve --no-ray --policy tokens --data-dir out/service
 
 test: $(VENV)/.dev
-	@$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	@$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit
+	@# What starts processes and watches the clock has the machine for itself.
+	@$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/distributed tests/e2e tests/gang tests/gpu tests/service
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff check .

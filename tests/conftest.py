@@ -25,16 +25,12 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "xdist_group(name): tests for one worker of pytest-xdist")
     config.addinivalue_line("markers", "feature(name): a row of the table of docs/models.md; needs a parameter family")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     feature_table.note_collected(config, items)
-    for item in items:  # for pytest-xdist: what starts processes and watches the clock keeps to one worker
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(item.path.stem if folder == "unit" else "processes"))
 
 
 @pytest.hookimpl(wrapper=True)

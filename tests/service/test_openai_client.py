@@ -38,7 +38,7 @@ def test_from_prompt_to_file_and_away(videos):
     assert done.status == "completed" and done.progress == 100 and done.error is None
     assert done.created_at <= done.completed_at < done.expires_at
     assert done.hsa["achieved"] == pytest.approx(0.5, abs=0.1) and len(done.hsa["steps"]) == STEPS
-    assert set(done.timing) == {"queued", "encode_text", "denoise", "decode", "write", "total"}
+    assert set(done.timing) == {"queued", "encode_text", "denoise", "checkpoint", "decode", "write", "total"}
     assert done.faults == []
 
     content = videos.download_content(video.id)
