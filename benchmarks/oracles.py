@@ -13,8 +13,8 @@ from diffusers.hooks.hooks import BaseState, StateManager
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
-from heterostep.engine.hook import HOOK_NAME
 from heterostep.engine.models.wan_attention import CachedWanAttnProcessor
+from heterostep.engine.registry import registered
 from heterostep.hsa.cache import KVCache
 from heterostep.hsa.scores import top_tokens
 
@@ -150,7 +150,7 @@ class _FreshHook(ModelHook):
         super().__init__()
         self.plans, self.what = plans, what
         self.contexts = StateManager(_Unused)
-        self.inner = transformer._diffusers_hook.get_hook(HOOK_NAME)
+        self.inner = registered(transformer)
         if what == "velocity":
             # This pass reads keys and values at skipped steps too, before which HSA itself would not keep them.
             self.inner.run.needs_kv = lambda index: True

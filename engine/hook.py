@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import StateManager
 from torch import Tensor
 
@@ -16,11 +15,9 @@ from ..errors import ConfigError
 from .attention import AttentionCall, TextKV
 from .branch import Branch, fresh_weight, tiled
 from .models import Site
+from .registry import LastingHook
 from .run import Run, Step
 from .tokens import Grid
-
-HOOK_NAME = "heterostep"
-"""Name under which the hooks are registered with diffusers."""
 
 
 def named(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +77,7 @@ Answer = tuple[Tensor, tuple[Tensor, ...]]
 """Velocity rows [batch, A, D] of video tokens, and whatever else a transformer returns."""
 
 
-class HSAHook(ModelHook):
+class HSAHook(LastingHook):
     """Returns the velocity of all tokens while the model runs on the active ones: fresh rows over cached.
 
     The stock scheduler's step on that velocity is then the cached Euler update. A step at which everything is

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from diffusers.hooks import HookRegistry
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..hsa.config import HSAConfig
 from ..parallel.config import ParallelConfig
 from ..parallel.mesh import ParallelMesh
+from . import registry
 from .attention import AttentionCall
-from .hook import HOOK_NAME, HSAHook
+from .hook import HSAHook
 from .models import Adapter, adapter_for
 from .report import HSAReport, StepRecord
 from .run import Run
@@ -160,10 +159,7 @@ class HSASession:
                 stock._attention_backend = ours._attention_backend
                 attention.set_processor(stock)
             for module in modules:
-                registry = HookRegistry.check_if_exists_or_initialize(module)
-                with _beneath_offloading(module):
-                    registry.remove_hook(HOOK_NAME, recurse=False)
-                registry.invalidate_child_registries_cache()
+                registry.remove(module)
         self._attached.clear()
         if self._own_scheduler is not None and self.pipe.scheduler is self._own_scheduler:
             self.pipe.scheduler = self._stock_scheduler
@@ -203,10 +199,7 @@ class HSASession:
         hook.session = self
         hooks = [*adapter.hooks(transformer, call), (transformer, hook)]
         for module, its_hook in hooks:
-            registry = HookRegistry.check_if_exists_or_initialize(module)
-            with _beneath_offloading(module):
-                registry.register_hook(its_hook, HOOK_NAME)
-            registry.invalidate_child_registries_cache()
+            registry.register(module, its_hook)
         self._attached.append(([module for module, _ in reversed(hooks)], processors))
 
 
@@ -259,24 +252,9 @@ def apply(
 def remove(pipe: Any) -> None:
     """Take HSA off a pipeline, which is then the stock one bit for bit; does nothing to one without it."""
     for name in ("transformer", "transformer_2"):
-        registry = getattr(getattr(pipe, name, None), "_diffusers_hook", None)
-        hook = registry.get_hook(HOOK_NAME) if registry is not None else None
+        hook = registry.registered(getattr(pipe, name, None))
         if isinstance(hook, HSAHook):
             hook.session.detach()
-
-
-@contextlib.contextmanager
-def _beneath_offloading(module: Any) -> Iterator[None]:
-    """Lay bare the forward that accelerate's offloading wraps, for hooks to be put there or taken away.
-
-    A pipeline sets its offloading up anew at the end of every call. Whatever stood around it would be lost then.
-    """
-    around = module.forward if hasattr(module, "_hf_hook") else None
-    if around is not None:
-        module.forward = module._old_forward
-    yield
-    if around is not None:
-        module._old_forward, module.forward = module.forward, around
 
 
 def _check_transformer(transformer: Any, adapter: Adapter) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.hooks import ModelHook
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
 from ..attention import AttentionCall, CachedAttention, TextKV, attend
+from ..registry import LastingHook
 from ..tokens import Patch, gather_rows
 
 _TEXT_LENGTH = 512
@@ -82,7 +82,7 @@ class CachedTextAttnProcessor(WanAttnProcessor):
         return attn.to_out[1](attn.to_out[0](out))
 
 
-class RopeRows(ModelHook):
+class RopeRows(LastingHook):
     """On the transformer's `rope`: embeddings of the active tokens at their true positions."""
 
     def __init__(self, call: AttentionCall, patch: Patch) -> None:

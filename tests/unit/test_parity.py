@@ -1,8 +1,11 @@
 """Parity is the specification: against the stock pipeline bit for bit, against an independent reference to
 1e-5."""
 
+import operator
+
 import pytest
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
 from reference import Reference
 
 import heterostep as hs
@@ -296,6 +299,59 @@ def test_known_counts_save_work_but_change_nothing():
         hs.apply(pipe, hs.HSAConfig(), planner=planner)
         results.append(generate(pipe))
     assert torch.equal(*results)
+
+
+class Bystander(ModelHook):
+    """Another's hook, which counts calls; with a `new_forward` as caches have it, or without."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+class ForwardBystander(Bystander):
+    def new_forward(self, module, *args, **kwargs):
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Bystander, ForwardBystander])
+@pytest.mark.parametrize("name", ["transformer", "transformer.rope"])
+def test_a_hook_beneath_may_go_away(kind, name):
+    """Group offloading with streams takes one of its hooks off after the first pass."""
+    pipe, plans = tiny_pipeline(), random_plans(8)
+    hs.apply(pipe, planner=FixedPlanner(plans))
+    want = generate(pipe)
+    hs.remove(pipe)
+    registry = HookRegistry.check_if_exists_or_initialize(operator.attrgetter(name)(pipe))
+    registry.register_hook(kind(), "bystander")
+    hs.apply(pipe, planner=FixedPlanner(plans))
+
+    def callback(pipe, step, timestep, tensors):
+        if step == 1:
+            registry.remove_hook("bystander")
+        return tensors
+
+    assert torch.equal(generate(pipe, callback_on_step_end=callback), want)
+    assert torch.equal(generate(pipe), want)
+
+
+@pytest.mark.parametrize("kind", [Bystander, ForwardBystander])
+def test_remove_leaves_a_hook_above_in_force(kind):
+    pipe = tiny_pipeline()
+    stock = generate(pipe)
+    hs.apply(pipe)
+    bystander = kind()
+    HookRegistry.check_if_exists_or_initialize(pipe.transformer).register_hook(bystander, "bystander")
+    if kind is ForwardBystander:
+        bystander.fn_ref.forward = lambda *args, forward=bystander.fn_ref.forward, **kwargs: tuple(
+            2 * t for t in forward(*args, **kwargs)
+        )
+    hs.remove(pipe)
+    assert torch.equal(generate(pipe), stock) is (kind is Bystander)
+    assert bystander.calls == 16
 
 
 def test_applying_twice_replaces_cleanly():
