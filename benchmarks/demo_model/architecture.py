@@ -61,14 +61,17 @@ def build_transformer() -> WanTransformer3DModel:
     return model
 
 
-def smooth_time(model: WanTransformer3DModel) -> torch.Tensor:
-    """Silence the fast sinusoids of the time embedding; return the mask [freq_dim] of those that are left."""
+def slow_features(model: WanTransformer3DModel) -> torch.Tensor:
+    """Mask [freq_dim] of the sinusoids of the time embedding that are used, on the model's device."""
     half = model.config.freq_dim // 2
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half) / half)  # of cosines, then of sines
-    mask = (frequencies <= FASTEST).float().repeat(2)
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=model.device) / half)
+    return (frequencies <= FASTEST).float().repeat(2)  # of cosines, then of sines
+
+
+def smooth_time(model: WanTransformer3DModel) -> None:
+    """Silence the fast sinusoids of the time embedding."""
     with torch.no_grad():
-        model.condition_embedder.time_embedder.linear_1.weight *= mask.to(model.device)
-    return mask
+        model.condition_embedder.time_embedder.linear_1.weight *= slow_features(model)
 
 
 def _look_around(block: WanTransformerBlock) -> None:

@@ -12,10 +12,10 @@ import pathlib
 import text
 import torch
 from architecture import build_transformer
+from batches import SHIFT
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from latents import PatchPCA
 from safetensors.torch import load_file
-from train_transformer import SHIFT
 from train_vae import build_vae
 
 

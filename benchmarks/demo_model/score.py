@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--linear", action="store_true", help="decode with the linear transform instead of the VAE")
     parser.add_argument("--real", action="store_true", help="score drawn clips instead: the scorer's own check")
     parser.add_argument("--output", type=pathlib.Path, help="write the figures here as JSON")
@@ -110,7 +111,7 @@ def main() -> None:
     if args.real:
         clips = [to_uint8(scenes.render([scene]))[0] for scene in chosen]
     else:
-        generate = generator(args.model, args.linear, args.steps, args.guidance)
+        generate = generator(args.model, args.linear, args.steps, args.guidance, args.device)
         clips = [generate(scene.caption, seed) for seed, scene in enumerate(chosen)]
     scores = [score(clip, scene) for clip, scene in zip(clips, chosen, strict=True)]
     for scene, found in zip(chosen, scores, strict=True):
@@ -124,13 +125,13 @@ def main() -> None:
         write_sheet(args.sheet, clips)
 
 
-def generator(model: pathlib.Path | None, linear: bool, steps: int, guidance: float):
+def generator(model: pathlib.Path | None, linear: bool, steps: int, guidance: float, device: str):
     """Return a function (caption, seed) -> uint8 frames that runs the stock pipeline."""
     from diffusers import WanPipeline
     from latents import PatchPCA
 
     default = pathlib.Path(__file__).parents[2] / "engine" / "demo_model"
-    pipe = WanPipeline.from_pretrained(model or default)
+    pipe = WanPipeline.from_pretrained(model or default).to(device)
     pipe.set_progress_bar_config(disable=True)
     codec = PatchPCA.shipped() if linear else None
 
@@ -141,8 +142,8 @@ def generator(model: pathlib.Path | None, linear: bool, steps: int, guidance: fl
             output_type="latent" if codec else "pt",
         ).frames  # fmt: skip
         if codec:
-            return to_uint8(codec.decode(out))[0]
-        return (out[0].permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().numpy()
+            return to_uint8(codec.decode(out.cpu()))[0]
+        return (out[0].permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().cpu().numpy()
 
     return generate
 

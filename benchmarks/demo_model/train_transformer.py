@@ -1,6 +1,7 @@
 """Train the demo transformer and its text encoder: `python benchmarks/demo_model/train_transformer.py --out DIR`.
 
 With more processes: `torchrun --standalone --nproc-per-node P benchmarks/demo_model/train_transformer.py --out DIR`.
+On a GPU: `--device cuda --workers 15 --batch 256`; the workers draw the clips.
 
 Rectified flow in the latent space of `latents.py`: x = (1 - sigma) x0 + sigma eps, target velocity eps - x0, sigma
 logit-normal with shift 3 (the pipeline's own). Muon on the blocks' matrices, AdamW on the rest, an exponential moving
@@ -15,7 +16,6 @@ import copy
 import math
 import os
 import pathlib
-import random
 import time
 
 import checkpoints
@@ -25,55 +25,29 @@ import text
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from architecture import build_transformer, smooth_time, text_attention
-from latents import SPATIAL, TEMPORAL, PatchPCA
+from architecture import build_transformer, slow_features, smooth_time, text_attention
+from batches import Batch, Batches
 from safetensors.torch import load_file
 from transformers import UMT5EncoderModel
 
-SHIFT = 3.0
-DECISIONS = (0.82, 0.98)
-SUBJECT_WEIGHT = 8.0
-"""Weight of the loss where the subject ever is, 1 elsewhere: that is where the caption's words must be learned. What
-every token should predict stays the same."""
-CANDIDATES, FAR, NEAR = 24, 0.945, 0.86
-"""How many other places of the subject its target is averaged over (see `Trainer.expected`), and from which noise level
-on they are anywhere, or nearby."""
 STAGES = ((0.45, 9, 48), (0.7, 9, scenes.SIZE), (1.0, scenes.FRAMES, scenes.SIZE))
 """Until which share of the time clips have how many frames and pixels a side. A small clip costs a quarter and teaches
 colour, shape, texture and how things move."""
 
 
-def sample_sigmas(count: int, generator: torch.Generator, decisions: float) -> torch.Tensor:
-    """Noise levels [count] in random order.
-
-    A share `decisions` of them is uniform over `DECISIONS`, where it is settled what is where and where it goes; the
-    others are logit-normal with the pipeline's shift. Both are stratified over the batch.
-    """
-    early = round(decisions * count)
-    low, high = DECISIONS
-    spread = (torch.arange(early) + torch.rand(early, generator=generator)) / max(early, 1)
-    quantile = (torch.arange(count - early) + torch.rand(count - early, generator=generator)) / max(count - early, 1)
-    u = torch.sigmoid(1.2 * torch.special.ndtri(quantile.clamp(1e-4, 1 - 1e-4)))
-    sigmas = torch.cat([low + (high - low) * spread, SHIFT * u / (1 + (SHIFT - 1) * u)])
-    return sigmas[torch.randperm(count, generator=generator)]
-
-
 class Trainer:
     """All state of a run; `save` and `load` move the whole of it to and from a folder."""
 
-    def __init__(
-        self, out: pathlib.Path, *, seed: int, learning_rate: float, device: str, decisions: float = 0.0
-    ) -> None:
+    def __init__(self, out: pathlib.Path, *, seed: int, learning_rate: float, device: str) -> None:
         self.out, self.learning_rate, self.device = out, learning_rate, torch.device(device)
         torch.manual_seed(seed)
         self.tokenizer = text.build_tokenizer()
         self.encoder = text.build_encoder(len(self.tokenizer)).to(device).train()
         self.model = build_transformer().to(device).train()
-        slow = smooth_time(self.model).to(device)
+        slow = slow_features(self.model)
         self.model.condition_embedder.time_embedder.linear_1.weight.register_hook(lambda gradient: gradient * slow)
-        self.step, self.seconds, self.seed, self.decisions = 0, 0.0, seed, decisions
+        self.step, self.seconds = 0, 0.0
         self.history: list[list[float]] = []
-        self.codec = PatchPCA.shipped()
         self.ema = [copy.deepcopy(m).eval() for m in (self.model, self.encoder)]
         matrices = [p for n, p in self.model.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
         chosen = {id(p) for p in matrices}
@@ -115,60 +89,14 @@ class Trainer:
         progress = {"step": self.step, "seconds": self.seconds, "history": self.history}
         checkpoints.save(self.out, self.modules, self.optimizers, progress)
 
-    def batch(
-        self, count: int, frames: int, size: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
-        """Noisy latents, velocity targets, loss weights, sigmas and captions of this step, from seed and rank alone."""
-        rng = random.Random(self.seed * 1_000_003 + self.step + 500_009 * rank())
-        generator = torch.Generator().manual_seed(rng.getrandbits(40))
-        drawn = [scenes.random_scene(rng, frames=frames, size=size) for _ in range(count)]
-        clean = self.codec.normalise(self.codec.raw(scenes.render(drawn, frames=frames, size=size)))
-        noise = torch.randn(clean.shape, generator=generator)
-        sigmas = sample_sigmas(count, generator, self.decisions)
-        s = sigmas.view(-1, 1, 1, 1, 1)
-        captions = ["" if rng.random() < 0.1 else scene.caption for scene in drawn]
-        weights = 1 + (SUBJECT_WEIGHT - 1) * scenes.swept(drawn, frames=frames, size=size)[:, None, None]
-        noisy = (1 - s) * clean + s * noise
-        for i, scene in enumerate(drawn):
-            sigma = sigmas[i].item()
-            if sigma > FAR:
-                others = scenes.elsewhere(scene, rng, CANDIDATES, same_way=bool(captions[i]), frames=frames, size=size)
-            elif sigma > NEAR:
-                others = scenes.nearby(
-                    scene, rng, CANDIDATES, 4 * (sigma - NEAR) / (FAR - NEAR) + 1, frames=frames, size=size
-                )
-            else:
-                continue
-            clean[i] = self.expected(scene, others, noisy[i], sigma)
-        tensors = (noisy, (noisy - clean) / s, weights, sigmas)
-        return *(t.to(self.device) for t in tensors), captions  # type: ignore[return-value]
-
-    def expected(
-        self, scene: scenes.Scene, others: list[scenes.Object], noisy: torch.Tensor, sigma: float
-    ) -> torch.Tensor:
-        """Mean of the clean clip [C, F, Y, X] over which of several subjects the noisy one shows.
-
-        The true subject and the others are draws from one distribution. Given all of them and the noisy clip, each is
-        the true one with a probability in proportion to exp(-|noisy - (1 - sigma) clean_k|^2 / 2 sigma^2), so the mean
-        under these has the same expectation given the noisy clip as the clean clip itself, which is what the model
-        should return, and much less variance (Rao-Blackwell). Where noise hides the place, a single clip says almost
-        nothing of what the caption means.
-        """
-        size, frames = noisy.shape[-1] * SPATIAL, noisy.shape[-3] * TEMPORAL - 1
-        subjects = [scene.objects[0], *others]
-        clips = self.codec.normalise(self.codec.raw(scenes.render_each(scene, subjects, frames=frames, size=size)))
-        distance = (noisy - (1 - sigma) * clips).square().flatten(1).sum(1, dtype=torch.float64)
-        chances = torch.softmax(-distance / (2 * sigma * sigma), dim=0).to(clips.dtype)
-        return torch.einsum("k,k...->...", chances, clips)
-
     def angles(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the rotary embedding for latents of that shape, as `lean.rotate` takes them."""
         cos, sin = self.model.rope(latents[:1].cpu())
         return cos[0, :, :, 0::2].to(self.device), sin[0, :, :, 1::2].to(self.device)
 
-    def loss(self, forward, count: int, frames: int, size: int) -> torch.Tensor:
-        """Weighted squared error of the velocity on this step's batch."""
-        noisy, target, importance, sigmas, captions = self.batch(count, frames, size)
+    def loss(self, forward, batch: Batch) -> torch.Tensor:
+        """Weighted squared error of the velocity."""
+        noisy, target, importance, sigmas, captions = batch.to(self.device)
         embeddings, lengths = text.encode(self.tokenizer, self.encoder, captions)
         padded = F.pad(embeddings, (0, 0, 0, 20 - embeddings.shape[1]))
         keys, weights = lean.text_keys(padded, lengths)
@@ -220,9 +148,9 @@ def slowest(seconds: float) -> float:
     return longest.item()
 
 
-def check(trainer: Trainer) -> None:
+def check(trainer: Trainer, batch: Batch) -> None:
     """Print the largest difference between `lean.forward` and the stock class, and what the text attention sees."""
-    noisy, _, _, sigmas, captions = trainer.batch(4, scenes.FRAMES, scenes.SIZE)
+    noisy, _, _, sigmas, captions = batch.to(trainer.device)
     with torch.no_grad():
         embeddings, lengths = text.encode(trainer.tokenizer, trainer.encoder, captions)
         keys, weights = lean.text_keys(embeddings, lengths)
@@ -248,6 +176,7 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="whole clips from the start: for a model that is trained")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw clips; 0: this one does")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument(
@@ -258,17 +187,22 @@ def main() -> None:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
     args.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(
-        args.out, seed=args.seed, learning_rate=args.learning_rate, device=args.device, decisions=args.decisions
-    )
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs
+    trainer = Trainer(args.out, seed=args.seed, learning_rate=args.learning_rate, device=args.device)
+
+    def batches(frames: int, size: int) -> Batches:
+        return Batches(
+            seed=args.seed, rank=rank(), count=args.batch, frames=frames, size=size, decisions=args.decisions
+        )
+
     if args.check:
-        return check(trainer)
+        return check(trainer, batches(*STAGES[-1][1:])[0])
     if args.init:
         trainer.start_from(args.init)
     trainer.load()
     print("starting at step", trainer.step, flush=True)
     forward = lean.forward if args.no_compile else torch.compile(lean.forward, dynamic=False)
-    smooth, last_save = None, time.monotonic()
+    smooth, last_save, shape = None, time.monotonic(), None
     while trainer.seconds < args.minutes * 60:
         began = time.monotonic()
         remaining = args.minutes * 60 - trainer.seconds
@@ -278,8 +212,10 @@ def main() -> None:
             * min(1.0, remaining / (args.decay_minutes * 60) + 0.02)
         )
         share = trainer.seconds / (args.minutes * 60)
-        frames, size = next(stage[1:] for stage in (STAGES[-1:] if args.whole else STAGES) if share < stage[0])
-        loss = trainer.loss(forward, args.batch, frames, size)
+        wanted = next(stage[1:] for stage in (STAGES[-1:] if args.whole else STAGES) if share < stage[0])
+        if wanted != shape:
+            shape, stream = wanted, batches(*wanted).following(trainer.step, args.workers)
+        loss = trainer.loss(forward, next(stream))
         trainer.update(loss, rate)
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         if not math.isfinite(smooth):
