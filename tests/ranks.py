@@ -1,7 +1,7 @@
 """`run_ranks`: run a function of a test module on many ranks, in processes that live as long as the test session.
 
 The ranks of a world size start once, by forkserver with torch preloaded, and make a fresh process group for each call:
-that takes milliseconds where a start takes seconds.
+that takes milliseconds where a start takes seconds. For GPUs they are spawned.
 """
 
 import atexit
@@ -33,7 +33,6 @@ SLOW = [
     "diffusers.pipelines.wan.pipeline_wan",
     "diffusers.pipelines.wan.pipeline_wan_i2v",
 ]
-CONTEXT = multiprocessing.get_context("forkserver")
 
 
 class RankError(AssertionError):
@@ -53,7 +52,8 @@ def run_ranks(world_size, fn, *args, timeout=60.0, backend="gloo"):
     Raises:
         RankError: with the traceback of the rank that failed first, or the stacks of all after the time limit.
     """
-    team = _Team.of(world_size)
+    # What a forkserver preloads may look at the GPU, after which no child of it can use one.
+    team = _Team.of(world_size, "spawn" if backend == "nccl" else "forkserver")
     try:
         return team.call(fn, args, timeout, backend)
     except BaseException:
@@ -62,25 +62,27 @@ def run_ranks(world_size, fn, *args, timeout=60.0, backend="gloo"):
 
 
 class _Team:
-    """The processes of one world size."""
+    """The processes of one world size, started in one way."""
 
     alive: ClassVar[dict] = {}
 
     @classmethod
-    def of(cls, world_size):
-        if world_size not in cls.alive:
-            cls.alive[world_size] = cls(world_size)
-        return cls.alive[world_size]
+    def of(cls, *key):
+        if key not in cls.alive:
+            cls.alive[key] = cls(*key)
+        return cls.alive[key]
 
-    def __init__(self, world_size):
+    def __init__(self, world_size, method):
+        self.key, context = (world_size, method), multiprocessing.get_context(method)
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self.calls = 0
-        CONTEXT.set_forkserver_preload([name for name in SLOW if name in sys.modules])
+        if method == "forkserver":
+            context.set_forkserver_preload([name for name in SLOW if name in sys.modules])
         self.pipes, self.processes = [], []
         for rank in range(world_size):
-            ours, theirs = CONTEXT.Pipe()
+            ours, theirs = context.Pipe()
             stack = Path(self.folder.name) / f"stack-{rank}"
-            process = CONTEXT.Process(target=_serve, args=(theirs, rank, world_size, str(stack)), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, world_size, str(stack)), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -126,7 +128,7 @@ class _Team:
             process.kill()
         for process in self.processes:
             process.join()
-        self.alive.pop(len(self.processes), None)
+        self.alive.pop(self.key, None)
         self.folder.cleanup()
 
 
