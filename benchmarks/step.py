@@ -1,13 +1,16 @@
 """What a partial step costs, beside a dense one of the same run: `python benchmarks/step.py`.
 
-A random Wan transformer (no weights are needed for time). Stock pipeline and HSA alternate; ratios are made
+On a GPU: `--shape wan-1.3b --device cuda --output benchmarks/reports/step-wan-1.3b`. A random Wan transformer (no
+weights are needed for time). Stock pipeline and HSA alternate; ratios are made
 of neighbouring runs, their medians are reported. Writes reports/step.json and .md.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import pathlib
 import time
 from typing import Any
@@ -20,6 +23,27 @@ from torch import Tensor
 
 import heterostep as hs
 
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A transformer's sizes and the video it makes: heads, their width, layers, width of the feed-forward layer and of
+    the text, tokens (frames, rows, columns)."""
+
+    heads: int
+    head_dim: int
+    layers: int
+    ffn_dim: int
+    text_dim: int
+    grid: tuple[int, int, int]
+    dtype: torch.dtype
+
+
+SHAPES = {
+    "small": Shape(6, 64, 4, 1536, 64, (8, 16, 16), torch.float32),
+    # The published sizes, at 832 x 480 and 81 frames.
+    "wan-1.3b": Shape(12, 128, 30, 8960, 4096, (21, 30, 52), torch.bfloat16),
+    "wan-14b": Shape(40, 128, 40, 13824, 4096, (21, 30, 52), torch.bfloat16),
+}
 SHARES = (1.0, 0.5, 0.25, 0.1)
 LIMITS = {1.0: 1.05, 0.5: 0.56, 0.25: 0.31}
 """Denoising time over dense that each compute may take at most."""
@@ -42,22 +66,23 @@ class FixedShare:
         return None if step == 0 or len(self.active) == num_tokens else self.active
 
 
-def build_pipeline(args: argparse.Namespace) -> tuple[Any, dict[str, Any], int]:
-    """A random pipeline, the arguments of a call, and N."""
+def build_pipeline(shape: Shape, device: str) -> tuple[Any, dict[str, Any]]:
+    """A random pipeline, and the arguments of a call."""
     torch.manual_seed(0)
-    z = 16
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=args.dim // 64,
-        attention_head_dim=64,
-        in_channels=z,
-        out_channels=z,
-        text_dim=64,
-        freq_dim=64,
-        ffn_dim=args.dim * 4,
-        num_layers=args.layers,
-        rope_max_seq_len=128,
-    )
+    z, width = 16, shape.heads * shape.head_dim
+    with torch.device(device):
+        transformer = WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=shape.heads,
+            attention_head_dim=shape.head_dim,
+            in_channels=z,
+            out_channels=z,
+            text_dim=shape.text_dim,
+            freq_dim=256 if width > 1000 else 64,
+            ffn_dim=shape.ffn_dim,
+            num_layers=shape.layers,
+            rope_max_seq_len=128,
+        )
     vae = AutoencoderKLWan(
         base_dim=8,
         z_dim=z,
@@ -70,36 +95,39 @@ def build_pipeline(args: argparse.Namespace) -> tuple[Any, dict[str, Any], int]:
         tokenizer=None,
         text_encoder=None,
         vae=vae,
-        transformer=transformer.eval(),
+        transformer=transformer.to(shape.dtype).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer_2=None,
-    ).to(args.device)
+    ).to(device)
     pipe.set_progress_bar_config(disable=True)
-    frames, height, width = args.grid
+    frames, height, width = shape.grid
     request = {
-        "prompt_embeds": torch.randn(1, 64, 64, device=args.device),
+        "prompt_embeds": torch.randn(1, 64, shape.text_dim, device=device, dtype=shape.dtype),
         "height": 16 * height,
         "width": 16 * width,
         "num_frames": 4 * (frames - 1) + 1,
         "guidance_scale": 1.0,
         "output_type": "latent",
     }
-    return pipe, request, frames * height * width
+    return pipe, request
 
 
 class StepClock:
     """Times the steps of one pipeline run, from the transformer's first call to the scheduler's end."""
 
     def __init__(self, pipe: Any, request: dict[str, Any], steps: int) -> None:
-        """Run `steps` steps; `seconds` has one time for each."""
+        """Run `steps` steps; `seconds` has one time for each, `peak_bytes` what the GPU held at most."""
         self.seconds: list[float] = []
         self._cuda = pipe.device.type == "cuda"
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
         handle = pipe.transformer.register_forward_pre_hook(self._begin)
         try:
             generator = torch.Generator("cpu").manual_seed(0)
             pipe(**request, num_inference_steps=steps, generator=generator, callback_on_step_end=self._end)
         finally:
             handle.remove()
+        self.peak_bytes = torch.cuda.max_memory_allocated() if self._cuda else None
 
     def _begin(self, *_: Any) -> None:
         self._started = self._now()
@@ -150,13 +178,16 @@ def time_loops(pipe: Any, request: dict[str, Any], steps: int, rounds: int) -> l
     """Whole denoising loops under `hs.apply` against the stock pipeline before and after them."""
     ratios: dict[tuple[str, float], list[float]] = {loop: [] for loop in LOOPS}
     achieved: dict[tuple[str, float], float] = {}
-    before = sum(StepClock(pipe, request, steps).seconds)
+    peaks: dict[tuple[str, float], int | None] = {}
+    dense = StepClock(pipe, request, steps)
+    before = sum(dense.seconds)
     for _ in range(rounds):
         seconds: dict[tuple[str, float], float] = {}
         for policy, compute in LOOPS:
             session = hs.apply(pipe, hs.HSAConfig(compute=compute, policy=policy))
             try:
-                seconds[policy, compute] = sum(StepClock(pipe, request, steps).seconds)
+                clock = StepClock(pipe, request, steps)
+                seconds[policy, compute], peaks[policy, compute] = sum(clock.seconds), clock.peak_bytes
                 achieved[policy, compute] = session.report.compute
             finally:
                 hs.remove(pipe)
@@ -169,6 +200,8 @@ def time_loops(pipe: Any, request: dict[str, Any], steps: int, rounds: int) -> l
             "policy": policy,
             "compute": compute,
             "achieved": achieved[policy, compute],
+            "peak_bytes": peaks[policy, compute],
+            "dense_peak_bytes": dense.peak_bytes,
             "ratio": float(np.median(found)),
             "lowest": min(found),
             "highest": max(found),
@@ -212,6 +245,12 @@ def time_planner(device: str, policies: tuple[str, ...] = ("joint", "tokens", "g
     return rows
 
 
+def _memory(row: dict[str, Any]) -> str:
+    if row["peak_bytes"] is None:
+        return ""
+    return f"{row['peak_bytes'] / 2**30:.1f} GiB (dense {row['dense_peak_bytes'] / 2**30:.1f})"
+
+
 def markdown(report: dict[str, Any]) -> str:
     """Render the report."""
     facts, env = report["facts"], report["facts"]["environment"]
@@ -219,36 +258,38 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Overheads",
         "",
-        f"Random Wan transformer: width {facts['dim']}, {facts['layers']} layers, N = "
-        f"{facts['num_tokens']:,} tokens ({frames} x {height} x {width}), float32, no guidance. "
+        f"Random Wan transformer, {facts['shape']}: width {facts['dim']}, {facts['layers']} layers, N = "
+        f"{facts['num_tokens']:,} tokens ({frames} x {height} x {width}), {facts['dtype']}, no guidance. "
         f"{env['date']}, {env['device']}, {env['threads']} thread(s), load {env['load_average']}, torch "
         f"{env['versions']['torch']}, git {env['git']}.",
         "",
-        "## One step",
-        "",
-        "| active tokens A/N | seconds | over dense | lowest .. highest |",
-        "|---:|---:|---:|---:|",
     ]
+    if report["steps"]:
+        lines += [
+            "## One step",
+            "",
+            "| active tokens A/N | seconds | over dense | lowest .. highest |",
+            "|---:|---:|---:|---:|",
+        ]
     for row in report["steps"]:
         if "what" in row:
             lines.append(f"| {row['what']} | {row['seconds']:.3f} | 1 | |")
         else:
             spread = f"{row['lowest']:.3f} .. {row['highest']:.3f}"
             lines.append(f"| {row['share']:g} | {row['seconds']:.3f} | **{row['ratio']:.3f}** | {spread} |")
+    if report["steps"]:
+        lines += ["", "A/N = 1 is a full step under the hook whose keys and values are kept for partial steps.", ""]
     lines += [
-        "",
-        "A/N = 1 is a full step under the hook whose keys and values are kept for partial steps.",
-        "",
         f"## Denoising of {facts['loop_steps']} steps",
         "",
-        "| policy | compute | achieved | time over dense | lowest .. highest | at most | holds |",
-        "|---|---:|---:|---:|---:|---:|---|",
+        "| policy | compute | achieved | time over dense | lowest .. highest | at most | holds | GPU memory, peak |",
+        "|---|---:|---:|---:|---:|---:|---|---:|",
     ]
     for row in report["loops"]:
         lines.append(
             f"| {row['policy']} | {row['compute']:g} | {row['achieved']:.3f} | **{row['ratio']:.3f}** | "
             f"{row['lowest']:.3f} .. {row['highest']:.3f} | {row['limit']:g} | "
-            f"{'yes' if row['holds'] else '**no**'} |"
+            f"{'yes' if row['holds'] else '**no**'} | {_memory(row)} |"
         )
     lines += [
         "",
@@ -269,18 +310,9 @@ def markdown(report: dict[str, Any]) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dim", type=int, default=384, help="width of the model, a multiple of 64 (384)")
-    parser.add_argument("--layers", type=int, default=4, help="blocks (4)")
-    parser.add_argument(
-        "--grid",
-        type=int,
-        nargs=3,
-        default=(8, 16, 16),
-        metavar=("F", "Y", "X"),
-        help="tokens (8 16 16: N = 2,048)",
-    )
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="sizes of the model and the video (small)")
     parser.add_argument("--rounds", type=int, default=3, help="repetitions of everything (3)")
-    parser.add_argument("--repeats", type=int, default=2, help="timed partial steps of a run (2)")
+    parser.add_argument("--repeats", type=int, default=2, help="timed partial steps of a run; 0: whole loops only (2)")
     parser.add_argument("--loop-steps", type=int, default=12, help="steps of the whole loops (12)")
     parser.add_argument("--output", type=pathlib.Path, default=REPORTS / "step", help="report, without suffix")
     parser.add_argument("--device", default="cpu")
@@ -293,25 +325,29 @@ def main() -> None:
     args = parse_arguments()
     quiet()
     torch.set_num_threads(args.threads)
-    pipe, request, num_tokens = build_pipeline(args)
+    shape = SHAPES[args.shape]
+    num_tokens = math.prod(shape.grid)
+    pipe, request = build_pipeline(shape, args.device)
     report = {
         "facts": {
-            "dim": args.dim,
-            "layers": args.layers,
-            "grid": list(args.grid),
+            "shape": args.shape,
+            "dim": shape.heads * shape.head_dim,
+            "layers": shape.layers,
+            "grid": list(shape.grid),
+            "dtype": str(shape.dtype).removeprefix("torch."),
             "num_tokens": num_tokens,
             "rounds": args.rounds,
             "loop_steps": args.loop_steps,
             "environment": environment(args.device),
         },
         "planner": time_planner(args.device),
-        "steps": time_steps(pipe, request, num_tokens, args.rounds, args.repeats),
+        "steps": time_steps(pipe, request, num_tokens, args.rounds, args.repeats) if args.repeats else [],
         "loops": time_loops(pipe, request, args.loop_steps, args.rounds),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.output.parent / f"{args.output.name}.json").write_text(json.dumps(report, indent=1) + "\n")
     text = markdown(report)
-    args.output.with_suffix(".md").write_text(text)
+    (args.output.parent / f"{args.output.name}.md").write_text(text)
     print(text)
 
 
