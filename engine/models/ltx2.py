@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from diffusers import LTX2VideoTransformer3DModel
+from diffusers.hooks import ModelHook
 from diffusers.models.transformers.transformer_ltx2 import (
     AudioVisualModelOutput,
     LTX2AudioVideoAttnProcessor,
@@ -17,7 +18,7 @@ from ...errors import ConfigError
 from ..attention import AttentionCall
 from ..tokens import Grid, Patch, gather_rows, unpatchify
 from .adapter import Adapter, Site
-from .ltx2_attention import CachedLTX2AttnProcessor, CachedLTX2TextAttnProcessor
+from .ltx2_attention import CachedLTX2AttnProcessor, CachedLTX2TextAttnProcessor, Plain
 
 
 class LTX2Adapter(Adapter):
@@ -87,6 +88,11 @@ class LTX2Adapter(Adapter):
     def text_processor(replaced: Any) -> CachedLTX2TextAttnProcessor:
         """See `Adapter`."""
         return CachedLTX2TextAttnProcessor(replaced)
+
+    @staticmethod
+    def hooks(transformer: Any, call: AttentionCall) -> list[tuple[Any, ModelHook]]:
+        """What the first block gets is like what the others get, so that compiled blocks share their graphs."""
+        return [(transformer.proj_in, Plain()), (transformer.audio_proj_in, Plain())]
 
     @staticmethod
     def branches(pipe: Any) -> tuple[str, ...]:

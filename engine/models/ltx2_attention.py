@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.hooks import ModelHook
 from diffusers.models.transformers.transformer_ltx2 import (
     LTX2PerturbedAttnProcessor,
     apply_interleaved_rotary_emb,
@@ -115,6 +116,18 @@ class CachedLTX2TextAttnProcessor(LTX2PerturbedAttnProcessor):
         query, key = _rotated(attn, query, key, query_rotary_emb, key_rotary_emb)
         query, key, value = (t.unflatten(2, (attn.heads, -1)) for t in (query, key, value))
         return _finished(attn, attend(query, key, value, attention_mask, self._attention_backend), hidden_states)
+
+
+class Plain(ModelHook):
+    """On a projection: its output as no view, which `torch.nn.functional.linear` makes of it.
+
+    To the compiler a view is another kind of input, so that the first block would need graphs of its own.
+    """
+
+    def post_forward(self, module: torch.nn.Module, output: Tensor) -> Tensor:
+        """Return the same memory, not copied."""
+        plain: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+        return plain
 
 
 def _rotated(
