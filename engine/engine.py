@@ -374,7 +374,7 @@ class Engine:
         latents = self._recipe.decodable(vae, latents.to(self.pipeline._execution_device))
         if shared:
             assert self.sharding is not None
-            video = decode_shared(vae, latents, self.sharding.agreement)
+            video = decode_shared(vae, latents, self.sharding.agreement, self._recipe.decode)
         else:
             video = self._recipe.decode(vae, latents)
         pixels: NDArray[np.uint8] | None = None

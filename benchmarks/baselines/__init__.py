@@ -1,4 +1,4 @@
-"""Accelerations of stock Wan pipelines, with one expert or two: what heterostep is measured against.
+"""Accelerations of stock Wan and LTX-2 pipelines, with one expert or two: what heterostep is measured against.
 
 All have one interface: ``with baseline.applied(pipe): pipe(..., num_inference_steps=baseline.steps)``,
 afterwards ``baseline.compute`` is the share of the dense transformer work that was evaluated. Outside of the

@@ -13,9 +13,11 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor
 
+from .models import Part, model_of, named
+
 
 def transformers_of(pipe: Any) -> list[Any]:
-    """The transformers of a Wan pipeline: one, or two experts in the order in which they run."""
+    """The transformers of a pipeline: one, or two experts in the order in which they run."""
     return [model for model in (pipe.transformer, getattr(pipe, "transformer_2", None)) if model is not None]
 
 
@@ -45,40 +47,32 @@ class WorkCounter:
     """
 
     def __init__(self, *transformers: Any) -> None:
-        """Attach to Wan transformers; `close` detaches."""
+        """Attach to transformers; `close` detaches."""
         self.work = self.full_work = 0.0
         self.calls = 0
-        self._costs = {"self": 0.0, "cross": 0.0, "feed-forward": 0.0}
+        self._parts: dict[str, Part] = {}
         self._handles: list[Any] = []
         for transformer in transformers:
             before = self._before(transformer)
             self._handles.append(transformer.register_forward_pre_hook(before, with_kwargs=True))
-            for block in transformer.blocks:
-                # Of the feed-forward an inner layer: hooks of caches stand around the whole of it.
-                layers = {"self": block.attn1.to_q, "cross": block.attn2.to_q, "feed-forward": block.ffn.net[2]}
-                self._handles += [layer.register_forward_pre_hook(self._rows(part)) for part, layer in layers.items()]
+            model = model_of(transformer)
+            for block in model.blocks(transformer):
+                layers = model.layers(block).items()
+                self._handles += [layer.register_forward_pre_hook(self._rows(part)) for part, layer in layers]
 
     def _before(self, transformer: Any) -> Any:
-        config, layers = transformer.config, len(transformer.blocks)
-        width, patch = config.num_attention_heads * config.attention_head_dim, math.prod(config.patch_size)
-
         def count(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
-            tokens = latents[0, 0].numel() // patch
-            self._costs = {
-                "self": 8.0 * width**2 + 4.0 * tokens * width,
-                "cross": 4.0 * width**2 + 4.0 * text.shape[1] * width,
-                "feed-forward": 4.0 * width * config.ffn_dim,
-            }
+            arguments = named(module, args, kwargs)
+            self._parts = model_of(transformer).parts(transformer, arguments)
             self.calls += 1
-            self.full_work += layers * latents.shape[0] * tokens * sum(self._costs.values())
+            dense = sum(part.blocks * part.rows * part.cost for part in self._parts.values())
+            self.full_work += len(arguments["hidden_states"]) * dense
 
         return count
 
     def _rows(self, part: str) -> Any:
         def count(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.work += args[0].shape[0] * args[0].shape[1] * self._costs[part]
+            self.work += args[0].shape[0] * args[0].shape[1] * self._parts[part].cost
 
         return count
 

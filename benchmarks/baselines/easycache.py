@@ -1,4 +1,4 @@
-"""EasyCache (arXiv 2507.02860) for a stock Wan transformer, in a variant of ours that holds the velocity."""
+"""EasyCache (arXiv 2507.02860) for a stock transformer, in a variant of ours that holds the velocity."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from .baseline import Baseline, hooked, step_of, transformers_of
@@ -49,14 +48,15 @@ class EasyCache(Baseline):
 
 
 class _State(BaseState):
-    """One guidance branch: its last velocity."""
+    """One guidance branch: what the transformer returned last, and the velocity therein."""
 
     def __init__(self) -> None:
+        self.answer: Any = None
         self.velocity: Tensor | None = None
 
     def reset(self) -> None:
         """Forget it."""
-        self.velocity = None
+        self.answer = self.velocity = None
 
 
 class _ModelHook(ModelHook):
@@ -93,11 +93,9 @@ class _ModelHook(ModelHook):
             self.step, self.leader = step, context.name
             self._decide(latents, state.velocity)
         if not self.evaluate and state.velocity is not None:
-            if kwargs.get("return_dict", True):
-                return Transformer2DModelOutput(sample=state.velocity)
-            return (state.velocity,)
+            return state.answer
         out = self.fn_ref.original_forward(*args, **kwargs)
-        state.velocity = out[0]
+        state.answer, state.velocity = out, out[0]
         if context.name == self.leader:
             self._learn(latents, out[0])
         return out

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from diffusers import MagCacheConfig
+from diffusers.hooks.hooks import StateManager
+from diffusers.hooks.mag_cache import MagCacheBlockHook, MagCacheHeadHook, MagCacheState
 
-from .baseline import DiffusersCache, transformers_of
+from .baseline import DiffusersCache, hooked, transformers_of
+from .models import LTX2, model_of
 
 _BLOCK_HOOK = "mag_cache_block_hook"
 
 
 class MagCache(DiffusersCache):
     """Skips steps as long as the error that calibrated residual magnitudes imply stays below `threshold`.
+
+    Diffusers keeps the residual of one stream alone; that of LTX-2's sound is kept here.
 
     Args:
         dense_steps: as in `Baseline`.
@@ -47,6 +53,22 @@ class MagCache(DiffusersCache):
             mag_ratios=list(s["ratios"][steps.start : steps.stop]),
         )
 
+    @contextmanager
+    def _attached(self, pipe: Any) -> Iterator[None]:
+        if model_of(pipe.transformer) is not LTX2:
+            with super()._attached(pipe):
+                yield
+            return
+        config, states = self._config(range(self.steps)), StateManager(MagCacheState)
+        first, *others, last = LTX2.blocks(pipe.transformer)
+        hooks = [
+            (first, _Head(states, config)),
+            *((block, MagCacheBlockHook(states, config=config)) for block in others),
+            (last, _Tail(states, is_tail=True, config=config)),
+        ]
+        with hooked(pipe.transformer, hooks, _BLOCK_HOOK):
+            yield
+
     def predicted_compute(self, experts: Sequence[range] | None = None) -> float:
         """The share of steps that will be evaluated: the rule reads the ratios alone, so it needs no run.
 
@@ -70,6 +92,29 @@ class MagCache(DiffusersCache):
         return evaluated
 
 
+class _Head(MagCacheHeadHook):
+    """Diffusers' hook of the first block, which adds what the other stream gained too."""
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        out = super().new_forward(module, *args, **kwargs)
+        state, entering = self.state_manager.get_state(), kwargs[LTX2.streams[1]]
+        if not state.should_compute:
+            return out[0], entering + state.other_residual
+        state.other_entering = entering
+        return out
+
+
+class _Tail(MagCacheBlockHook):
+    """Diffusers' hook of the last block, which keeps what the other stream gained too."""
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        out = super().new_forward(module, *args, **kwargs)
+        state = self.state_manager.get_state()
+        if state.should_compute:
+            state.other_residual = out[1] - state.other_entering
+        return out
+
+
 def magnitude_ratios(pipe: Any, run: Callable[[], Any], steps: int) -> dict[str, list[float]]:
     """Calibrate: one dense run, in which diffusers measures the residuals' magnitudes.
 
@@ -87,7 +132,8 @@ def magnitude_ratios(pipe: Any, run: Callable[[], Any], steps: int) -> dict[str,
             # At the last step it knows of, the hook prints its ratios and forgets them: it is told of one step more.
             transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=steps + 1))
             stack.callback(transformer.disable_cache)
-            states = transformer.blocks[-1]._diffusers_hook.get_hook(_BLOCK_HOOK).state_manager
+            last = model_of(transformer).blocks(transformer)[-1]
+            states = last._diffusers_hook.get_hook(_BLOCK_HOOK).state_manager
 
             def copy_last(*_: Any, states: Any = states) -> None:
                 found.setdefault(states.context.name, []).append(states.get_state().calibration_ratios[-1])

@@ -1,4 +1,4 @@
-"""Pyramid Attention Broadcast (arXiv 2408.12588) with diffusers' hook, repaired for Wan's guidance."""
+"""Pyramid Attention Broadcast (arXiv 2408.12588) with diffusers' hook, repaired for guidance."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from diffusers.hooks.hooks import StateManager
 from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastHook, PyramidAttentionBroadcastState
 
 from .baseline import Baseline, hooked, transformers_of
+from .models import model_of
 
 _HOOK = "pab"
 
@@ -18,8 +19,8 @@ _HOOK = "pab"
 class PAB(Baseline):
     """Within a range of timesteps attention runs at every n-th step; between, its last output is used again.
 
-    Feed-forward layers always run, so that the least compute is their share of the work. As diffusers enables it on
-    Wan, both guidance branches share one state, and the second one gets the output of the first: here each has its own.
+    Feed-forward layers always run, so that the least compute is their share of the work. As diffusers enables it,
+    all guidance branches share one state, and the second one gets the output of the first: here each has its own.
 
     Args:
         dense_steps: as in `Baseline`.
@@ -42,10 +43,12 @@ class PAB(Baseline):
         s = self.settings
         with ExitStack() as stack:
             for transformer in transformers_of(pipe):
+                model, intervals = model_of(transformer), (s["interval"], s["cross_interval"])
                 hooks = [
                     (attention, _Hook((s["low"], s["high"]), interval, lambda: pipe.current_timestep))
-                    for block in transformer.blocks
-                    for attention, interval in ((block.attn1, s["interval"]), (block.attn2, s["cross_interval"]))
+                    for block in model.blocks(transformer)
+                    for kind, interval in zip(model.attentions(block), intervals, strict=True)
+                    for attention in kind
                 ]
                 stack.enter_context(hooked(transformer, hooks, _HOOK))
             yield

@@ -10,8 +10,11 @@ from diffusers import TaylorSeerCacheConfig
 from .baseline import DiffusersCache
 
 # The default identifiers match no module of Wan ("attn" must end the name), so that the cache would do
-# nothing at all.
-_IDENTIFIERS = [r"blocks\.\d+\.attn[12]", r"blocks\.\d+\.ffn"]
+# nothing at all, and of LTX-2 two of eight.
+_IDENTIFIERS = [
+    r"blocks\.\d+\.(attn[12]|ffn)",
+    r"transformer_blocks\.\d+\.((audio_)?(attn[12]|ff)|audio_to_video_attn|video_to_audio_attn)",
+]
 
 
 class TaylorSeer(DiffusersCache):

@@ -1,8 +1,8 @@
-"""TeaCache (arXiv 2411.19108) for a stock Wan transformer, by hooks of our own: diffusers has none."""
+"""TeaCache (arXiv 2411.19108) for a stock transformer, by hooks of our own: diffusers has none."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor
 
 from .baseline import Baseline, hooked, relative_change, step_of, transformers_of
+from .models import Model, model_of, named
 
 _HOOK = "teacache"
 
@@ -44,11 +45,12 @@ class TeaCache(Baseline):
         self.changes = []
         with ExitStack() as stack:
             for transformer in transformers_of(pipe):
-                blocks, states = transformer.blocks, StateManager(_State)
+                model, states = model_of(transformer), StateManager(_State)
+                blocks = model.blocks(transformer)
                 if len(blocks) < 2:
                     raise ValueError("TeaCache needs at least two blocks.")
-                hooks: list[tuple[torch.nn.Module, ModelHook]] = [(blocks[0], _FirstBlock(states, self, pipe))]
-                hooks += [(block, _LaterBlock(states, self, last=block is blocks[-1])) for block in blocks[1:]]
+                hooks: list[tuple[torch.nn.Module, ModelHook]] = [(blocks[0], _FirstBlock(model, states, self, pipe))]
+                hooks += [(block, _LaterBlock(model, states, self, last=block is blocks[-1])) for block in blocks[1:]]
                 stack.enter_context(hooked(transformer, hooks, _HOOK))
             yield
 
@@ -64,8 +66,8 @@ class _State(BaseState):
 
     def __init__(self) -> None:
         self.signal: Tensor | None = None
-        self.entering: Tensor | None = None
-        self.residual: Tensor | None = None
+        self.entering: tuple[Tensor, ...] = ()
+        self.residual: tuple[Tensor, ...] = ()
         self.output: Tensor | None = None
         self.change = 0.0
         self.accumulated = 0.0
@@ -81,9 +83,9 @@ class _BlockHook(ModelHook):
 
     _is_stateful = True
 
-    def __init__(self, states: StateManager, cache: TeaCache) -> None:
+    def __init__(self, model: Model, states: StateManager, cache: TeaCache) -> None:
         super().__init__()
-        self.states, self.cache = states, cache
+        self.model, self.states, self.cache = model, states, cache
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
         self.states.reset()
@@ -93,15 +95,14 @@ class _BlockHook(ModelHook):
 class _FirstBlock(_BlockHook):
     """Decides, and stands in for the whole stack where the step is skipped."""
 
-    def __init__(self, states: StateManager, cache: TeaCache, pipe: Any) -> None:
-        super().__init__(states, cache)
+    def __init__(self, model: Model, states: StateManager, cache: TeaCache, pipe: Any) -> None:
+        super().__init__(model, states, cache)
         self.pipe = pipe
 
-    def new_forward(
-        self, module: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any
-    ) -> Tensor:
-        state, context = self.states.get_state(), self.states.context
-        signal = modulated_input(module, hidden_states, temb)
+    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        state, context, arguments = self.states.get_state(), self.states.context, named(module, args, kwargs)
+        entering = tuple(arguments[name] for name in self.model.streams)
+        signal = self.model.modulated_input(module, arguments)
         if state.signal is None:
             state.evaluate = True
         else:
@@ -111,48 +112,37 @@ class _FirstBlock(_BlockHook):
             state.evaluate = last or state.accumulated >= self.cache.settings["threshold"]
         state.signal = signal
         if not state.evaluate:
-            return hidden_states + state.residual
-        state.accumulated, state.entering = 0.0, hidden_states
-        return self.fn_ref.original_forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+            return _answer(x + residual for x, residual in zip(entering, state.residual, strict=True))
+        state.accumulated, state.entering = 0.0, entering
+        return self.fn_ref.original_forward(*args, **kwargs)
 
 
 class _LaterBlock(_BlockHook):
     """Runs or passes through; the last one keeps the residual of the stack."""
 
-    def __init__(self, states: StateManager, cache: TeaCache, last: bool) -> None:
-        super().__init__(states, cache)
+    def __init__(self, model: Model, states: StateManager, cache: TeaCache, last: bool) -> None:
+        super().__init__(model, states, cache)
         self.last = last
 
-    def new_forward(
-        self, module: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any
-    ) -> Tensor:
+    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         state = self.states.get_state()
         if not state.evaluate:
-            return hidden_states
-        out = self.fn_ref.original_forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+            arguments = named(module, args, kwargs)
+            return _answer(arguments[name] for name in self.model.streams)
+        out = self.fn_ref.original_forward(*args, **kwargs)
         if self.last:
+            leaving = out if isinstance(out, tuple) else (out,)
             if state.output is not None:
-                self.cache.changes.append((state.change, relative_change(out, state.output)))
-            state.output, state.residual = out, out - state.entering
+                self.cache.changes.append((state.change, relative_change(leaving[0], state.output)))
+            state.output = leaving[0]
+            state.residual = tuple(x - before for x, before in zip(leaving, state.entering, strict=True))
         return out
 
 
-def modulated_input(block: Any, hidden_states: Tensor, temb: Tensor) -> Tensor:
-    """What the first self-attention sees: the normalised hidden states, shifted and scaled by the timestep
-    embedding.
-
-    Args:
-        block: a WanTransformerBlock.
-        hidden_states: [B, N, d].
-        temb: projected timestep embedding [B, 6, d], or [B, N, 6, d] with per-token timesteps.
-
-    Returns:
-        float32 [B, N, d].
-    """
-    shift, scale = (block.scale_shift_table + temb.float()).unbind(-2)[:2]
-    if temb.ndim == 3:
-        shift, scale = shift[:, None], scale[:, None]
-    return block.norm1(hidden_states.float()) * (1 + scale) + shift
+def _answer(streams: Iterable[Tensor]) -> Any:
+    """As a block returns it: a tensor, or a tuple of several."""
+    found = tuple(streams)
+    return found if len(found) > 1 else found[0]
 
 
 def fit_polynomial(pipe: Any, runs: Sequence[Callable[[], Any]], steps: int, degree: int = 4) -> list[float]:

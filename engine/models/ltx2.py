@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from diffusers import LTX2VideoTransformer3DModel
+from diffusers.hooks import ModelHook
 from diffusers.models.transformers.transformer_ltx2 import (
     AudioVisualModelOutput,
     LTX2AudioVideoAttnProcessor,
@@ -17,7 +18,7 @@ from ...errors import ConfigError
 from ..attention import AttentionCall
 from ..tokens import Grid, Patch, gather_rows, unpatchify
 from .adapter import Adapter, Site
-from .ltx2_attention import CachedLTX2AttnProcessor
+from .ltx2_attention import CachedLTX2AttnProcessor, CachedLTX2TextAttnProcessor, Plain
 
 
 class LTX2Adapter(Adapter):
@@ -73,6 +74,25 @@ class LTX2Adapter(Adapter):
     def processor(call: AttentionCall, replaced: Any, *, everywhere: bool = False) -> CachedLTX2AttnProcessor:
         """See `Adapter`."""
         return CachedLTX2AttnProcessor(call, replaced, everywhere=everywhere)
+
+    @staticmethod
+    def text_attentions(transformer: Any) -> list[Any]:
+        """Where video and sound look at the prompt; none in 2.3, which scales and shifts it by each step's noise."""
+        if transformer.prompt_modulation and transformer.config.use_prompt_adaln_single:
+            return []
+        blocks = transformer.transformer_blocks
+        found = [attention for block in blocks for attention in (block.attn2, block.audio_attn2)]
+        return [attention for attention in found if type(attention.processor) in LTX2Adapter.stock_processors]
+
+    @staticmethod
+    def text_processor(replaced: Any) -> CachedLTX2TextAttnProcessor:
+        """See `Adapter`."""
+        return CachedLTX2TextAttnProcessor(replaced)
+
+    @staticmethod
+    def hooks(transformer: Any, call: AttentionCall) -> list[tuple[Any, ModelHook]]:
+        """What the first block gets is like what the others get, so that compiled blocks share their graphs."""
+        return [(transformer.proj_in, Plain()), (transformer.audio_proj_in, Plain())]
 
     @staticmethod
     def branches(pipe: Any) -> tuple[str, ...]:

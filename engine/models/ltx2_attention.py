@@ -1,10 +1,11 @@
-"""LTX-2's attention processor, derived from diffusers' (Apache-2.0), whose order of arithmetic it keeps."""
+"""LTX-2's attention processors, derived from diffusers' (Apache-2.0), whose order of arithmetic they keep."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from diffusers.hooks import ModelHook
 from diffusers.models.transformers.transformer_ltx2 import (
     LTX2PerturbedAttnProcessor,
     apply_interleaved_rotary_emb,
@@ -12,7 +13,7 @@ from diffusers.models.transformers.transformer_ltx2 import (
 )
 from torch import Tensor
 
-from ..attention import AttentionCall, CachedAttention
+from ..attention import AttentionCall, CachedAttention, TextKV, attend
 
 _ROTATE = {"interleaved": apply_interleaved_rotary_emb, "split": apply_split_rotary_emb}
 
@@ -56,15 +57,96 @@ class CachedLTX2AttnProcessor(CachedAttention, LTX2PerturbedAttnProcessor):
                 all_perturbed,
             )
         video = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        gates = None if attn.to_gate_logits is None else 2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))
         value = attn.to_v(video)
         query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(video))
-        if query_rotary_emb is not None:
-            rotate = _ROTATE[attn.rope_type]
-            query, key = rotate(query, query_rotary_emb), rotate(key, key_rotary_emb or query_rotary_emb)
+        query, key = _rotated(attn, query, key, query_rotary_emb, key_rotary_emb)
         out = self.attend(*(t.unflatten(2, (attn.heads, -1)) for t in (query, key, value)))
         if perturbation_mask is not None:
             out = torch.lerp(value, out, perturbation_mask)
-        if gates is not None:
-            out = (out.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2, 3)
-        return attn.to_out[1](attn.to_out[0](out))
+        return _finished(attn, out, hidden_states)
+
+
+class CachedLTX2TextAttnProcessor(LTX2PerturbedAttnProcessor):
+    """LTX-2's attention to the prompt with its keys and values computed once a run, bit for bit the stock one.
+
+    ``store`` is set before each pass to the guidance branch's; without it, and where attention is perturbed (which the
+    models do in self-attention alone), the processor is the stock one.
+    """
+
+    def __init__(self, replaced: Any) -> None:
+        """Stand in for the processor `replaced`, with the same attention kernel."""
+        super().__init__()
+        self.store: TextKV | None = None
+        self._attention_backend = replaced._attention_backend
+        self._parallel_config = replaced._parallel_config
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        query_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        key_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        perturbation_mask: Tensor | None = None,
+        all_perturbed: Any = None,
+    ) -> Tensor:
+        """Attend: hidden_states [B, M, C] -> [B, M, C]; arguments as diffusers' LTX2PerturbedAttnProcessor."""
+        store = self.store
+        if store is None or encoder_hidden_states is None or perturbation_mask is not None or all_perturbed:
+            return super().__call__(
+                attn,
+                hidden_states,
+                encoder_hidden_states,
+                attention_mask,
+                query_rotary_emb,
+                key_rotary_emb,
+                perturbation_mask,
+                all_perturbed,
+            )
+        if store.text is None:
+            value = attn.to_v(encoder_hidden_states)
+            store.text = attn.norm_k(attn.to_k(encoder_hidden_states)), value
+        key, value = store.text
+        batch, length, _ = key.shape
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, length, batch)
+            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+        query = attn.norm_q(attn.to_q(hidden_states))
+        query, key = _rotated(attn, query, key, query_rotary_emb, key_rotary_emb)
+        query, key, value = (t.unflatten(2, (attn.heads, -1)) for t in (query, key, value))
+        return _finished(attn, attend(query, key, value, attention_mask, self._attention_backend), hidden_states)
+
+
+class Plain(ModelHook):
+    """On a projection: its output as no view, which `torch.nn.functional.linear` makes of it.
+
+    To the compiler a view is another kind of input, so that the first block would need graphs of its own.
+    """
+
+    def post_forward(self, module: torch.nn.Module, output: Tensor) -> Tensor:
+        """Return the same memory, not copied."""
+        plain: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+        return plain
+
+
+def _rotated(
+    attn: Any,
+    query: Tensor,
+    key: Tensor,
+    query_rotary_emb: tuple[Tensor, Tensor] | None,
+    key_rotary_emb: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys [B, M, H * D] with their rotary embeddings, those of the queries for both by default."""
+    if query_rotary_emb is None:
+        return query, key
+    rotate = _ROTATE[attn.rope_type]
+    return rotate(query, query_rotary_emb), rotate(key, key_rotary_emb or query_rotary_emb)
+
+
+def _finished(attn: Any, out: Tensor, hidden_states: Tensor) -> Tensor:
+    """What attention found, [B, M, H * D], gated by heads where the model has gates, through the last projection."""
+    if attn.to_gate_logits is not None:
+        gates = 2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))
+        out = (out.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2, 3)
+    return attn.to_out[1](attn.to_out[0](out))

@@ -2,21 +2,30 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan
 
 import ranks
 import tiny
+import tiny_ltx2
 from heterostep import Engine, EngineConfig, GenerateRequest, ParallelConfig
+from heterostep.engine.models.ltx2_recipe import LTX2Recipe
+from heterostep.engine.models.wan_recipe import WanRecipe
 from heterostep.engine.sharding import Sharding
 from heterostep.engine.tiles import can_share, decode_shared
 from heterostep.parallel.mesh import ParallelMesh
 
 TILE, STRIDE = 64, 48
+DECODE = {"wan21": WanRecipe.decode, "wan22": WanRecipe.decode, "ltx2": LTX2Recipe.decode}
+CHUNKS = {"wan21": 3, "wan22": 3, "ltx2": 1}  # of each tile of three latent frames
 
 
 def build_vae(kind):
     if kind == "wan21":
         vae = tiny.tiny_pipeline().vae
+    elif kind == "ltx2":  # told how noisy its latents are, as some are
+        torch.manual_seed(0)
+        config = {**tiny_ltx2.tiny_ltx2().vae.config, "timestep_conditioning": True}
+        vae = AutoencoderKLLTX2Video.from_config(config).eval()
     else:  # of TI2V-5B: pixels are packed into patches, 16 times smaller latents
         torch.manual_seed(0)
         vae = AutoencoderKLWan(
@@ -41,7 +50,8 @@ def build_vae(kind):
 def latents_of(vae, height, width):
     ratio = vae.spatial_compression_ratio
     generator = torch.Generator().manual_seed(3)
-    return torch.randn(1, 16, 3, height // ratio, width // ratio, generator=generator)
+    channels = 4 if isinstance(vae, AutoencoderKLLTX2Video) else 16
+    return torch.randn(1, channels, 3, height // ratio, width // ratio, generator=generator)
 
 
 def share(kind, height, width):
@@ -60,11 +70,11 @@ def share(kind, height, width):
     latents = latents_of(vae, height, width)
     assert can_share(vae, latents)
     with torch.no_grad():
-        video = decode_shared(vae, latents, agreement)
+        video = decode_shared(vae, latents, agreement, DECODE[kind])
     return video, calls, not vae.use_tiling and "forward" not in vars(vae.decoder)
 
 
-@pytest.mark.parametrize("kind", ["wan21", "wan22"])
+@pytest.mark.parametrize("kind", DECODE)
 @pytest.mark.parametrize(
     ("size", "height", "width", "tiles"),
     [(2, 128, 128, 9), (3, 96, 160, 8), (3, 64, 96, 4), (2, 256, 64, 12)],
@@ -73,12 +83,11 @@ def share(kind, height, width):
 def test_shared_tiles_make_the_same_video(kind, size, height, width, tiles):
     vae = build_vae(kind)
     vae.use_tiling = True
-    want = vae.decode(latents_of(vae, height, width)).sample
+    want = DECODE[kind](vae, latents_of(vae, height, width))
     results = ranks.run_ranks(size, share, kind, height, width)
     assert torch.equal(results[0][0], want)
     assert [video for video, _, _ in results[1:]] == [None] * (size - 1)
-    # Three latent frames are three chunks of each tile.
-    assert [calls for _, calls, _ in results] == [3 * len(range(rank, tiles, size)) for rank in range(size)]
+    assert [calls for _, calls, _ in results] == [CHUNKS[kind] * len(range(rank, tiles, size)) for rank in range(size)]
     assert all(restored for _, _, restored in results)
 
 
@@ -97,6 +106,11 @@ def test_what_is_not_shared():
     assert not can_share(vae, latents_of(vae, TILE, TILE))  # one tile
     assert can_share(vae, latents_of(vae, TILE + 16, TILE))
     assert not can_share(torch.nn.Identity(), latents_of(vae, 256, 256))
+    vae = build_vae("ltx2")
+    assert can_share(vae, latents_of(vae, TILE, TILE + 16))
+    assert not can_share(vae, latents_of(vae, TILE, TILE))
+    vae.register_to_config(decoder_inject_noise=(True, False))  # each rank would draw its own
+    assert not can_share(vae, latents_of(vae, TILE, TILE + 16))
 
 
 @torch.no_grad()
@@ -106,7 +120,7 @@ def test_the_decoder_is_restored_after_an_error():
     config = ParallelConfig()
     agreement = Sharding(ParallelMesh.create(config), config).agreement
     with pytest.raises(TypeError):
-        decode_shared(vae, latents_of(vae, 96, 96), agreement)
+        decode_shared(vae, latents_of(vae, 96, 96), agreement, WanRecipe.decode)
     assert not vae.use_tiling and "forward" not in vars(vae.decoder)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny_ltx2
 from tiny import IMAGE_KINDS, generate, tiny_pipeline
 from tiny import build as pipeline_of
 
@@ -113,6 +114,106 @@ def test_every_family(kind):
         assert 0.0 < baseline.compute < 1.0, baseline.name
         assert torch.isfinite(out).all() and not torch.equal(out, dense), baseline.name
     assert torch.equal(generate(pipe, steps=STEPS), dense)
+
+
+@pytest.fixture(scope="module")
+def ltx2():
+    pipe = tiny_ltx2.tiny_ltx2(layers=3)
+    return pipe, tiny_ltx2.generate(pipe, steps=STEPS)
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("baseline", BASELINES, ids=lambda b: b.name)
+def test_video_with_sound(ltx2, baseline):
+    """LTX-2, whose blocks carry two streams: both change, both are stock afterwards, and the work is what Wan's is."""
+    pipe, dense = ltx2
+    with baseline.applied(pipe):
+        out = tiny_ltx2.generate(pipe, steps=baseline.steps)
+    expected = {"unipc": 0.5, "first-block": (STEPS + 2) / (3 * STEPS), "teacache": 2 / STEPS, "easycache": 4 / STEPS}
+    expected |= {"euler": 0.5, "magcache": 4 / STEPS, "taylorseer": 5 / STEPS}
+    if baseline.name == "pab":
+        assert 0.0 < baseline.compute < 1.0  # each layer at a rate of its own
+    else:
+        assert baseline.compute == pytest.approx(expected[baseline.name])
+    assert all(torch.isfinite(x).all() and not torch.equal(x, y) for x, y in zip(out, dense, strict=True))
+    assert equal(tiny_ltx2.generate(pipe, steps=STEPS), dense)
+
+
+def test_video_from_an_image_with_all_guidance():
+    """LTX-2.3: timesteps of the tokens, a branch with perturbed attention and one with video and sound apart."""
+    pipe = tiny_ltx2.tiny_ltx2("2.3", image=True, layers=3)
+    dense = tiny_ltx2.generate(pipe, "2.3", steps=STEPS)
+    for baseline in BASELINES:
+        with baseline.applied(pipe):
+            out = tiny_ltx2.generate(pipe, "2.3", steps=baseline.steps)
+        assert 0.0 < baseline.compute < 1.0, baseline.name
+        assert all(torch.isfinite(x).all() for x in out) and not equal(out, dense), baseline.name
+    assert equal(tiny_ltx2.generate(pipe, "2.3", steps=STEPS), dense)
+
+
+@pytest.mark.parametrize(
+    "baseline",
+    [
+        FirstBlock(STEPS, threshold=0.0),
+        MagCache(STEPS, threshold=0.0, ratios=[0.5] * STEPS),
+        TaylorSeer(STEPS, interval=1, warmup=STEPS),
+        TeaCache(STEPS, threshold=0.0),
+        EasyCache(STEPS, threshold=0.0),
+        PAB(STEPS, interval=1, cross_interval=1),
+        FewerSteps(STEPS, evaluated=STEPS),
+    ],
+    ids=lambda b: b.name,
+)
+def test_with_nothing_saved_video_and_sound_are_the_dense(ltx2, baseline):
+    pipe, dense = ltx2
+    with baseline.applied(pipe):
+        out = tiny_ltx2.generate(pipe, steps=STEPS)
+    assert baseline.compute == 1.0
+    assert all((x - y).abs().max() < 1e-5 for x, y in zip(out, dense, strict=True))
+
+
+@pytest.mark.parametrize("baseline", [BASELINES[3], BASELINES[5]], ids=lambda b: b.name)
+def test_a_skipped_step_adds_what_video_and_sound_gained_last(ltx2, baseline):
+    """Diffusers' MagCache would leave the sound as it enters the first block."""
+    pipe, _ = ltx2
+    blocks, entering, leaving = pipe.transformer.transformer_blocks, [], []
+    with baseline.applied(pipe):
+        handles = [
+            blocks[0].register_forward_pre_hook(lambda m, args, kwargs: entering.append(kwargs), with_kwargs=True),
+            blocks[-1].register_forward_hook(lambda m, args, out: leaving.append(out)),
+        ]
+        tiny_ltx2.generate(pipe, steps=STEPS)
+    for handle in handles:
+        handle.remove()
+    for stream, name in enumerate(("hidden_states", "audio_hidden_states")):
+        gains = [out[stream] - kwargs[name] for out, kwargs in zip(leaving, entering, strict=True)]
+        # Both skip steps 2 and 3; by the last step something newer was kept.
+        assert gains[1].abs().max() > 0.1
+        assert all(torch.allclose(gains[step], gains[1], atol=1e-5) for step in (2, 3))
+        assert not torch.allclose(gains[STEPS - 1], gains[1], atol=1e-2)
+
+
+def test_magcache_is_calibrated_on_video_with_sound(ltx2, capsys):
+    pipe, dense = ltx2
+    ratios = magnitude_ratios(pipe, lambda: tiny_ltx2.generate(pipe, steps=STEPS), STEPS)
+    assert set(ratios) == {"cond_uncond"} and len(ratios["cond_uncond"]) == STEPS
+    assert capsys.readouterr().out == ""
+    assert equal(tiny_ltx2.generate(pipe, steps=STEPS), dense)
+
+
+def test_counter_agrees_with_the_report_of_hsa_on_video_with_sound(ltx2):
+    pipe, _ = ltx2
+    counter = WorkCounter(pipe.transformer)
+    session = hs.apply(pipe, hs.HSAConfig(compute=0.6, policy="steps"))
+    try:
+        tiny_ltx2.generate(pipe, steps=STEPS)
+        assert session.report.compute < 1.0 and counter.share == pytest.approx(session.report.compute)
+    finally:
+        hs.remove(pipe)
+        counter.close()
 
 
 @pytest.mark.parametrize("kind", ["wan22", "wan22 i2v"])

@@ -60,6 +60,8 @@ def test_full_compute_is_the_stock_pipeline_and_remove_restores_it(version, imag
     assert processors == [site.processor for block in pipe.transformer.transformer_blocks for site in block.children()
                           if hasattr(site, "processor")]  # fmt: skip
     assert "_callback_tensor_inputs" not in vars(pipe)
+    assert not any(module._diffusers_hook.hooks for module in pipe.transformer.modules()
+                   if hasattr(module, "_diffusers_hook"))  # fmt: skip
 
 
 @pytest.mark.parametrize(

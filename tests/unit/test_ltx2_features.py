@@ -157,6 +157,30 @@ def test_layerwise_casting(family):
     assert not near(partial(pipe, family), before)
 
 
+class Fixed:
+    """A planner: all tokens at the first step, then sizes that nothing else in the model has by chance."""
+
+    def plan(self, step, num_steps, sigma, num_tokens):
+        return torch.arange(num_tokens)[: (None, 11, 5, 7)[step]]
+
+
+@feature("compile_repeated_blocks", "LTX-2 text")
+def test_compiled_blocks(family):
+    pipe = make(family)
+    hs.apply(pipe, planner=Fixed())
+    before = run(pipe, family)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
+    try:
+        assert near(run(pipe, family), before)
+        # All tokens, and any smaller number of them. The first block is compiled like the others, which it is not in
+        # the stock pipeline: that needs two graphs for all tokens alone.
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    finally:
+        torch._dynamo.reset()
+
+
 @feature("VAE tiling and slicing", "LTX-2 text")
 def test_vae_tiling_and_slicing(family):
     pipe = make(family)
