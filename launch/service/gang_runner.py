@@ -15,15 +15,12 @@ from ...errors import ConfigError, RankFailure
 from ...hsa.config import HSAConfig
 from .events import Began, Decoding, Event, Made, RunnerLost, Stepped, Stopped
 from .logs import say
-from .runner import Task
+from .runner import Pauses, Task
 from .settings import ServiceSettings
 
 if TYPE_CHECKING:
     from ..gang.gang import Gang
     from ..gang.messages import Outcome, Progress, Work
-
-# From one failed start to the next: 1, 2, 4 ... seconds.
-_MAX_PAUSE = 60.0
 
 
 class GangRunner:
@@ -43,7 +40,7 @@ class GangRunner:
         self._settings, self._index, self._frozen_after = settings, index, frozen_after
         self._gang: Gang | None = None
         self._trouble: str | None = None
-        self._failures, self._not_before = 0, 0.0
+        self._pauses = Pauses()
         self._closed = self._hopeless = False
         self._wanted: str | None = None
 
@@ -74,7 +71,7 @@ class GangRunner:
 
     def tend(self) -> None:
         """Start the gang, or look after it; waits until it is whole again."""
-        if self._closed or self._hopeless or time.monotonic() < self._not_before:
+        if self._closed or self._hopeless or not self._pauses.over:
             return
         from ..gang.messages import Closed, RankLost
 
@@ -89,8 +86,7 @@ class GangRunner:
         except ConfigError as error:
             self._trouble, self._hopeless = str(error), True
         except RankLost as error:
-            self._failures += 1
-            self._not_before = time.monotonic() + min(2.0 ** (self._failures - 1), _MAX_PAUSE)
+            self._pauses.failed()
             self._trouble = str(error)
             say("gang cannot be made whole", logging.WARNING, runner=self._index, reason=str(error))
         except Closed:
@@ -188,7 +184,8 @@ class GangRunner:
     def _heal(self, gang: Gang) -> None:
         start = time.monotonic()
         gang.heal()
-        self._trouble, self._failures = None, 0
+        self._trouble = None
+        self._pauses.succeeded()
         seconds = round(time.monotonic() - start, 3)
         say("gang ready", runner=self._index, ranks=gang.size, life=gang.lives, pids=gang.pids, seconds=seconds)
 

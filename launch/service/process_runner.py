@@ -21,12 +21,10 @@ from ...engine.request import Cancelled
 from ...errors import RequestError
 from .events import Began, Decoding, Event, Made, RunnerLost, Stepped, Stopped
 from .logs import say
-from .runner import Task
+from .runner import Pauses, Task
 from .settings import ServiceSettings
 
 _MODULE = "heterostep.launch.service.worker"
-# From one failed start to the next: 1, 2, 4 ... seconds.
-_MAX_PAUSE = 60.0
 
 
 class ProcessRunner:
@@ -55,7 +53,7 @@ class ProcessRunner:
         self._ready = False
         self._trouble: str | None = None
         self._heard = 0.0
-        self._failures, self._not_before = 0, 0.0
+        self._pauses = Pauses()
         self._task: str | None = None
         self._closed = self._hopeless = False
 
@@ -91,7 +89,7 @@ class ProcessRunner:
         if self._closed:
             return
         if self._process is None:
-            if time.monotonic() >= self._not_before:
+            if self._pauses.over:
                 self._start()
             return
         try:
@@ -199,7 +197,8 @@ class ProcessRunner:
             assert self._process is not None
             raise RunnerLost("died", _how_it_ended(self._process))
         if answer["event"] == "ready":
-            self._ready, self._trouble, self._failures, self._hopeless = True, None, 0, False
+            self._ready, self._trouble, self._hopeless = True, None, False
+            self._pauses.succeeded()
             say("runner ready", runner=self._index, seconds=round(answer["seconds"], 3), device=answer["device"])
         elif answer["event"] == "unusable":
             self._trouble, self._hopeless = answer["message"], True
@@ -215,8 +214,7 @@ class ProcessRunner:
             process.kill()
             process.wait()
         if not self._ready:
-            self._failures += 1
-            self._not_before = time.monotonic() + min(2.0 ** (self._failures - 1), _MAX_PAUSE)
+            self._pauses.failed()
             self._trouble = self._trouble or reason
         self._ready = False
         say("runner lost", logging.WARNING, runner=self._index, reason=self._trouble or reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,30 @@ from typing import Protocol
 
 from ...engine.request import ResolvedRequest
 from .events import Event
+
+_MAX_PAUSE = 60.0
+
+
+class Pauses:
+    """When to start what failed to start again: after 1, 2, 4 ... seconds, at most a minute."""
+
+    def __init__(self) -> None:
+        """Start at once."""
+        self._pause, self._until = 1.0, 0.0
+
+    @property
+    def over(self) -> bool:
+        """Whether it may be started now."""
+        return time.monotonic() >= self._until
+
+    def failed(self) -> None:
+        """A start failed."""
+        self._until = time.monotonic() + self._pause
+        self._pause = min(2 * self._pause, _MAX_PAUSE)
+
+    def succeeded(self) -> None:
+        """A start succeeded: the next pause is a short one."""
+        self._pause = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

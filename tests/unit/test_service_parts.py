@@ -26,6 +26,7 @@ from heterostep.launch.service.metrics import COUNTERS, HISTOGRAMS, Metrics, Tal
 from heterostep.launch.service.process_runner import ProcessRunner
 from heterostep.launch.service.results import complete, is_complete, read_manifest
 from heterostep.launch.service.retention import sweep
+from heterostep.launch.service.runner import Pauses
 from heterostep.launch.service.schemas import CreateVideo
 from heterostep.launch.service.security import ApiKeys, stranger
 from heterostep.launch.service.settings import ServiceSettings, limits_for, public_name
@@ -262,6 +263,23 @@ def test_what_could_not_be_written_is_kept(tmp_path):
     tally.flush(again)
     assert list(again.figures().values()) == [1.0]
     again.close()
+
+
+def test_pauses_grow_to_a_minute_and_no_further(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    pauses = Pauses()
+    assert pauses.over
+    for pause in [1, 2, 4, 8, 16, 32, *[60] * 2000]:  # more than a float has powers of two
+        pauses.failed()
+        now[0] += pause - 0.5
+        assert not pauses.over
+        now[0] += 0.5
+        assert pauses.over
+    pauses.succeeded()
+    pauses.failed()
+    now[0] += 1
+    assert pauses.over
 
 
 def test_logs_are_one_line_of_json(caplog):
