@@ -47,7 +47,10 @@ _address = None
 _start = threading.Lock()
 
 
-class Popen(subprocess.Popen):
+_Stock = subprocess.Popen
+
+
+class Popen(_Stock):
     """A process; forked from the server if it is this Python's."""
 
     def _execute_child(
@@ -130,7 +133,7 @@ def _connect():
 def _start_server():
     folder = tempfile.TemporaryDirectory(prefix="forks-")
     address = os.path.join(folder.name, "server")
-    server = subprocess.Popen(
+    server = _Stock(  # also where subprocess's was replaced
         [sys.executable, os.path.abspath(__file__), address],
         stdin=subprocess.PIPE,  # when it ends, the server and all that it forked do
         stdout=subprocess.PIPE,
