@@ -11,6 +11,7 @@ import os
 import pickle
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -76,7 +77,8 @@ class Popen(_Stock):
             "session": bool(new_session),
         }
         socket.send_fds(self._line, [pickle.dumps(request)], files)
-        self.pid = pickle.loads(self._line.recv(1024))
+        what, self.pid = pickle.loads(self._line.recv(1024))
+        assert what == "pid", "the process ended before it began"
         self._child_created = True
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
 
@@ -87,7 +89,7 @@ class Popen(_Stock):
                 if self.returncode is None:
                     told = self._line.recv(1024)
                     assert told, "the server of forks is gone"
-                    self.returncode = pickle.loads(told)
+                    _, self.returncode = pickle.loads(told)
         return self.returncode
 
     def _internal_poll(self, *args, **kwargs):
@@ -131,8 +133,7 @@ def _connect():
 
 
 def _start_server():
-    folder = tempfile.TemporaryDirectory(prefix="forks-")
-    address = os.path.join(folder.name, "server")
+    address = os.path.join(tempfile.mkdtemp(prefix="forks-"), "server")
     server = _Stock(  # also where subprocess's was replaced
         [sys.executable, os.path.abspath(__file__), address],
         stdin=subprocess.PIPE,  # when it ends, the server and all that it forked do
@@ -145,7 +146,6 @@ def _start_server():
     def end():
         server.stdin.close()
         server.wait()
-        folder.cleanup()
 
     return address
 
@@ -156,6 +156,7 @@ class _Server:
     def __init__(self, address):
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.listener.bind(address)
+        self.folder = os.path.dirname(address)
         self.listener.listen(64)
         # A signal handler does nothing but wake `select`.
         self.woken, wake = os.pipe()
@@ -173,6 +174,7 @@ class _Server:
             if 0 in ready:
                 for pid in self.children:
                     os.kill(pid, signal.SIGKILL)
+                shutil.rmtree(self.folder, ignore_errors=True)
                 os._exit(0)
             if self.woken in ready:
                 with contextlib.suppress(BlockingIOError):
@@ -190,7 +192,7 @@ class _Server:
                 return
             line, _ = self.children.pop(pid)
             with line, contextlib.suppress(OSError):  # whoever asked is gone
-                line.send(pickle.dumps(os.waitstatus_to_exitcode(status)))
+                line.send(pickle.dumps(("status", os.waitstatus_to_exitcode(status))))
 
     def answer(self, line):
         data, files, _, _ = socket.recv_fds(line, _MAX_REQUEST, 3)
@@ -210,7 +212,7 @@ class _Server:
                 os.close(file)
             return None
         self.become(request, files)
-        line.send(pickle.dumps(os.getpid()))
+        line.send(pickle.dumps(("pid", os.getpid())))
         line.close()
         return request
 
