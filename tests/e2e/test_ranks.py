@@ -19,7 +19,7 @@ PROMPT = ("--prompt", "a red disc moves right", "--seed", "7", "--steps", "8")
 GENERATE = (sys.executable, "-m", "heterostep", "generate")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 STEPS = 40
-JOB = ("--prompt", "a red disc moves right", "--seed", "7", "--frames", "5", "--steps", str(STEPS), "--output", "v.mp4")
+JOB = ("--prompt", "a red disc moves right", "--seed", "7", "--frames", "9", "--steps", str(STEPS), "--output", "v.mp4")
 JOB += ("--latents", "l.safetensors", "--report", "r.json", "--job-dir", "job", "--checkpoint-every", "3")
 ULYSSES = ("--ulysses", "2")
 RING = ("--ring", "2", "--ring-cache", "sharded", "--shard-weights")
@@ -39,8 +39,8 @@ def latents(folder):
 
 
 def steps_done(folder):
-    path = folder / "job" / "progress.jsonl"
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+    lines = (folder / "job" / "progress.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
 
 
 def whole(folder, *flags, **settings):
@@ -103,13 +103,9 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, flags, says):
 
 
 def test_bad_input_under_torchrun_ends_all_ranks(tmp_path):
-    started = time.monotonic()
-    done = run(
-        TORCHRUN, "-m", "heterostep.launch.torchrun", *PROMPT, "--ulysses", "4", cwd=tmp_path, popen=subprocess.Popen
-    )
+    done = run(TORCHRUN, "-m", "heterostep.launch.torchrun", *PROMPT, "--ulysses", "4", cwd=tmp_path, timeout=120)
     assert done.returncode != 0
     assert done.stderr.count("heterostep: cfg 1 x ring 1 x ulysses 4") == 1
-    assert time.monotonic() - started < 120
 
 
 def begun(folder, command, *flags, lines=8, **variables):
@@ -117,7 +113,8 @@ def begun(folder, command, *flags, lines=8, **variables):
     process = forked.Popen(
         [*command, *JOB, *flags], cwd=folder, env=os.environ | variables, stderr=subprocess.PIPE, text=True
     )
-    while len(steps_done(folder)) < lines:
+    progress = folder / "job" / "progress.jsonl"
+    while not progress.exists() or progress.read_text().count("\n") < lines:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     return process
