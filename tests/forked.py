@@ -43,11 +43,11 @@ _PRELOADED = (
     "uvicorn.lifespan.on",
     "uvicorn.loops.auto",
 )
+WORKS = sys.platform == "linux"
+"""Elsewhere every process starts as usual."""
 _MAX_REQUEST = 1 << 20
 _address = None
 _start = threading.Lock()
-
-
 _Stock = subprocess.Popen
 
 
@@ -60,16 +60,14 @@ class Popen(_Stock):
     ):  # fmt: skip
         words = [os.fsdecode(word) for word in args] if isinstance(args, list | tuple) else []
         self._line = None
-        if not words or words[0] != sys.executable:
+        if not WORKS or not words or words[0] != sys.executable:
             return super()._execute_child(
                 args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
                 p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals, *rest,
             )  # fmt: skip
         *_, new_session, _ = rest
         self._reading, self._line = threading.Lock(), _connect()
-        files = [
-            given if given != -1 else own for given, own in zip((p2cread, c2pwrite, errwrite), range(3), strict=True)
-        ]
+        files = [own if file == -1 else file for own, file in enumerate((p2cread, c2pwrite, errwrite))]
         request = {
             "argv": words[1:],
             "cwd": os.getcwd() if cwd is None else os.fspath(cwd),

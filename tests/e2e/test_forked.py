@@ -11,6 +11,8 @@ import pytest
 
 import forked
 
+pytestmark = pytest.mark.skipif(not forked.WORKS, reason="processes are forked on Linux alone")
+
 CODE = """
 import os, subprocess, sys
 own = os.getpid(), os.getsid(0), os.getcwd(), sorted(os.environ), sys.argv[1:], sys.stdin.read()

@@ -120,6 +120,10 @@ def begun(folder, command, *flags, lines=8, **variables):
     return process
 
 
+needs_forks = pytest.mark.skipif(not forked.WORKS, reason="ranks are found among forks")
+
+
+@needs_forks
 def test_a_killed_rank_is_replaced(ulysses, tmp_path):
     command = (*TORCHRUN, "--max-restarts", "3", "-m", "heterostep.launch.torchrun")
     process = begun(tmp_path, command, *ULYSSES, HETEROSTEP_TEST="torchrun")
@@ -131,6 +135,7 @@ def test_a_killed_rank_is_replaced(ulysses, tmp_path):
     assert steps_done(tmp_path) == list(range(STEPS))
 
 
+@needs_forks
 def test_local_ranks_start_again_after_a_kill(ring, tmp_path):
     process = begun(tmp_path, GENERATE, "--nproc", "2", *RING, HETEROSTEP_TEST="local")
     os.kill(forked.find(HETEROSTEP_TEST="local", RANK="0"), signal.SIGKILL)
