@@ -7,6 +7,8 @@ BIN       := $(VENV)/bin
 PIP       := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt $(PIP_FLAGS)
 # One thread is the fastest on small models, and makes timings repeatable.
 THREADS   := OMP_NUM_THREADS=1
+# Two workers, as many as small machines have cores; a file's tests share what is slow to start.
+PYTEST    := $(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve-demo test check format clean
@@ -53,9 +55,9 @@ serve-demo: $(VENV)/.serve
 	@$(THREADS) $(BIN)/heterostep serve --no-ray --policy tokens --data-dir out/service
 
 test: $(VENV)/.dev
-	@$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit
-	@# What starts processes and watches the clock has the machine for itself.
-	@$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/distributed tests/e2e tests/gang tests/gpu tests/service
+	@$(PYTEST) tests/unit
+	@# What starts processes and waits for them, the longest first.
+	@$(PYTEST) --no-loadscope-reorder tests/gang tests/e2e tests/service tests/distributed tests/gpu
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff check .

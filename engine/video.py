@@ -20,6 +20,9 @@ from .files import replacing
 
 # Visually lossless for libx264, at a size that still goes into a message.
 _CRF = "16"
+# x264's macroblock tree, which saves a third of the bytes, reads memory that nobody wrote where frames refer to later
+# ones: without such frames (B), at a few percent of the bytes, the same video is the same file.
+_B_FRAMES = "0"
 # Transparent for AAC in stereo.
 _AUDIO_BITS = "192k"
 # The ITU-R BT.709 codes of H.264's colour description; players assume BT.601 or BT.709 at will where it is
@@ -61,7 +64,8 @@ def write_mp4(
         replacing(path) as temporary,
         av.open(str(temporary), "w", options={"movflags": "+faststart"}) as container,
     ):
-        stream: Any = container.add_stream("libx264", rate=Fraction(fps), options={"crf": _CRF, "preset": "medium"})
+        options = {"crf": _CRF, "preset": "medium", "bf": _B_FRAMES}
+        stream: Any = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context

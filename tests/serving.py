@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
+import forked
+
 KEYS = {"alice": "alice-0123456789abcdef", "bob": "bob-0123456789abcdef"}
 PROMPT = "a red disc moves right"
 STEPS = 6
@@ -28,7 +30,7 @@ class Server:
         log: what it wrote to stderr: JSON lines.
     """
 
-    def __init__(self, data_dir: Path, *flags: object, keys: bool = False, port: int = 0):
+    def __init__(self, data_dir: Path, *flags: object, keys: bool = False, port: int = 0, popen=forked.Popen):
         for module in ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "openai"):
             pytest.importorskip(module, reason="the extras 'serve' and 'dev' are not installed")
         self.data_dir, self.log = data_dir, data_dir.with_name(f"{data_dir.name}.log")
@@ -39,7 +41,7 @@ class Server:
         # Working and temporary directory: whatever is written there was written where it should not be.
         self.scratch = data_dir.with_name("scratch")
         self.scratch.mkdir(exist_ok=True)
-        self.process = subprocess.Popen(
+        self.process = popen(
             [
                 *(sys.executable, "-m", "heterostep", "serve", "--no-ray"),
                 *("--port", str(port), "--data-dir", str(data_dir), *map(str, flags)),

@@ -47,7 +47,7 @@ def make(layout, kind, sharded, few, dtype=torch.float32):
     config = HSAConfig(compute=0.5, policy="tokens")
     session = apply(pipe, config, Few() if few else None, parallel=ParallelConfig(**layout))
     embeddings = {name: text.to(dtype) for name, text in tiny.embeddings().items()}
-    runs = [tiny.generate(pipe, steps=12, seed=seed, **embeddings) for seed in (1, 2)]
+    runs = [tiny.generate(pipe, steps=8, seed=seed, **embeddings) for seed in (1, 2)]
     weights = [rank.weight_bytes for rank in session.full_report().ranks]
     remove(pipe)
     return runs, weights

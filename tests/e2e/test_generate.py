@@ -9,12 +9,13 @@ import sys
 
 import pytest
 
+import forked
 from heterostep.engine.facts import DEMO_MODEL
 
 
-def start(*argv, cwd, python=("-m", "heterostep")):
+def start(*argv, cwd, python=("-m", "heterostep"), popen=forked.Popen):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+    return popen(
         [sys.executable, *python, *map(str, argv)],
         cwd=cwd,
         env=environment,
@@ -37,14 +38,14 @@ def test_from_prompt_to_files(tiny_model, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["compute"] == pytest.approx(0.5, abs=0.02)
 
 
-# Presses Ctrl-C one second into denoising.
+# Presses Ctrl-C half a second into denoising.
 _INTERRUPTED = """
 import os, signal, sys, threading
 from heterostep.engine.engine import Engine
 from heterostep.launch.cli import main
 
 def denoise(self, *arguments, stock=Engine._denoise):
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     return stock(self, *arguments)
 
 Engine._denoise = denoise
@@ -64,10 +65,11 @@ def test_ctrl_c_stops_the_run(tiny_model, tmp_path):
 
 @pytest.mark.skipif(not (DEMO_MODEL / "model_index.json").is_file(), reason="no demo model in this checkout")
 def test_the_demo_model(tmp_path):
+    # As `make demo` starts it, in a fresh process.
     process = start(
         "generate", "--prompt", "a red disc moves right", "--seed", 3, "--compute", 0.5,
-        "--output", "demo.mp4", "--heatmap", "demo-steps.mp4", "--report", "demo.json",
-        "--compare-dense", cwd=tmp_path,
+        "--frames", 9, "--steps", 30, "--output", "demo.mp4", "--heatmap", "demo-steps.mp4", "--report", "demo.json",
+        "--compare-dense", cwd=tmp_path, popen=subprocess.Popen,
     )  # fmt: skip
     out, err = process.communicate(timeout=180)
     assert (process.returncode, err) == (0, "")

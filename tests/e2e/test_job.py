@@ -12,9 +12,13 @@ import time
 
 import pytest
 
+import forked
 from heterostep.engine.facts import DEMO_MODEL
 
-FLAGS = ["--prompt", "a red disc moves right", "--frames", 5, "--steps", 30, "--seed", 3, "--policy", "tokens"]
+FLAGS = ["--prompt", "a red disc moves right", "--frames", 5, "--seed", 3, "--policy", "tokens"]
+STEPS = 48
+LONG = 500
+"""More steps than a test waits for."""
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 needs_demo = pytest.mark.skipif(
@@ -22,10 +26,10 @@ needs_demo = pytest.mark.skipif(
 )
 
 
-def start(folder, *more):
-    command = ["-m", "heterostep", "generate", *FLAGS, "--job-dir", "job", "--checkpoint-every", 5, *more]
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
+def start(folder, *more, steps=STEPS):
+    command = ["-m", "heterostep", "generate", *FLAGS, "--steps", steps, "--job-dir", "job", "--checkpoint-every", 5]
+    return forked.Popen(
+        [sys.executable, *map(str, (*command, *more))],
         cwd=folder,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -57,7 +61,7 @@ def test_killed_twice_gives_the_same_bits_and_is_found_again(tmp_path):
     whole = tmp_path / "whole"
     whole.mkdir()
     assert finish(start(whole, *files))[0] == 0
-    for step in (7, 18):
+    for step in (7, 16):
         process = start(tmp_path, *files)
         after_step(process, tmp_path, step)
         process.kill()
@@ -67,33 +71,36 @@ def test_killed_twice_gives_the_same_bits_and_is_found_again(tmp_path):
     assert (status, err) == (0, "") and "going on after step" in out
     for name in ("l.safetensors", "v.mp4"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
-    assert [json.loads(line)["step"] for line in progress(tmp_path)] == list(range(30))
+    assert [json.loads(line)["step"] for line in progress(tmp_path)] == list(range(STEPS))
 
     names = ("v.mp4", "l.safetensors", "r.json")
-    made = [(tmp_path / name).read_bytes() for name in names]
+    made = {name: (tmp_path / name).read_bytes() for name in names}
     for name in names:
         (tmp_path / name).unlink()
     status, out, err = finish(start(tmp_path, *files))
     assert (status, err) == (0, "") and "the job in job is finished; nothing was computed" in out
-    assert [(tmp_path / name).read_bytes() for name in names] == made
+    for name in names:
+        assert (tmp_path / name).read_bytes() == made[name], name
 
 
 @needs_demo
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_told_to_go(tmp_path, number):
-    process = start(tmp_path)
+    process = start(tmp_path, steps=LONG)
     after_step(process, tmp_path, 6)
     process.send_signal(number)
     status, _, err = finish(process)
     assert status == 75
-    assert re.fullmatch(r"heterostep: stopped after step (\d+) of 30; it was saved at step \1 in 'job', .*\n", err), err
+    assert re.fullmatch(r"heterostep: stopped after step (\d+) of 500; it was saved at step \1 in 'job', .*\n", err), (
+        err
+    )
     step = len(progress(tmp_path))
     assert (tmp_path / "job" / f"checkpoint-{step:06d}.json").exists()
 
 
 @needs_demo
 def test_ctrl_c_saves_a_job(tmp_path):
-    process = start(tmp_path)
+    process = start(tmp_path, steps=LONG)
     after_step(process, tmp_path, 2)
     process.send_signal(signal.SIGINT)
     status, _, err = finish(process)
@@ -114,7 +121,7 @@ silence_libraries()
 torch.set_num_threads(1)
 model, folder, tries = sys.argv[1], sys.argv[2], int(sys.argv[3])
 engine = hs.Engine(hs.EngineConfig(model=model, device="cpu"))
-request = hs.GenerateRequest(prompt="x", width=64, height=48, num_frames=9, num_inference_steps=16, compute=0.6)
+request = hs.GenerateRequest(prompt="x", width=64, height=48, num_frames=9, num_inference_steps=10, compute=0.6)
 job = hs.JobConfig(folder=folder, checkpoint_every=1)
 start = time.perf_counter()
 want = engine.generate(request, job)
@@ -122,6 +129,7 @@ alone = time.perf_counter() - start
 moments, kills = random.Random(0), 0
 for attempt in range(tries):
     shutil.rmtree(folder)
+    patience = 0.7 * alone
     while True:
         child = os.fork()
         if child == 0:
@@ -131,7 +139,8 @@ for attempt in range(tries):
                 status = 0 if torch.equal(output.latents, want.latents) else 3
             finally:
                 os._exit(status)
-        deadline = time.perf_counter() + moments.uniform(0.02, 0.7) * alone
+        deadline = time.perf_counter() + moments.uniform(0.02, patience)
+        patience *= 1.2  # on a machine that is busy, a life may be too short for a step
         while True:
             done, status = os.waitpid(child, os.WNOHANG)
             if done or time.perf_counter() > deadline:
@@ -148,14 +157,8 @@ print(kills)
 
 
 def test_killed_at_any_moment(tiny_model, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLED, str(tiny_model), str(tmp_path / "job"), "6"],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
+    command = [sys.executable, "-c", _KILLED, str(tiny_model), str(tmp_path / "job"), "4"]
+    done = forked.run(command, env=ENVIRONMENT, timeout=250)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 6
+    assert int(done.stdout) >= 4
     assert "is skipped" not in done.stderr  # what a kill leaves behind never looks like a checkpoint

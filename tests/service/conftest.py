@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 
 from serving import Server
@@ -7,10 +9,10 @@ from serving import Server
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """One service for all tests that leave it as they found it; two keys, a queue of four, 200 steps."""
-    server = Server(
-        tmp_path_factory.mktemp("service") / "data", "--max-queue", 4, "--max-steps", 2000, keys=True
-    ).healthy()
+    """One service for all tests that leave it as they found it, as a user starts it; two keys, a queue of four."""
+    folder = tmp_path_factory.mktemp("service") / "data"
+    flags = ("--max-queue", 4, "--max-steps", 2000)
+    server = Server(folder, *flags, keys=True, popen=subprocess.Popen).healthy()
     yield server
     assert server.process.poll() is None, "the service must outlive every test"
     server.stop()

@@ -307,7 +307,7 @@ def test_bytes_that_are_no_http(server, data):
     assert b" 500 " not in received.partition(b"\r\n")[0]
 
 
-def raw(server, data, wait=0.5):
+def raw(server, data, wait=0.2):
     host, _, port = server.url.removeprefix("http://").partition(":")
     received = b""
     with socket.create_connection((host, int(port)), timeout=wait) as connection, contextlib.suppress(OSError):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import math
 
 import av
@@ -9,6 +10,7 @@ import torch
 from scipy.ndimage import correlate1d
 
 from heterostep import ConfigError, RequestError
+from heterostep.engine.audio import Audio
 from heterostep.engine.files import check_writable, replacing, write_json
 from heterostep.engine.quality import psnr, relative_l2, ssim
 from heterostep.engine.video import heatmap_frames, scale_for, spread_tokens, write_mp4
@@ -57,6 +59,26 @@ def test_scale_enlarges_pixels(tmp_path):
 def test_a_single_frame_is_a_video_too(tmp_path):
     write_mp4(tmp_path / "v.mp4", clip(1), 24)
     assert len(read(tmp_path / "v.mp4")[0]) == 1
+
+
+M_PERTURB = -6
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="fills fresh memory by glibc's mallopt")
+@pytest.mark.parametrize("side", [48, 320])
+def test_the_same_frames_are_the_same_file(tmp_path, side):
+    # Whatever the process did before: an encoder must not read what it did not write.
+    frames = clip(9, side, side)
+    sound = Audio(samples=np.sin(np.arange(16000, dtype=np.float32) / 20)[None], sample_rate=16000)
+    files = set()
+    try:
+        for fill in (0, 85, 170):
+            ctypes.CDLL(None).mallopt(M_PERTURB, fill)
+            write_mp4(tmp_path / "v.mp4", frames, 8, audio=sound)
+            files.add((tmp_path / "v.mp4").read_bytes())
+    finally:
+        ctypes.CDLL(None).mallopt(M_PERTURB, 0)
+    assert len(files) == 1
 
 
 @pytest.mark.parametrize(
