@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import pathlib
 import statistics
 import subprocess
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from harness import DEMO_MODEL, REPORTS, Bench, clips, environment, quiet
 from parallel_report import checks, markdown, plot
-from step import build_pipeline
+from step import Shape, build_pipeline
 
 import heterostep as hs
 from heterostep.parallel.config import ParallelConfig
@@ -40,7 +41,9 @@ class Rank:
     def __init__(self, args: argparse.Namespace) -> None:
         """Build the model and every method that this machine has."""
         self.steps = args.steps
-        self.pipe, self.request, self.num_tokens = build_pipeline(args)
+        shape = Shape(args.dim // 64, 64, args.layers, 4 * args.dim, 64, tuple(args.grid), torch.float32)
+        self.pipe, self.request = build_pipeline(shape, "cpu")
+        self.num_tokens = math.prod(shape.grid)
         self.stock = self.pipe.transformer.requires_grad_(False)
         self.world = dist.get_world_size()
         self.parallel = ParallelConfig(ulysses=self.world) if self.world > 1 else None
@@ -253,9 +256,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=pathlib.Path, default=REPORTS / "parallel", help="report, without suffix")
     parser.add_argument("--rank", help=argparse.SUPPRESS)
     parser.add_argument("--exchange", type=pathlib.Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    args.device = "cpu"
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -268,7 +269,7 @@ def main() -> None:
     torch.set_num_threads(1)
     started = time.perf_counter()
     facts = {name: getattr(args, name) for name in ("dim", "layers", "steps", "rounds")}
-    facts |= {"grid": list(args.grid), "num_tokens": args.grid[0] * args.grid[1] * args.grid[2]}
+    facts |= {"grid": list(args.grid), "num_tokens": math.prod(args.grid)}
     facts["environment"] = environment("cpu")
     facts["environment"]["versions"]["xfuser"] = _version("xfuser")
     worlds = [summed_up(on_ranks(world, sys.argv[1:])) for world in args.worlds]
