@@ -20,7 +20,7 @@ from .lease import Lease, is_held
 from .logs import say
 from .metrics import Tally
 from .results import complete, folder_bytes, is_complete, read_manifest, saved_step
-from .retention import sweep
+from .retention import forget, sweep
 from .runner import Runner, Task
 from .settings import ServiceSettings
 
@@ -185,6 +185,11 @@ class Dispatcher:
         finally:
             del self._running[job.id]
             shutil.rmtree(folder, ignore_errors=True)
+        # Whoever removed it while it ran left that to us; after the last look at that, it may even be complete.
+        unwanted = self._store.unwanted(job.id)
+        if unwanted is not None:
+            forget(self._settings, self._store, unwanted)
+            say("job removed", job=job.id, why="deleted")
 
     def _image(self, job: Job, state: Path) -> Path | None:
         """Put the image that a job starts from, if there is one, into its folder."""

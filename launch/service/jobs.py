@@ -256,6 +256,11 @@ class JobStore:
         with self._db.reading():
             return self._db.select(f"{_FINISHED} ORDER BY completed_at")
 
+    def unwanted(self, id: str) -> Job | None:
+        """A finished job that its owner has removed, if this is one."""
+        with self._db.reading():
+            return next(iter(self._db.select(f"id = ? AND deleted AND {_FINISHED}", (id,))), None)
+
     def known(self) -> set[str]:
         """Ids of all jobs."""
         with self._db.reading():

@@ -11,7 +11,7 @@ pytest.importorskip("prometheus_client", reason="the extra 'serve' is not instal
 from heterostep.engine.facts import read_facts
 from heterostep.engine.files import checkpoint_name
 from heterostep.engine.request import GenerateRequest, resolve
-from heterostep.launch.service import dispatcher
+from heterostep.launch.service import dispatcher, results
 from heterostep.launch.service.dispatcher import Dispatcher
 from heterostep.launch.service.events import Began, Made, RunnerLost, Stepped, Stopped
 from heterostep.launch.service.jobs import JobStore
@@ -107,6 +107,28 @@ def test_losses_are_bounded_in_any_case(ended, monkeypatch):
     monkeypatch.setattr(dispatcher, "MAX_LOSSES", 2)
     job, _ = ended(Scripted(6, 11, 16, 20))
     assert job.status == "failed" and "given up after 3 attempts" in job.error["message"]
+
+
+def test_a_job_removed_at_the_last_moment_leaves_nothing(tmp_path, monkeypatch):
+    settings = ServiceSettings(data_dir=tmp_path)
+    store = JobStore(settings.database)
+    store.create(id="a", owner="", model="demo", request=REQUEST, max_queue=9)
+
+    def complete(folder, target, manifest):
+        results.complete(folder, target, manifest)
+        store.delete("a", "")
+        assert target.is_dir()
+
+    monkeypatch.setattr(dispatcher, "complete", complete)
+    service = Dispatcher(settings, "demo", store, [Scripted(20)], Tally())
+    service.start()
+    deadline = time.monotonic() + 20  # far below the time between two sweeps
+    while store.known() or list(settings.results.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    service.stop()
+    assert list(settings.state.iterdir()) == []
+    store.close()
 
 
 def test_to_be_stopped_is_no_fault(ended):
