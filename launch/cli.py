@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from ..errors import ConfigError, HeterostepError, RequestError
@@ -105,6 +107,13 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def _version() -> str:
+    try:
+        return version("heterostep")
+    except PackageNotFoundError:  # a checkout on the path, not installed
+        return "of this checkout"
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; it imports nothing heavy, so that `--help` is quick."""
     parser = _Parser(
@@ -114,6 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"heterostep {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_info(commands)
@@ -317,6 +327,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, 2 for bad input, 75 for a job that was saved and can go on, 130 after Ctrl-C, 1 for any other
         foreseen failure; each of these but 0 with one sentence on stderr.
     """
+    # Read when PyTorch is imported, which no command has done yet. Threads that wait spinning take the processor from
+    # the ones that they wait for, and beside any other busy program a small model is fifty times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         given = sys.argv[1:] if argv is None else list(argv)
         arguments = build_parser().parse_args(given)

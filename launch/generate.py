@@ -108,7 +108,7 @@ def _on_ray(
     if arguments.rank is not None:
         raise ConfigError("--ray is for `heterostep generate`: under torchrun the ranks are there already")
     if find_spec("ray") is None:
-        raise ConfigError("ray is not installed; pip install 'heterostep[ray]', or leave out --ray")
+        raise ConfigError("ray is not installed; pip install '.[ray]' in heterostep's folder, or leave out --ray")
     from .gang.generate import generate_on_ray
 
     return generate_on_ray(

@@ -76,8 +76,8 @@ def _serve_here(settings: ServiceSettings, host: str, port: int) -> int:
     from .service.service import VideoService
 
     log_json_lines()
+    listener = _listen(host, port)  # before anything is written
     service = VideoService(settings)
-    listener = _listen(host, port)
     if not _is_loopback(host) and service.keys is None:
         say("everybody who reaches this machine may use the service: --api-key-file is not given", logging.WARNING)
     config = uvicorn.Config(
@@ -147,7 +147,7 @@ def _is_loopback(host: str) -> bool:
 def _require(*modules: str, extra: str, otherwise: str = "") -> None:
     absent = [name for name in modules if find_spec(name) is None]
     if absent:
-        raise ConfigError(f"{absent[0]} is not installed; pip install 'heterostep[{extra}]'{otherwise}")
+        raise ConfigError(f"{absent[0]} is not installed; pip install '.[{extra}]' in heterostep's folder{otherwise}")
 
 
 def app(arguments: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import secrets
 from dataclasses import replace
@@ -229,4 +230,11 @@ def _check_limits(request: ResolvedRequest, limits: Limits) -> None:
             "size",
             f"{request.num_frames} frames of {request.width}x{request.height} are {pixels} pixels, and at most "
             f"{limits.pixels} are served; take a smaller size or fewer frames",
+        )
+    compute, steps = request.compute, request.num_inference_steps
+    if compute is not None and compute * steps < 1 - 1e-9:
+        raise BadField(
+            "compute",
+            f"compute={compute:g} cannot be met with {steps} step{'s' * (steps > 1)}: the first evaluates every token; "
+            f"ask for at least compute={math.ceil(1e4 / steps) / 1e4:g}, or for more steps",
         )

@@ -13,9 +13,10 @@ import torch
 pytest.importorskip("ray", reason="the extra 'ray' is not installed")
 
 from heterostep.engine.engine import Engine
+from heterostep.engine.facts import read_facts
 from heterostep.engine.files import checkpoint_steps
 from heterostep.engine.job import JobConfig
-from heterostep.engine.request import Cancelled, EngineConfig, GenerateRequest, Started, StepDone
+from heterostep.engine.request import Cancelled, EngineConfig, GenerateRequest, Started, StepDone, resolve
 from heterostep.errors import ConfigError, RankFailure, RequestError
 from heterostep.hsa.config import HSAConfig
 from heterostep.launch.cli import main
@@ -28,6 +29,7 @@ from heterostep.launch.gang.video import make_video
 
 ENGINE = EngineConfig(model="demo", device="cpu", dtype="float32", hsa=HSAConfig(compute=0.5, policy="tokens"))
 REQUEST = GenerateRequest(prompt="a red disc moves right", seed=7, num_frames=5, num_inference_steps=16)
+FACTS = read_facts("demo")
 FROZEN = 6.0
 
 
@@ -218,7 +220,10 @@ def test_the_service_drives_a_gang(gang, tmp_path, monkeypatch):
         body = CreateVideo(prompt="a red disc moves right", seed=7, num_frames=5, **fields)
         return service.submit(Asked(body, "", None), "", None)[0].id
 
-    killed, refused = submit(num_inference_steps=40, compute=1.0), submit(num_inference_steps=1)
+    killed = submit(num_inference_steps=40, compute=1.0)
+    # Past the API, which knows it too: no plan of one step costs half of it.
+    impossible = GenerateRequest(prompt="x", num_frames=5, num_inference_steps=1, compute=0.5)
+    service._store.create(id="refused", owner="", model=service.model, request=resolve(impossible, FACTS), max_queue=9)
     waiting, cancelled = submit(num_inference_steps=6), submit(num_inference_steps=400, compute=1.0)
     until(lambda: service.find(killed, "").step >= 7)
     os.kill(gang.pids[1], signal.SIGKILL)
@@ -232,7 +237,7 @@ def test_the_service_drives_a_gang(gang, tmp_path, monkeypatch):
     assert video.status == "completed" and fault.cause == "died" and fault.step >= fault.saved >= 5
     assert "rank 1 of 2 died" in fault.message
     assert len(video.hsa["steps"]) == 40 and video.timing["checkpoint"] > 0
-    assert service.find(refused, "").error.code == "invalid_request"
+    assert service.find("refused", "").error.code == "invalid_request"
     assert {path.name for path in (tmp_path / "results" / waiting).iterdir()} >= {"video.mp4", "report.json"}
     figures = service.metrics.text().decode()
     assert 'heterostep_recoveries_total{cause="died"} 1.0' in figures

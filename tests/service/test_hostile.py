@@ -141,7 +141,7 @@ FIELDS = [
 def test_wrong_values_in_every_field(server):
     for field in FIELDS:
         for value in NUMBERS:
-            body = f'{{"prompt": "x", "num_inference_steps": 1, {json.dumps(field)}: {value}}}'
+            body = f'{{"prompt": "x", "num_inference_steps": 2, {json.dumps(field)}: {value}}}'
             answer = server.http.post("/v1/videos", content=body, headers={"content-type": "application/json"})
             assert answer.status_code in (200, 400, 429), (field, value, answer.text)
             if answer.status_code == 200:

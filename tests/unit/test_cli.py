@@ -337,6 +337,22 @@ def test_a_signal_between_loading_and_running_is_not_lost(capsys, tiny_model, tm
     assert status == 75 and "stopped after step" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("own", [None, "active"])
+def test_threads_do_not_wait_spinning_unless_told_so(monkeypatch, capsys, own):
+    monkeypatch.setenv("OMP_WAIT_POLICY", own or "")
+    if own is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--steps", "0"])
+    assert os.environ["OMP_WAIT_POLICY"] == (own or "passive")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out.startswith("heterostep 0.")
+
+
 def test_other_failures_are_one_sentence_too(capsys, monkeypatch):
     class OutOfMemoryError(RuntimeError):
         pass

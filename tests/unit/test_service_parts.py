@@ -61,6 +61,19 @@ def test_what_is_left_out_is_filled_in(tmp_path):
     assert wanted(tmp_path, seed=5, compute=1.0, size="32x48").seed == 5
 
 
+def test_what_the_first_step_alone_costs_is_asked_for(tmp_path):
+    for fields, least in (
+        ({"compute": 0.001}, "0.025"),
+        ({"num_inference_steps": 1}, "1"),
+        ({"compute": 0.0249}, "0.025"),
+    ):
+        with pytest.raises(BadField, match=rf"ask for at least compute={least}, ") as caught:
+            wanted(tmp_path, **fields)
+        assert caught.value.param == "compute"
+    assert wanted(tmp_path, compute=0.025).compute == 0.025
+    assert wanted(tmp_path, num_inference_steps=1, compute=1.0).num_inference_steps == 1
+
+
 def test_limits_of_the_settings_and_of_the_model(tmp_path):
     assert limits_for(ServiceSettings(data_dir=tmp_path), FACTS).pixels == 4 * 64 * 64 * 17
     tight = ServiceSettings(data_dir=tmp_path, max_pixels=1000, max_frames=9, max_steps=10, max_prompt=5)
