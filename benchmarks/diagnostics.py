@@ -244,8 +244,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['metric']} in dB, mean ± standard error; Δ is the variant minus the policy as it is, "
         "paired. Rows *same plan* repeat the policy's own active sets: as they are; with the keys and "
         "values of all tokens computed anew at every evaluated step, so that only velocities are stale; "
-        "with the velocities of all tokens computed anew at every step from the keys and values as they "
-        "are, so that only those are stale."
+        "with the velocities of all tokens computed anew at every evaluated step from the keys and values as they "
+        "are, so that only those are stale, and held where nothing is evaluated."
     )
     for policy, compute in dict.fromkeys((r["policy"], r["target"]) for r in report["rows"]):
         lines += ["", f"### `{policy}` at compute {compute:g}", ""]
