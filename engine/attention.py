@@ -88,3 +88,18 @@ class TextKV:
         """Know nothing yet."""
         self.text: tuple[Tensor, Tensor] | None = None
         self.image: tuple[Tensor, Tensor] | None = None
+
+
+class CachedTextAttention:
+    """The part of a processor of attention to the prompt that no model changes.
+
+    A processor derives from this and from the model's stock processor. ``store`` is set before each pass to the
+    guidance branch's; without it the processor is the stock one.
+    """
+
+    def __init__(self, replaced: Any) -> None:
+        """Stand in for the processor `replaced`, with the same attention kernel."""
+        super().__init__()
+        self.store: TextKV | None = None
+        self._attention_backend = replaced._attention_backend
+        self._parallel_config = replaced._parallel_config

@@ -62,12 +62,12 @@ def refuse_below(least: float, schedule: Schedule, config: HSAConfig, what: str)
     if config.compute < least - 1e-9:
         raise ConfigError(
             f"compute={config.compute:g} cannot be met with {schedule.num_steps} steps: {what} alone cost "
-            f"{least:.4f} of the dense work; ask for at least compute={_round_up(least)}, more steps or "
+            f"{least:.4f} of the dense work; ask for at least compute={round_up(least)}, more steps or "
             "smaller windows."
         )
 
 
-def _round_up(share: float) -> float:
+def round_up(share: float) -> float:
     """Round up to 4 digits, so that the number named in a message is accepted."""
     return min(1.0, -(-round(share * 1e6) // 100) / 1e4)
 

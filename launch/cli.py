@@ -7,7 +7,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from ..errors import ConfigError, HeterostepError, RequestError
@@ -107,11 +106,18 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _version() -> str:
-    try:
-        return version("heterostep")
-    except PackageNotFoundError:  # a checkout on the path, not installed
-        return "of this checkout"
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for, not at every start."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            number = version("heterostep")
+        except PackageNotFoundError:  # a checkout on the path, not installed
+            number = "of this checkout"
+        print("heterostep", number)
+        parser.exit()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -123,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"heterostep {_version()}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_info(commands)

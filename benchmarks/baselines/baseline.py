@@ -13,7 +13,9 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor
 
-from .models import Part, model_of, named
+from heterostep.engine.hook import named
+
+from .models import Part, model_of
 
 
 def transformers_of(pipe: Any) -> list[Any]:

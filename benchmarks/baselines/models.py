@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -143,11 +142,6 @@ Model = type[Wan] | type[LTX2]
 def model_of(transformer: Any) -> Model:
     """Which model a transformer is of."""
     return LTX2 if isinstance(transformer, LTX2VideoTransformer3DModel) else Wan
-
-
-def named(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a module's forward, by name."""
-    return inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
 
 
 class _TwoStreams(TransformerBlockMetadata):

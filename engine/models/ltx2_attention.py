@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_ltx2 import (
 )
 from torch import Tensor
 
-from ..attention import AttentionCall, CachedAttention, TextKV, attend
+from ..attention import AttentionCall, CachedAttention, CachedTextAttention, attend
 
 _ROTATE = {"interleaved": apply_interleaved_rotary_emb, "split": apply_split_rotary_emb}
 
@@ -66,19 +66,11 @@ class CachedLTX2AttnProcessor(CachedAttention, LTX2PerturbedAttnProcessor):
         return _finished(attn, out, hidden_states)
 
 
-class CachedLTX2TextAttnProcessor(LTX2PerturbedAttnProcessor):
+class CachedLTX2TextAttnProcessor(CachedTextAttention, LTX2PerturbedAttnProcessor):
     """LTX-2's attention to the prompt with its keys and values computed once a run, bit for bit the stock one.
 
-    ``store`` is set before each pass to the guidance branch's; without it, and where attention is perturbed (which the
-    models do in self-attention alone), the processor is the stock one.
+    It is the stock one too where attention is perturbed, which the models do in self-attention alone.
     """
-
-    def __init__(self, replaced: Any) -> None:
-        """Stand in for the processor `replaced`, with the same attention kernel."""
-        super().__init__()
-        self.store: TextKV | None = None
-        self._attention_backend = replaced._attention_backend
-        self._parallel_config = replaced._parallel_config
 
     def __call__(
         self,

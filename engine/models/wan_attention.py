@@ -8,7 +8,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
-from ..attention import AttentionCall, CachedAttention, TextKV, attend
+from ..attention import AttentionCall, CachedAttention, CachedTextAttention, TextKV, attend
 from ..registry import LastingHook
 from ..tokens import Patch, gather_rows
 
@@ -46,18 +46,8 @@ class CachedWanAttnProcessor(CachedAttention, WanAttnProcessor):
         return attn.to_out[1](attn.to_out[0](self.attend(query, key, value, attention_mask)))
 
 
-class CachedTextAttnProcessor(WanAttnProcessor):
-    """Wan's cross-attention with the prompt's keys and values computed once a run, bit for bit the stock one.
-
-    ``store`` is set before each pass to the guidance branch's; without it the processor is the stock one.
-    """
-
-    def __init__(self, replaced: WanAttnProcessor) -> None:
-        """Stand in for the processor `replaced`, with the same attention kernel."""
-        super().__init__()
-        self.store: TextKV | None = None
-        self._attention_backend = replaced._attention_backend
-        self._parallel_config = replaced._parallel_config
+class CachedTextAttnProcessor(CachedTextAttention, WanAttnProcessor):
+    """Wan's cross-attention with the prompt's keys and values computed once a run, bit for bit the stock one."""
 
     def __call__(
         self,

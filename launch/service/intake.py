@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 import secrets
 from dataclasses import replace
@@ -18,6 +17,7 @@ from ...engine.facts import ModelFacts
 from ...engine.image import png, read_image
 from ...engine.request import GenerateRequest, ResolvedRequest, prepare, resolve
 from ...errors import RequestError
+from ...hsa.budget import round_up
 from .schemas import CreateVideo
 from .settings import Limits
 
@@ -236,5 +236,5 @@ def _check_limits(request: ResolvedRequest, limits: Limits) -> None:
         raise BadField(
             "compute",
             f"compute={compute:g} cannot be met with {steps} step{'s' * (steps > 1)}: the first evaluates every token; "
-            f"ask for at least compute={math.ceil(1e4 / steps) / 1e4:g}, or for more steps",
+            f"ask for at least compute={round_up(1 / steps):g}, or for more steps",
         )

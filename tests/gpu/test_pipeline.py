@@ -49,19 +49,9 @@ def video(pipe, **changes):
     return tiny.generate(pipe, **{**text, **changes})
 
 
-def sounding(pipe, steps=8):
+def sounding(pipe, **changes):
     text = {name: t.to(pipe.device) for name, t in tiny_ltx2.embeddings().items()}
-    return pipe(
-        **text,
-        **tiny_ltx2.SIZE,
-        **tiny_ltx2.GUIDANCE["2.0"],
-        num_inference_steps=steps,
-        guidance_scale=3.0,
-        audio_guidance_scale=3.0,
-        output_type="latent",
-        generator=torch.Generator().manual_seed(1),
-        return_dict=False,
-    )
+    return tiny_ltx2.generate(pipe, **text, **changes)
 
 
 def relative(a, b):
