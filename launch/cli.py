@@ -264,6 +264,9 @@ def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
     where.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default: this machine)")
     where.add_argument("--port", type=_whole(0), default=8000, metavar="N", help="port (default 8000; 0 takes any)")
     where.add_argument(
+        "--root-path", default="", metavar="P", help="behind a proxy: path of the site, such as /video (default: none)"
+    )
+    where.add_argument(
         "--data-dir", default="heterostep-data", metavar="DIR", help="jobs and results (default ./heterostep-data)"
     )
     where.add_argument("--replicas", type=_whole(1), default=1, metavar="R", help="models at work at once (default 1)")

@@ -53,7 +53,7 @@ def settings_from(arguments: argparse.Namespace) -> ServiceSettings:
         # A page that calls itself by a name of its own could otherwise send jobs to this machine.
         hosts = (*_LOOPBACK, *(name.lower() for name in arguments.allow_host))
     names = (
-        *("model", "compute", "policy", "dtype", "device", "replicas", "checkpoint_every"),
+        *("model", "compute", "policy", "dtype", "device", "replicas", "checkpoint_every", "root_path"),
         *("max_queue", "max_prompt", "max_pixels", "max_frames", "max_steps", "keep_days", "keep_gib"),
     )
     return ServiceSettings(

@@ -17,6 +17,7 @@ from ...errors import RequestError
 from .answers import add_error_answers, openapi_body
 from .guard import Guard
 from .intake import read_create
+from .prefix import Prefix
 from .results import FILES
 from .schemas import DeletedVideo, ErrorBody, Health, ModelCard, ModelList, Video, VideoList
 from .service import VideoService
@@ -287,4 +288,5 @@ def create_app(service: VideoService) -> FastAPI:
         service.tally.count("heterostep_http_requests", method=method, route=route, code=str(status))
 
     app.add_middleware(Guard, allowed_hosts=service.settings.allowed_hosts, counted=counted)
+    app.add_middleware(Prefix, root_path=service.settings.root_path)
     return app

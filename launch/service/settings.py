@@ -9,6 +9,7 @@ from pathlib import Path
 from ...engine.facts import ModelFacts
 from ...errors import ConfigError
 from ...hsa.config import HSAConfig
+from .security import is_path_prefix
 
 # A request may ask for this many times the model's default of pixels, frames or steps, unless a setting says otherwise.
 _GENEROSITY = 4
@@ -31,6 +32,8 @@ class ServiceSettings:
         checkpoint_every: denoising steps after which a job is saved, to go on there after whatever ends its runner.
         api_key_file: text file with a line for each key; None serves everybody who can connect.
         allowed_hosts: names under which browsers may reach the service; empty allows all.
+        root_path: path of the site under which clients reach the service, such as `/video`; empty is the site's root,
+            or what a proxy says.
         max_queue: jobs that may wait; more are answered 429.
         max_prompt: characters of prompt and of negative prompt.
         max_pixels: width x height x frames of a video; None is four times the model's default.
@@ -55,6 +58,7 @@ class ServiceSettings:
     checkpoint_every: int = 5
     api_key_file: Path | None = None
     allowed_hosts: tuple[str, ...] = ()
+    root_path: str = ""
     max_queue: int = 100
     max_prompt: int = 4000
     max_pixels: int | None = None
@@ -83,6 +87,11 @@ class ServiceSettings:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be a number above 0, not {value!r}")
+        object.__setattr__(self, "root_path", self.root_path.rstrip("/"))
+        if self.root_path and not is_path_prefix(self.root_path):
+            raise ConfigError(
+                f"root_path must be a path such as /video, of letters, digits and . _ ~ -, not {self.root_path!r}"
+            )
         object.__setattr__(self, "data_dir", Path(self.data_dir).expanduser().absolute())
         try:
             for folder in (self.data_dir, self.results, self.state, self.leases):

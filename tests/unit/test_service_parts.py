@@ -94,7 +94,8 @@ def test_limits_of_the_settings_and_of_the_model(tmp_path):
     ("fields", "says"),
     [
         ({"compute": 0.0}, "compute"), ({"policy": "none"}, "policy"), ({"replicas": 0}, "replicas"),
-        ({"max_queue": 0}, "max_queue"), ({"keep_days": 0.0}, "keep_days"), ({"keep_gib": float("nan")}, "keep_gib"),
+        ({"root_path": "video"}, "such as /video"), ({"max_queue": 0}, "max_queue"),
+        ({"keep_days": 0.0}, "keep_days"), ({"keep_gib": float("nan")}, "keep_gib"),
     ],
 )  # fmt: skip
 def test_settings_are_checked(tmp_path, fields, says):

@@ -30,15 +30,15 @@ async function call(path, options = {}) {
 }
 
 const json = async (path, options) => (await call(path, options)).json();
-const video = (id) => `/v1/videos/${encodeURIComponent(id)}`;
+const video = (id) => `v1/videos/${encodeURIComponent(id)}`;
 
-export const model = async () => (await json("/v1/models")).data[0];
-export const list = (after) => json(`/v1/videos?limit=24${after ? `&after=${encodeURIComponent(after)}` : ""}`);
+export const model = async () => (await json("v1/models")).data[0];
+export const list = (after) => json(`v1/videos?limit=24${after ? `&after=${encodeURIComponent(after)}` : ""}`);
 export const cancel = (id) => json(`${video(id)}/cancel`, { method: "POST" });
 export const remove = (id) => json(video(id), { method: "DELETE" });
 
 export async function health() {
-  const answer = await fetch("/health").catch(() => null);
+  const answer = await fetch("health").catch(() => null);
   return answer ? answer.json() : { status: "unreachable", reason: "the service cannot be reached" };
 }
 
@@ -47,12 +47,12 @@ export function create(fields, image) {
   const headers = { "idempotency-key": crypto.randomUUID?.() ?? String(Math.random()) };
   if (!image) {
     headers["content-type"] = "application/json";
-    return json("/v1/videos", { method: "POST", headers, body: JSON.stringify(fields) });
+    return json("v1/videos", { method: "POST", headers, body: JSON.stringify(fields) });
   }
   const form = new FormData();
   for (const [name, value] of Object.entries(fields)) form.append(name, value);
   form.append("input_reference", image);
-  return json("/v1/videos", { method: "POST", headers, body: form });
+  return json("v1/videos", { method: "POST", headers, body: form });
 }
 
 // A media element cannot send a key, so files are fetched, and shown from memory.
