@@ -22,7 +22,7 @@ class Audio:
         sample_rate: samples per second.
 
     Raises:
-        RequestError: another shape or type, or samples that are no numbers.
+        RequestError: another shape or type, or samples that are NaN or infinite.
     """
 
     samples: NDArray[np.float32]
@@ -34,7 +34,7 @@ class Audio:
         if samples.ndim != 2 or samples.shape[0] not in (1, 2) or samples.dtype != np.float32:
             raise RequestError(f"samples must be float32 [1 or 2, T], got {samples.dtype} {list(samples.shape)}")
         if not np.isfinite(samples).all():
-            raise RequestError("the model made sound that is no numbers; ask for another dtype, such as float32")
+            raise RequestError("the samples are not all finite numbers (NaN or infinity)")
         if self.sample_rate < 1:
             raise RequestError(f"sample_rate must be at least 1, got {self.sample_rate}")
 

@@ -25,6 +25,7 @@ from .identity import identity_of
 from .job import Finished, Job, JobConfig, look
 from .loading import as_pipeline, load_pipeline, pick_device, pick_dtype
 from .models import recipe_for
+from .quality import check_finite
 from .record import run_record
 from .request import (
     Cancelled,
@@ -291,11 +292,8 @@ class Engine:
                 remove(pipeline)  # frees the K/V caches before the VAE needs the memory
         if on_step.stopping:
             raise stopped(on_step.done, request.num_inference_steps, job if stop.save else None)
-        if not bool(torch.isfinite(latents).all()):
-            raise RequestError(
-                f"the model returned values that are no numbers in {str(self.dtype).removeprefix('torch.')}; "
-                "ask for another dtype, such as float32, or a lower guidance"
-            )
+        for values in (latents, *(() if audio_latents is None else (audio_latents,))):
+            check_finite(values, "the transformer", self.dtype, "a lower --guidance")
         denoised = self._clock()
 
         emit(Decoding(seconds=denoised - encoded))
@@ -355,7 +353,9 @@ class Engine:
 
     def _decode(self, latents: torch.Tensor, request: ResolvedRequest) -> NDArray[np.uint8]:
         """Latents [1, C, F, Y, X] -> uint8 [F, H, W, 3], on every rank."""
-        pixels = self._pixels(latents)
+        video, dtype = self._video(latents), self.pipeline.vae.dtype
+        self._decide(lambda: None if video is None else check_finite(video, "the VAE", dtype))
+        pixels = None if video is None else self._pixels(video)
         if self.sharding is None:
             assert pixels is not None
             return pixels
@@ -365,7 +365,7 @@ class Engine:
         return sent
 
     @torch.no_grad()
-    def _pixels(self, latents: torch.Tensor) -> NDArray[np.uint8] | None:
+    def _video(self, latents: torch.Tensor) -> torch.Tensor | None:
         """Decode as the end of the pipeline's call does it, on rank 0; others help with large videos."""
         vae = self.pipeline.vae
         shared = self.sharding is not None and can_share(vae, latents)
@@ -377,11 +377,13 @@ class Engine:
             video = decode_shared(vae, latents, self.sharding.agreement, self._recipe.decode)
         else:
             video = self._recipe.decode(vae, latents)
-        pixels: NDArray[np.uint8] | None = None
-        if video is not None:
-            frames = self.pipeline.video_processor.postprocess_video(video, output_type="np")[0]
-            pixels = (frames * 255.0).round().astype(np.uint8)
         self.pipeline.maybe_free_model_hooks()
+        return video
+
+    def _pixels(self, video: torch.Tensor) -> NDArray[np.uint8]:
+        """Decoded [1, 3, F, H, W] -> uint8 [F, H, W, 3]."""
+        frames = self.pipeline.video_processor.postprocess_video(video, output_type="np")[0]
+        pixels: NDArray[np.uint8] = (frames * 255.0).round().astype(np.uint8)
         return pixels
 
     def _audio(self, latents: torch.Tensor) -> Audio:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .hook import named
 from .models import adapter_for, recipe_for
+from .quality import is_finite
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -160,10 +161,12 @@ class Preview:
         return self.seconds + cost <= self.budget * elapsed
 
     @torch.no_grad()
-    def _decode(self, latents: Tensor) -> NDArray[np.uint8]:
-        """Latents [1, C, Y, X] of one frame -> uint8 [H, W, 3]."""
+    def _decode(self, latents: Tensor) -> NDArray[np.uint8] | None:
+        """Latents [1, C, Y, X] of one frame -> uint8 [H, W, 3]; None where they or the VAE's picture are not finite."""
         latents = self._recipe.finished(self._pipeline, latents.unsqueeze(2))
         picture = self._linear.decode(latents[:, :, 0]) if self._linear.ready else self._through_vae(latents)
+        if not is_finite(picture):
+            return None
         pixels: NDArray[np.uint8] = (picture.clamp(0.0, 1.0) * 255.0).round().byte().permute(1, 2, 0).cpu().numpy()
         return pixels
 

@@ -1,4 +1,4 @@
-"""How close two videos are: PSNR, SSIM, and the relative error of latents. Pure functions of arrays."""
+"""How good values are: whether they are finite, and how close two videos are (PSNR, SSIM, error of latents)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,38 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from ..errors import RequestError
+
 _WINDOW = 11
 _SIGMA = 1.5
+_WIDER = {torch.float16: "--dtype bfloat16 or float32", torch.bfloat16: "--dtype float32"}
+_DAMAGED = "its weights may be damaged: copy or download the model again"
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; needs no memory beside the values."""
+    # Both ends are NaN where any value is.
+    return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
+
+
+def check_finite(values: torch.Tensor, source: str, dtype: torch.dtype, otherwise: str = "") -> None:
+    """Refuse NaN and infinite values, which would become a black video or silence.
+
+    Args:
+        values: what a network returned.
+        source: that network, e.g. `"the VAE"`.
+        dtype: in which it computed.
+        otherwise: what would do beside another dtype, e.g. `"a lower --guidance"`.
+
+    Raises:
+        RequestError: the message names the network, the dtype, and what would do.
+    """
+    if not is_finite(values):
+        remedies = " or ".join(remedy for remedy in (_WIDER.get(dtype), otherwise) if remedy)
+        raise RequestError(
+            f"{source} produced values that are not finite numbers (NaN or infinity) in "
+            f"{str(dtype).removeprefix('torch.')}; {f'use {remedies}' if remedies else _DAMAGED}"
+        )
 
 
 def _unit(frames: NDArray[Any]) -> NDArray[np.float64]:

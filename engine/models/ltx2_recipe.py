@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..audio import Audio
+from ..quality import check_finite
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -88,5 +89,9 @@ class LTX2Recipe(Recipe):
         """See `Recipe`."""
         vae = pipeline.audio_vae
         spectrograms = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        samples = pipeline.vocoder(spectrograms)[0].float().cpu().numpy()
-        return Audio(samples=samples, sample_rate=int(pipeline.vocoder.config.output_sampling_rate))
+        check_finite(spectrograms, "the audio VAE", vae.dtype)
+        samples = pipeline.vocoder(spectrograms)[0]
+        check_finite(samples, "the vocoder", pipeline.vocoder.dtype)
+        return Audio(
+            samples=samples.float().cpu().numpy(), sample_rate=int(pipeline.vocoder.config.output_sampling_rate)
+        )

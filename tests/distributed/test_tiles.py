@@ -7,7 +7,7 @@ from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan
 import ranks
 import tiny
 import tiny_ltx2
-from heterostep import Engine, EngineConfig, GenerateRequest, ParallelConfig
+from heterostep import Engine, EngineConfig, GenerateRequest, ParallelConfig, RequestError
 from heterostep.engine.models.ltx2_recipe import LTX2Recipe
 from heterostep.engine.models.wan_recipe import WanRecipe
 from heterostep.engine.sharding import Sharding
@@ -134,6 +134,26 @@ def frames_of(layout):
     video = engine.generate(GenerateRequest(prompt="a red disc moves right", num_inference_steps=2, num_frames=5))
     assert video.seconds["decode"] > 0
     return video.frames
+
+
+def refusal_of_the_vae(layout):
+    """What each rank raises where the VAE's values are not finite; then a video, so that no rank waits for another."""
+    engine = Engine(EngineConfig(model="demo", parallel=ParallelConfig(**layout)))
+    vae = engine.pipeline.vae
+    vae.tile_sample_min_height = vae.tile_sample_min_width = 32
+    kept = vae.decoder.conv_in.bias.data.clone()
+    vae.decoder.conv_in.bias.data.fill_(float("nan"))
+    request = GenerateRequest(prompt="a red disc moves right", num_inference_steps=2, num_frames=5)
+    with pytest.raises(RequestError) as refused:
+        engine.generate(request)
+    vae.decoder.conv_in.bias.data.copy_(kept)
+    engine.generate(request)
+    return str(refused.value)
+
+
+def test_all_ranks_refuse_a_video_that_is_not_finite():
+    said = ranks.run_ranks(2, refusal_of_the_vae, {"cfg": 2})
+    assert said[0] == said[1] and said[0].startswith("the VAE produced values that are not finite numbers")
 
 
 def test_the_engine_shares_a_large_video():

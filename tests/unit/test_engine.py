@@ -19,6 +19,8 @@ import heterostep as hs
 from folders import complete_pipeline
 from heterostep.engine.engine import Cancelled, Decoding, Started, StepDone
 from heterostep.engine.facts import DEFAULTS, read_facts
+from heterostep.engine.preview import Preview
+from heterostep.engine.quality import check_finite
 from heterostep.engine.record import compare, run_record
 from heterostep.engine.request import resolve
 from tiny import TEXT_WIDTH
@@ -443,10 +445,41 @@ def test_a_thread_that_cannot_start_leaves_the_engine_free(engine, monkeypatch):
     assert engine.generate(request(num_inference_steps=2, compute=1.0)).frames.dtype == np.uint8
 
 
-def test_values_that_are_no_numbers_are_said_not_drawn(engine, monkeypatch):
+def test_latents_that_are_not_finite_are_said_not_drawn(engine, monkeypatch):
     embeds = torch.full((1, 512, TEXT_WIDTH), torch.nan)
     with monkeypatch.context() as patched:
         patched.setattr(engine.pipeline, "encode_prompt", lambda *args, **kwargs: (embeds, embeds))
-        with pytest.raises(hs.RequestError, match="no numbers in float32"):
+        with pytest.raises(hs.RequestError, match=r"transformer .*NaN or infinity\) in float32; use a lower"):
             engine.generate(request(num_inference_steps=2))
     assert engine.generate(request(num_inference_steps=2)).frames.dtype == np.uint8
+
+
+def test_a_vae_whose_values_are_not_finite_makes_no_black_video(engine, tmp_path):
+    bias = engine.pipeline.vae.decoder.conv_in.bias
+    kept = bias.data.clone()
+    preview = Preview(engine.pipeline, budget=10.0)
+    try:
+        bias.data.fill_(math.nan)
+        for job in (None, hs.JobConfig(folder=tmp_path)):
+            with pytest.raises(hs.RequestError, match=r"^the VAE produced .* in float32; its weights"):
+                engine.generate(request(), job)
+        assert preview.take() is None and preview.seconds > 0
+    finally:
+        preview.remove()
+        bias.data.copy_(kept)
+    # What was denoised is in the job; only the VAE works again.
+    events = list(engine.stream(request(), hs.JobConfig(folder=tmp_path)))
+    assert events[0].resumed_at == 6 and (events[-1].frames == engine.generate(request()).frames).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [(torch.float16, "bfloat16 or float32"), (torch.bfloat16, "--dtype float32"), (torch.float32, "damaged")],
+)
+def test_one_value_that_is_not_finite_is_found(dtype, bad, remedy):
+    values = torch.zeros(2, 3, 5, dtype=dtype)
+    check_finite(values, "it", dtype)
+    values[1, 2, 0] = bad
+    with pytest.raises(hs.RequestError, match=remedy):
+        check_finite(values, "it", dtype)

@@ -160,7 +160,7 @@ def test_the_sound_of_the_file_is_the_one_given(tmp_path, channels):
     "samples", [np.zeros(5, np.float32), np.zeros((3, 5), np.float32), np.zeros((2, 5)), np.full((1, 5), np.nan, "f4")]
 )
 def test_wrong_samples_are_refused(samples):
-    with pytest.raises(hs.RequestError, match=r"samples must be float32|no numbers"):
+    with pytest.raises(hs.RequestError, match=r"samples must be float32|not all finite"):
         Audio(samples=samples, sample_rate=16000)
 
 
@@ -245,3 +245,19 @@ def test_previews(engines):
     preview.remove()
     # The last picture is of the middle frame, whose colours the linear map knows.
     assert abs(last.mean() - event.frames[3].mean()) < 25
+
+
+@pytest.mark.parametrize(
+    ("part", "source"), [("audio_vae", "the audio VAE"), ("vocoder", "the vocoder"), ("vae", "the VAE")]
+)
+def test_decoders_whose_values_are_not_finite(engines, part, source):
+    engine = engines["2.0"]
+    module = getattr(engine.pipeline, part)
+    weight = next(getattr(module, "decoder", module).parameters())
+    kept = weight.data.clone()
+    weight.data.fill_(float("nan"))
+    try:
+        with pytest.raises(hs.RequestError, match=rf"^{source} produced values that are not finite numbers"):
+            engine.generate(request())
+    finally:
+        weight.data.copy_(kept)
