@@ -19,7 +19,7 @@ from .guard import Guard
 from .intake import read_create
 from .prefix import Prefix
 from .results import FILES
-from .schemas import DeletedVideo, ErrorBody, Health, ModelCard, ModelList, Video, VideoList
+from .schemas import DeletedVideo, ErrorBody, Health, ModelCard, ModelList, Status, Video, VideoList
 from .service import VideoService
 from .streams import video_events, wait_for
 
@@ -106,9 +106,13 @@ def list_videos(
     after: Annotated[str | None, Query(max_length=200, description="Id of the last video of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
+    status: Annotated[
+        list[Status] | None, Query(description="Only videos of this status; may be repeated for several.")
+    ] = None,
 ) -> VideoList:
     """List your videos, newest first unless told otherwise."""
-    videos, more = service.list(owner, after=after, limit=limit, newest_first=order == "desc")
+    newest_first = order == "desc"
+    videos, more = service.list(owner, after=after, limit=limit, newest_first=newest_first, statuses=status or ())
     ids = [video.id for video in videos]
     return VideoList(data=videos, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None, has_more=more)
 

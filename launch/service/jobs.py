@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,10 @@ class JobStore:
             rows = self._db.select("id = ? AND owner = ? AND NOT deleted", (id, owner))
         return rows[0] if rows else None
 
-    def page(self, owner: str, *, after: str | None, limit: int, newest_first: bool) -> tuple[list[Job], bool]:
-        """Return up to `limit` jobs of an owner, and whether there are more.
+    def page(
+        self, owner: str, *, after: str | None, limit: int, newest_first: bool, statuses: Sequence[str] = ()
+    ) -> tuple[list[Job], bool]:
+        """Return up to `limit` jobs of an owner, of these statuses if any are given, and whether there are more.
 
         Raises:
             RequestError: `after` is no job of this owner.
@@ -124,6 +126,8 @@ class JobStore:
                 if cursor is None:
                     raise RequestError("after must be the id of one of your videos; leave it out to begin at the start")
                 where, values = f"{where} AND seq {sign} ?", (owner, cursor.seq)
+            if statuses:
+                where, values = f"{where} AND status IN ({', '.join('?' * len(statuses))})", (*values, *statuses)
             rows = self._db.select(f"{where} ORDER BY seq {order} LIMIT {limit + 1:d}", values)
         return rows[:limit], len(rows) > limit
 

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .database import Job
 
+Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+
 
 class CreateVideo(BaseModel):
     """A video to make. Whatever is left out takes the model's own default (`GET /v1/models`)."""
@@ -62,7 +64,7 @@ class Video(BaseModel):
     id: str
     object: Literal["video"] = "video"
     model: str
-    status: Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+    status: Status
     progress: int = Field(ge=0, le=100)
     created_at: int
     started_at: int | None

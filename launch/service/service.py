@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...engine.facts import read_facts
@@ -157,9 +157,11 @@ class VideoService:
         """The newest preview of a running video after step `since`: its step, and a WebP picture."""
         return self._store.preview(id, since)
 
-    def list(self, owner: str, *, after: str | None, limit: int, newest_first: bool) -> tuple[list[Video], bool]:
-        """A page of an owner's videos, and whether there are more."""
-        jobs, more = self._store.page(owner, after=after, limit=limit, newest_first=newest_first)
+    def list(
+        self, owner: str, *, after: str | None, limit: int, newest_first: bool, statuses: Sequence[str] = ()
+    ) -> tuple[list[Video], bool]:
+        """A page of an owner's videos, of these statuses if any are given, and whether there are more."""
+        jobs, more = self._store.page(owner, after=after, limit=limit, newest_first=newest_first, statuses=statuses)
         return [self._shown(job) for job in jobs], more
 
     def cancel(self, id: str, owner: str) -> Video | None:

@@ -90,6 +90,24 @@ def test_pages_in_both_orders(store):
     assert ids(newest_first=False, after="c") == ("de", False) and ids(limit=5) == ("edcba", False)
 
 
+def test_pages_of_some_statuses(store):
+    for id in "abcde":
+        add(store, id)
+    store.finish(store.claim("me", "demo"), "completed")
+    store.claim("me", "demo")
+    store.cancel("d", "")
+
+    def ids(*statuses, **options):
+        options = {"after": None, "limit": 2, "newest_first": True, **options}
+        jobs, more = store.page("", statuses=statuses, **options)
+        return "".join(job.id for job in jobs), more
+
+    assert ids("queued") == ("ec", False) and ids("in_progress") == ("b", False) and ids("failed") == ("", False)
+    assert ids("completed", "cancelled", limit=1) == ("d", True)
+    assert ids("completed", "cancelled", after="d") == ("a", False)
+    assert ids("queued", "in_progress", newest_first=False) == ("bc", True)
+
+
 def test_an_idempotency_key_is_the_owners(store):
     options = {"idempotency_key": "k", "fingerprint": "f"}
     assert store.create(id="a", owner="x", model="demo", request=REQUEST, max_queue=9, **options)[1]
