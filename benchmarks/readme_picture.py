@@ -11,7 +11,7 @@ import pathlib
 from PIL import Image
 
 import heterostep as hs
-from heterostep.engine.video import heatmap_frames
+from heterostep.engine.heatmap import heatmap_frames
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -29,7 +29,7 @@ def main() -> None:
     config = hs.EngineConfig(model=args.model, hsa=hs.HSAConfig(compute=args.compute, policy=args.policy))
     video = hs.Engine(config).generate(hs.GenerateRequest(prompt=args.prompt, seed=args.seed))
     shares = [step.active / step.total for step in video.report.steps]
-    pages = heatmap_frames(video.frames, video.report.evaluations.numpy(), shares)
+    pages = list(heatmap_frames(video.frames, video.report.evaluations.numpy(), shares))
     # Three moments one below the other would be tall: the middle of the clip is enough.
     args.output.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pages[len(pages) // 2]).save(args.output, optimize=True)

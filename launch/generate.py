@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -262,18 +263,23 @@ def _bar(num_steps: int, done: int, label: str, quiet: bool) -> tqdm:
 
 
 def _write(output: VideoOutput, record: dict[str, object], paths: dict[str, Path], scale: int) -> None:
-    # Imported late: drawing needs matplotlib and Pillow, and a bad request should not wait for them.
+    # Imported late: a bad request should not wait for them.
     from safetensors.torch import save
 
-    from ..engine.video import heatmap_frames, write_mp4
+    from ..engine.heatmap import heatmap_frames
+    from ..engine.video import write_mp4
 
-    write_mp4(paths["output"], output.frames, output.fps, scale=scale, audio=output.audio)
-    if "heatmap" in paths:
-        assert output.report.evaluations is not None, "a finished run has evaluations"
-        evaluations = output.report.evaluations.cpu().numpy()
-        shares = [step.active / step.total for step in output.report.steps]
-        picture = heatmap_frames(output.frames, evaluations, shares)
-        write_mp4(paths["heatmap"], picture, output.fps)
+    with ThreadPoolExecutor() as pool:  # both at once: drawing and encoding leave the interpreter to each other
+        frames, fps = output.frames, output.fps
+        videos = [pool.submit(write_mp4, paths["output"], frames, fps, scale=scale, audio=output.audio)]
+        if "heatmap" in paths:
+            assert output.report.evaluations is not None, "a finished run has evaluations"
+            evaluations = output.report.evaluations.cpu().numpy()
+            shares = [step.active / step.total for step in output.report.steps]
+            pages = heatmap_frames(frames, evaluations, shares)
+            videos.append(pool.submit(write_mp4, paths["heatmap"], pages, fps))
+    for video in videos:
+        video.result()
     if "latents" in paths:
         with replacing(paths["latents"]) as temporary:
             # Not save_file: that makes a file for its owner alone, and hides a full disk in an error of its own.

@@ -28,6 +28,7 @@ _PRELOADED = (
     "heterostep.launch.rank",
     "heterostep.launch.serve",
     "heterostep.launch.service.making",
+    "heterostep.engine.heatmap",
     "heterostep.engine.video",
     "diffusers.pipelines.wan.pipeline_wan",
     "diffusers.models.autoencoders.autoencoder_kl_wan",

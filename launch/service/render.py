@@ -12,9 +12,10 @@ from PIL import Image
 
 from ...engine.engine import Engine
 from ...engine.files import write_json
+from ...engine.heatmap import overlay_frames, scale_for
 from ...engine.record import run_record
 from ...engine.request import VideoOutput
-from ...engine.video import overlay_frames, scale_for, write_mp4
+from ...engine.video import write_mp4
 from .results import FILES
 
 _THUMBNAIL_SIDE = 512

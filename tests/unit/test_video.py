@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import weakref
 
 import av
 import numpy as np
@@ -13,7 +14,7 @@ from heterostep import ConfigError, RequestError
 from heterostep.engine.audio import Audio
 from heterostep.engine.files import check_writable, replacing, write_json
 from heterostep.engine.quality import psnr, relative_l2, ssim
-from heterostep.engine.video import heatmap_frames, scale_for, spread_tokens, write_mp4
+from heterostep.engine.video import write_mp4
 
 
 def clip(num_frames=5, height=32, width=48):
@@ -97,6 +98,47 @@ def test_wrong_frames_are_refused(tmp_path, frames, fps, scale):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("scale", [1, 3])
+def test_a_stream_of_frames_makes_the_same_file(tmp_path, scale):
+    frames = clip(9, 33, 47)
+    write_mp4(tmp_path / "whole.mp4", frames, 8, scale=scale)
+    write_mp4(tmp_path / "stream.mp4", (frame.copy() for frame in frames), 8, scale=scale)
+    large = frames.repeat(scale, 1).repeat(scale, 2)
+    sides = [side % 2 for side in large.shape[1:3]]
+    padded = np.pad(large, ((0, 0), (0, sides[0]), (0, sides[1]), (0, 0)), mode="edge")
+    write_mp4(tmp_path / "padded.mp4", padded, 8)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+def test_the_file_does_not_depend_on_the_number_of_processors(tmp_path):
+    write_mp4(tmp_path / "v.mp4", clip(2, 320, 320), 8)
+    assert b" threads=4 " in (tmp_path / "v.mp4").read_bytes()  # x264 writes its settings into the file
+
+
+def test_a_stream_is_never_in_memory_as_a_whole(tmp_path):
+    alive, most = weakref.WeakSet(), 0
+
+    class Frame(np.ndarray):
+        __hash__ = object.__hash__
+
+    def frames():
+        nonlocal most
+        for frame in clip(60, 32, 32):
+            frame = frame.copy().view(Frame)
+            alive.add(frame)
+            most = max(most, len(alive))
+            yield frame
+
+    write_mp4(tmp_path / "v.mp4", frames(), 8)
+    assert most < 10
+
+
+def test_frames_of_two_sizes_are_refused(tmp_path):
+    with pytest.raises(RequestError, match="of one size"):
+        write_mp4(tmp_path / "v.mp4", [clip(1, 32, 32)[0], clip(1, 32, 48)[0]], 8)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     target = tmp_path / "r.json"
     target.write_text("old")
@@ -124,42 +166,6 @@ def test_output_checks(tmp_path):
     with replacing(tmp_path / f"{'v' * 248}.mp4") as temporary:  # as long as a name may be
         temporary.touch()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d.mp4", f"{'v' * 248}.mp4"]
-
-
-def test_tokens_are_spread_over_their_pixels():
-    values = np.arange(3 * 2 * 2).reshape(3, 2, 2)
-    spread = spread_tokens(values, 9, 4, 6)
-    assert spread.shape == (9, 4, 6)
-    # Causal VAE: latent frame 0 is video frame 0, latent frame 1 is 1..4, latent frame 2 is 5..8.
-    assert [int(frame[0, 0]) for frame in spread] == [0, 4, 4, 4, 4, 8, 8, 8, 8]
-    assert spread[0].tolist() == [[0, 0, 0, 1, 1, 1]] * 2 + [[2, 2, 2, 3, 3, 3]] * 2
-    assert spread_tokens(values, 3, 2, 2).tolist() == values.tolist()
-    assert spread_tokens(values[:1], 1, 2, 2).tolist() == values[:1].tolist()
-
-
-def test_heatmap_shows_the_video_and_marks_the_busy_tokens():
-    frames = clip(5, 32, 48)
-    evaluations = np.full((2, 2, 3), 5)
-    evaluations[:, 0, 0] = 20
-    picture = heatmap_frames(frames, evaluations, [1.0] + [0.0] * 3 + [0.3] * 16)
-    assert picture.dtype == np.uint8 and len(picture) == 5
-    assert picture.shape[1] % 2 == 0 and picture.shape[2] % 2 == 0
-    scale = scale_for(32, 48)
-    large = frames.repeat(scale, 1).repeat(scale, 2)
-    unit = max(20, 32 * scale // 16)
-    height, width = large.shape[1:3]
-    left = picture[:, 2 * unit : 2 * unit + height, unit : unit + width]
-    assert (left == large).all()
-    right = picture[:, 2 * unit : 2 * unit + height, 2 * unit + width : 2 * unit + 2 * width].astype(int)
-    busy, idle = right[:, : height // 2, : width // 3], right[:, height // 2 :, width // 3 :]
-    assert busy.mean() > idle.mean() + 40
-    strip = picture[0, 2 * unit + height + unit + 2, unit : unit + width].astype(int).sum(-1)
-    first, second = strip[width // 40], strip[3 * width // 40]
-    assert first > second > 0  # a full step is brighter than a skipped one, which is still drawn
-
-
-def test_heatmap_of_equal_counts():
-    assert heatmap_frames(clip(1, 16, 16), np.full((1, 1, 1), 7), [1.0] * 7).shape[0] == 1
 
 
 def test_psnr():
