@@ -76,14 +76,14 @@ def job(gang: Gang, work: Work, folder: pathlib.Path, attacks: list[Attack]) -> 
         except StopIteration as end:
             if current is not None:  # the step that it struck was the last one
                 current.seconds = time.monotonic() - current.struck
-            return end.value.output.latents, steps == set(range(work.request.num_inference_steps))
+            return end.value.output.latents, steps == set(range(1, work.request.num_inference_steps + 1))
         if isinstance(event, Started) and current is not None:
             current.resumed_at = event.resumed_at or 0
         elif isinstance(event, StepDone):
             steps.add(event.step)
             if current is not None and current.noticed is not None:
                 current.seconds, current = time.monotonic() - current.struck, None
-            if current is None and due and event.step + 1 == due[0].at:
+            if current is None and due and event.step == due[0].at:
                 current = due.pop(0)
                 current.strike(gang)
 

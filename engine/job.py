@@ -202,7 +202,7 @@ class Job:
             "step": event.step,
             "num_steps": event.num_steps,
             "sigma": event.sigma,
-            "active": event.active / event.total,
+            "active": event.share,
             "seconds": round(event.seconds, 4),
             "eta_seconds": round(event.eta_seconds, 2),
             "time": round(time.time(), 3),

@@ -287,13 +287,14 @@ class StepDone:
     """A denoising step is done.
 
     Attributes:
-        step: from 0.
-        num_steps: of this run.
+        step: how many steps are done, this one included: from 1 to `num_steps`.
+        num_steps: of the whole run.
         sigma: noise level at which the step began.
         active: tokens that went through the transformer.
         total: N, all tokens.
         seconds: that this step took.
         eta_seconds: estimate of the time left for denoising.
+        preview: a WebP picture of the middle frame as it would be now; only services ask for it, not at every step.
     """
 
     step: int
@@ -303,6 +304,12 @@ class StepDone:
     total: int
     seconds: float
     eta_seconds: float
+    preview: bytes | None = None
+
+    @property
+    def share(self) -> float:
+        """Share of the tokens that went through the transformer, 0 to 1."""
+        return self.active / self.total
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,7 +122,7 @@ class StepEvents:
         self._work_done += active
         left = max(self._work - self._work_done, 0.0) if step + 1 < self._num_steps else 0.0
         event = StepDone(
-            step=step,
+            step=step + 1,
             num_steps=self._num_steps,
             sigma=sigma,
             active=active,
@@ -168,7 +168,7 @@ def dense_report(events: list[StepDone], grid: tuple[int, int, int]) -> HSARepor
     """The report of a run of the stock pipeline: every token at every step."""
     records = [
         StepRecord(
-            step=event.step,
+            step=event.step - 1,
             sigma=event.sigma,
             active=event.active,
             total=event.total,

@@ -106,12 +106,10 @@ class Progress:
 
     Attributes:
         event: the engine's; None where there are only copies.
-        preview: a WebP picture, where there is a new one.
         copies: files of the job's folder that are new, in the order in which to write them.
     """
 
     event: Started | StepDone | Decoding | None
-    preview: bytes | None = None
     copies: Mapping[str, bytes] = field(default_factory=dict)
 
 

@@ -145,8 +145,9 @@ class RankWorker:
             if isinstance(event, VideoOutput):
                 output = event
             elif self._leads:
-                picture = _picture(preview) if isinstance(event, StepDone) else None
-                self._outbox.put(Progress(event=event, preview=picture))
+                if isinstance(event, StepDone):
+                    event = dataclasses.replace(event, preview=_picture(preview))
+                self._outbox.put(Progress(event=event))
                 if copier is not None:
                     copier.copy()
         assert output is not None, "a stream ends with a VideoOutput or an exception"

@@ -10,10 +10,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...engine.request import Cancelled, ResolvedRequest
+from ...engine.request import Cancelled, ResolvedRequest, StepDone
 from ...errors import RequestError
 from .database import Job, StoreUnavailable
-from .events import Made, RunnerLost, Stepped, Stopped
+from .events import Made, RunnerLost, Stopped
 from .follower import Follower, num_pixels
 from .jobs import JobStore
 from .lease import Lease, is_held
@@ -164,7 +164,7 @@ class Dispatcher:
             with contextlib.closing(runner.run(task)) as events:
                 for event in events:
                     follower.see(event)
-                    if isinstance(event, Stepped) and job.id in self._lost:
+                    if isinstance(event, StepDone) and job.id in self._lost:
                         since, cause = self._lost.pop(job.id)
                         self._tally.observe("heterostep_recovery_seconds", time.monotonic() - since, cause=cause)
             self._complete(job, follower.made, folder)

@@ -1,4 +1,4 @@
-"""What a runner says while it makes one video, and how it says that it cannot."""
+"""What a runner reports of one video: the engine's events, then `Made`; and how it says that it cannot make it."""
 
 from __future__ import annotations
 
@@ -6,50 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...engine.request import Decoding, Started, StepDone
 from ...errors import HeterostepError, RankFailure
-
-
-@dataclass(frozen=True, kw_only=True)
-class Began:
-    """Work begins.
-
-    Attributes:
-        num_steps: denoising steps of the whole run.
-        num_tokens: N, tokens of the video.
-        step: steps that an earlier attempt has done already.
-    """
-
-    num_steps: int
-    num_tokens: int
-    step: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stepped:
-    """A denoising step is done.
-
-    Attributes:
-        step: how many are done.
-        num_steps: of the whole run.
-        active: share of the tokens that went through the transformer, 0 to 1.
-        seconds: that this step took.
-        eta_seconds: estimate of the time left for denoising.
-        preview: a WebP picture of the middle frame as it would be now, where there is a new one.
-    """
-
-    step: int
-    num_steps: int
-    active: float
-    seconds: float
-    eta_seconds: float
-    preview: bytes | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decoding:
-    """Denoising is done; the VAE makes frames, and the files are written."""
-
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +25,7 @@ class Made:
     imbalances: Sequence[float] = ()
 
 
-Event = Began | Stepped | Decoding | Made
+Event = Started | StepDone | Decoding | Made
 
 
 class RunnerLost(RankFailure):

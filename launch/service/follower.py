@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from ...engine.request import Decoding, Started, StepDone
 from .database import Job
-from .events import Began, Decoding, Event, Made, Stepped
+from .events import Event, Made
 from .jobs import JobStore
 from .metrics import Tally
 
@@ -41,28 +42,28 @@ class Follower:
 
     def see(self, event: Event) -> None:
         """Write down what an event says."""
-        if isinstance(event, Began):
-            self.step = event.step
+        if isinstance(event, Started):
+            self.step = event.resumed_at or 0
             # What an earlier attempt evaluated is told at the end.
-            self._shares = [0.0] * event.step
+            self._shares = [0.0] * self.step
             if self._job.attempt == 1:
                 self._tally.observe("heterostep_queue_seconds", time.time() - self._job.created_at)
-            self._store.progress(self._job, stage="denoising", step=event.step, progress=self._progress(event))
-        elif isinstance(event, Stepped):
+            self._store.progress(self._job, stage="denoising", step=self.step, progress=self._progress())
+        elif isinstance(event, StepDone):
             self._step(event)
         elif isinstance(event, Decoding):
             self._store.progress(
                 self._job, stage="decoding", step=self.step, progress=_DENOISED, eta_seconds=self._rest
             )
-        else:
+        elif isinstance(event, Made):
             self.made = event
 
-    def _step(self, event: Stepped) -> None:
+    def _step(self, event: StepDone) -> None:
         self.step = event.step
-        self._shares.append(round(event.active, 4))
+        self._shares.append(round(event.share, 4))
         self._preview = event.preview or self._preview
         self._tally.observe("heterostep_step_seconds", event.seconds)
-        self._tally.observe("heterostep_active_fraction", event.active)
+        self._tally.observe("heterostep_active_fraction", event.share)
         now = time.monotonic()
         if now - self._written < _WRITE_SECONDS and event.step < event.num_steps:
             return
@@ -71,11 +72,11 @@ class Follower:
             preview=self._preview or None,
             stage="denoising",
             step=event.step,
-            progress=self._progress(event),
+            progress=self._progress(),
             hsa={"steps": self._shares},
             eta_seconds=event.eta_seconds + self._rest,
         )
         self._written, self._preview = now, b""
 
-    def _progress(self, event: Began | Stepped) -> int:
-        return _DENOISED * event.step // event.num_steps
+    def _progress(self) -> int:
+        return int(_DENOISED * self.step // self._job.request["num_inference_steps"])

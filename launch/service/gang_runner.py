@@ -10,10 +10,10 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from ...engine.image import read_image
-from ...engine.request import Cancelled, EngineConfig, GenerateRequest, Started, StepDone
+from ...engine.request import Cancelled, EngineConfig, GenerateRequest
 from ...errors import ConfigError, RankFailure
 from ...hsa.config import HSAConfig
-from .events import Began, Decoding, Event, Made, RunnerLost, Stepped, Stopped
+from .events import Event, Made, RunnerLost, Stopped
 from .logs import say
 from .runner import Pauses, Task
 from .settings import ServiceSettings
@@ -206,21 +206,8 @@ def _events(run: Generator[Progress, None, Outcome], task: Task) -> Generator[Ev
             return outcome
         if progress.copies:
             kept = write_copies(task.state, progress.copies, kept)
-        event = progress.event
-        if isinstance(event, Started):
-            num_steps, step = event.request.num_inference_steps, event.resumed_at or 0
-            yield Began(num_steps=num_steps, num_tokens=event.num_tokens, step=step)
-        elif isinstance(event, StepDone):
-            yield Stepped(
-                step=event.step + 1,
-                num_steps=event.num_steps,
-                active=event.active / event.total,
-                seconds=event.seconds,
-                eta_seconds=event.eta_seconds,
-                preview=progress.preview,
-            )
-        elif event is not None:
-            yield Decoding(seconds=event.seconds)
+        if progress.event is not None:
+            yield progress.event
 
 
 def _made(task: Task, outcome: Outcome) -> Made:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import time
 import traceback
@@ -78,19 +79,11 @@ def _make(line: Line, engine: Engine, preview: Preview, task: dict[str, Any], ev
         if task["id"] in line.wanted:
             _end(engine, line.wanted[task["id"]])
         if isinstance(event, Started):
-            num_steps, step = event.request.num_inference_steps, event.resumed_at or 0
-            line.answer("began", num_steps=num_steps, num_tokens=event.num_tokens, step=step)
+            line.answer("started", **dataclasses.asdict(event))
         elif isinstance(event, StepDone):
             picture = preview.take()
-            line.answer(
-                "stepped",
-                step=event.step + 1,
-                num_steps=event.num_steps,
-                active=event.active / event.total,
-                seconds=event.seconds,
-                eta_seconds=event.eta_seconds,
-                preview=None if picture is None else base64.b64encode(webp(picture, _PREVIEW_SIDE, 60)).decode(),
-            )
+            encoded = None if picture is None else base64.b64encode(webp(picture, _PREVIEW_SIDE, 60)).decode()
+            line.answer("step", **dataclasses.asdict(event) | {"preview": encoded})
         elif isinstance(event, Decoding):
             line.answer("decoding", seconds=event.seconds)
         else:

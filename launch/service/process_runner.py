@@ -17,9 +17,9 @@ import time
 from collections.abc import Generator
 from typing import IO, Any
 
-from ...engine.request import Cancelled
+from ...engine.request import Cancelled, Decoding, ResolvedRequest, Started, StepDone
 from ...errors import RequestError
-from .events import Began, Decoding, Event, Made, RunnerLost, Stepped, Stopped
+from .events import Event, Made, RunnerLost, Stopped
 from .logs import say
 from .runner import Pauses, Task
 from .settings import ServiceSettings
@@ -240,11 +240,11 @@ def _log_errors(stream: IO[bytes], index: int) -> None:
 def _event(answer: dict[str, Any]) -> Event | None:
     """The runner's event for a worker's answer; None for a mere sign of life."""
     kind = answer.pop("event")
-    if kind == "began":
-        return Began(**answer)
-    if kind == "stepped":
+    if kind == "started":
+        return Started(**answer | {"request": ResolvedRequest(**answer["request"])})
+    if kind == "step":
         preview = answer.pop("preview")
-        return Stepped(**answer, preview=base64.b64decode(preview) if preview is not None else None)
+        return StepDone(**answer, preview=base64.b64decode(preview) if preview is not None else None)
     if kind == "decoding":
         return Decoding(**answer)
     if kind == "made":

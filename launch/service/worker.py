@@ -1,6 +1,6 @@
 """The child process of `ProcessRunner`: takes tasks as lines of JSON on stdin and answers on stdout.
 
-Commands: {"run": {...}}, {"cancel": id}, {"stop": id}. Answers: `ready`, `beat`, `began`, `stepped`, `decoding`,
+Commands: {"run": {...}}, {"cancel": id}, {"stop": id}. Answers: `ready`, `beat`, `started`, `step`, `decoding`,
 `made`, `refused`, `cancelled`, `stopped`, `failed`, `unusable`. When stdin ends the service is gone, and so is this
 process.
 

@@ -71,7 +71,7 @@ def test_killed_twice_gives_the_same_bits_and_is_found_again(tmp_path):
     assert (status, err) == (0, "") and "going on after step" in out
     for name in ("l.safetensors", "v.mp4"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
-    assert [json.loads(line)["step"] for line in progress(tmp_path)] == list(range(STEPS))
+    assert [json.loads(line)["step"] for line in progress(tmp_path)] == list(range(1, STEPS + 1))
 
     names = ("v.mp4", "l.safetensors", "r.json")
     made = {name: (tmp_path / name).read_bytes() for name in names}

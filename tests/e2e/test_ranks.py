@@ -132,7 +132,7 @@ def test_a_killed_rank_is_replaced(ulysses, tmp_path):
     assert process.returncode == 0, err
     assert "failed" in err  # of the first attempt
     assert torch.equal(latents(tmp_path), latents(ulysses))
-    assert steps_done(tmp_path) == list(range(STEPS))
+    assert steps_done(tmp_path) == list(range(1, STEPS + 1))
 
 
 @needs_forks
@@ -156,7 +156,7 @@ def test_a_stopped_job_goes_on_with_other_degrees(alone, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "going on after step" in done.stdout
     assert (latents(tmp_path) - latents(alone)).abs().max() < 1e-4
-    assert steps_done(tmp_path) == list(range(STEPS))
+    assert steps_done(tmp_path) == list(range(1, STEPS + 1))
     again = run(GENERATE, *JOB, *degrees, cwd=tmp_path)
     assert again.returncode == 0 and "finished; nothing was computed" in again.stdout
 

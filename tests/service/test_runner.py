@@ -13,9 +13,9 @@ import pytest
 
 import forked
 from heterostep.engine.facts import read_facts
-from heterostep.engine.request import Cancelled, GenerateRequest, resolve
+from heterostep.engine.request import Cancelled, Decoding, GenerateRequest, Started, StepDone, resolve
 from heterostep.errors import RequestError
-from heterostep.launch.service.events import Began, Decoding, Made, RunnerLost, Stepped, Stopped
+from heterostep.launch.service.events import Made, RunnerLost, Stopped
 from heterostep.launch.service.process_runner import ProcessRunner
 from heterostep.launch.service.results import FILES
 from heterostep.launch.service.runner import Task
@@ -62,10 +62,11 @@ def until_ready(runner):
 
 
 def test_from_a_task_to_files(runner, task):
-    events = list(runner.run(task(num_inference_steps=6)))
-    assert events[0] == Began(num_steps=6, num_tokens=3 * 8 * 8)
-    steps = [event for event in events if isinstance(event, Stepped)]
-    assert [event.step for event in steps] == [1, 2, 3, 4, 5, 6] and all(0 <= event.active <= 1 for event in steps)
+    asked = task(num_inference_steps=6)
+    events = list(runner.run(asked))
+    assert events[0] == Started(request=asked.request, num_tokens=3 * 8 * 8)
+    steps = [event for event in events if isinstance(event, StepDone)]
+    assert [event.step for event in steps] == [1, 2, 3, 4, 5, 6] and all(0 <= event.share <= 1 for event in steps)
     assert isinstance(events[-2], Decoding) and isinstance(events[-1], Made)
     folder = task().folder
     assert {path.name for path in folder.iterdir()} == {name for name, _ in FILES.values()}
@@ -90,7 +91,7 @@ def test_cancel_and_stop_within_a_step(runner, task):
         with pytest.raises(error):
             for event in runner.run(task(num_inference_steps=500, compute=1.0)):
                 seen.append(event)
-                if isinstance(event, Stepped) and len(seen) == 7:
+                if isinstance(event, StepDone) and len(seen) == 7:
                     ask()
         # The step that ran when the wish came is the last one; some may have been on their way to us.
         assert 7 <= len(seen) <= 20
@@ -98,8 +99,8 @@ def test_cancel_and_stop_within_a_step(runner, task):
     stopped = seen[-1].step
     with pytest.raises(Cancelled):
         for event in runner.run(task(num_inference_steps=500, compute=1.0)):
-            if isinstance(event, Began):
-                assert stopped <= event.step <= stopped + 1
+            if isinstance(event, Started):
+                assert stopped <= event.resumed_at <= stopped + 1
                 runner.cancel()
     # A wish without a task is none.
     runner.cancel()
@@ -109,30 +110,30 @@ def test_cancel_and_stop_within_a_step(runner, task):
 def test_a_wish_that_comes_before_the_first_step(runner, task):
     with pytest.raises(Cancelled):
         for event in runner.run(task(num_inference_steps=500, compute=1.0)):
-            assert isinstance(event, Began) or event.step <= 10
-            if isinstance(event, Began):
+            assert isinstance(event, Started) or event.step <= 10
+            if isinstance(event, Started):
                 runner.cancel()
 
 
 def test_pictures_on_the_way(runner, task):
     list(runner.run(task(num_inference_steps=6)))  # to learn from
-    pictures = [e.preview for e in runner.run(task(num_inference_steps=20)) if isinstance(e, Stepped) and e.preview]
+    pictures = [e.preview for e in runner.run(task(num_inference_steps=20)) if isinstance(e, StepDone) and e.preview]
     assert len(pictures) >= 5 and all(picture[:4] == b"RIFF" for picture in pictures)
 
 
 def test_killed_and_gone_on_with(runner, task):
     with pytest.raises(RunnerLost, match="killed by SIGKILL") as caught:
         for event in runner.run(task(num_inference_steps=30, compute=1.0)):
-            if isinstance(event, Stepped) and event.step >= 7:
+            if isinstance(event, StepDone) and event.step >= 7:
                 os.kill(runner.pid, signal.SIGKILL)
     assert caught.value.cause == "died" and not runner.ready and runner.pid is None
     until_ready(runner)
     events = list(runner.run(task(num_inference_steps=30, compute=1.0)))
-    assert events[0].step in (5, 10) and events[1].step == events[0].step + 1
+    assert events[0].resumed_at in (5, 10) and events[1].step == events[0].resumed_at + 1
     assert isinstance(events[-1], Made) and len(events[-1].hsa["steps"]) == 30
     # The same folder, another job: as after an update, it is made anew.
     events = list(runner.run(task(num_inference_steps=6)))
-    assert events[0].step == 0 and isinstance(events[-1], Made)
+    assert events[0].resumed_at is None and isinstance(events[-1], Made)
 
 
 def test_killed_while_idle(runner):
@@ -148,7 +149,7 @@ def test_frozen(runner, task):
     begin = None
     with pytest.raises(RunnerLost, match="silent") as caught:
         for event in runner.run(task(num_inference_steps=500, compute=1.0)):
-            if isinstance(event, Stepped) and begin is None:
+            if isinstance(event, StepDone) and begin is None:
                 begin, frozen = time.monotonic(), runner.pid
                 os.kill(frozen, signal.SIGSTOP)
     assert caught.value.cause == "frozen" and FROZEN - 1 < time.monotonic() - begin < FROZEN + 8

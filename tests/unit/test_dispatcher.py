@@ -10,10 +10,10 @@ pytest.importorskip("prometheus_client", reason="the extra 'serve' is not instal
 
 from heterostep.engine.facts import read_facts
 from heterostep.engine.files import checkpoint_name
-from heterostep.engine.request import GenerateRequest, resolve
+from heterostep.engine.request import GenerateRequest, Started, StepDone, resolve
 from heterostep.launch.service import dispatcher, results
 from heterostep.launch.service.dispatcher import Dispatcher
-from heterostep.launch.service.events import Began, Made, RunnerLost, Stepped, Stopped
+from heterostep.launch.service.events import Made, RunnerLost, Stopped
 from heterostep.launch.service.jobs import JobStore
 from heterostep.launch.service.metrics import Metrics, Tally
 from heterostep.launch.service.results import FILES
@@ -37,13 +37,13 @@ class Scripted:
         saved = [int(path.stem[-6:]) for path in task.state.iterdir()]
         step = max(saved, default=0)
         self.begun.append(step)
-        yield Began(num_steps=20, num_tokens=10, step=step)
+        yield Started(request=REQUEST, num_tokens=10, resumed_at=step or None)
         end = self.script.pop(0) if self.script else 20
         while step < end:
             step += 1
             if step % 5 == 0:
                 (task.state / f"{checkpoint_name(step)}.json").touch()
-            yield Stepped(step=step, num_steps=20, active=0.5, seconds=0.01, eta_seconds=1.0)
+            yield StepDone(step=step, num_steps=20, sigma=0.5, active=5, total=10, seconds=0.01, eta_seconds=1.0)
         if step < 20:
             raise RunnerLost(self.cause, f"it died after step {step}") if self.cause != "stop" else Stopped("stopped")
         for name, _ in FILES.values():

@@ -102,7 +102,7 @@ def test_events_tell_the_story(engine):
     assert started.request.guidance_scale == DEFAULTS["Wan small"].guidance_scale
     assert isinstance(decoding, Decoding) and isinstance(output, hs.VideoOutput)
     assert all(isinstance(step, StepDone) for step in steps)
-    assert [step.step for step in steps] == list(range(20))
+    assert [step.step for step in steps] == list(range(1, 21))
     assert [step.active for step in steps] == [record.active for record in output.report.steps]
     assert [step.sigma for step in steps] == sorted((step.sigma for step in steps), reverse=True)
     assert all(step.total == 36 and step.num_steps == 20 and step.seconds > 0 for step in steps)
@@ -173,7 +173,7 @@ def test_cancel_between_steps(engine):
     engine.cancel()  # nothing runs: no effect on the next request
     with pytest.raises(Cancelled, match=r"cancelled after step \d+ of 300"):
         for event in engine.stream(request(num_inference_steps=300)):
-            if isinstance(event, StepDone) and event.step == 2:
+            if isinstance(event, StepDone) and event.step == 3:
                 engine.cancel()
     assert isinstance(engine.generate(request()), hs.VideoOutput)
 

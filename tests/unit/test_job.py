@@ -112,7 +112,7 @@ def same(output, want):
 def test_a_job_that_is_not_broken_off(engine, unbroken, tmp_path):
     started, *steps, decoding, output = events_of(engine, tmp_path / "made" / "for it")
     assert isinstance(started, Started) and started.resumed_at is None and isinstance(decoding, Decoding)
-    assert [step.step for step in steps] == list(range(STEPS))
+    assert [step.step for step in steps] == list(range(1, STEPS + 1))
     same(output, unbroken)
     seconds = output.seconds
     assert seconds["checkpoint"] > 0
@@ -124,10 +124,10 @@ def test_a_crash_costs_the_steps_since_the_checkpoint(engine, unbroken, tmp_path
     crash(engine, tmp_path, 9)
     kept = [f"checkpoint-00000{step}.{end}" for step in (4, 8) for end in ("json", "safetensors")]
     assert names(tmp_path) == [*kept, "progress.jsonl"]
-    assert [line["step"] for line in lines(tmp_path)] == list(range(9))
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 10))
     started, *steps, _, output = events_of(engine, tmp_path)
     assert started.resumed_at == 8
-    assert [step.step for step in steps] == [8, 9, 10, 11]
+    assert [step.step for step in steps] == [9, 10, 11, 12]
     assert all(step.eta_seconds >= 0 for step in steps) and steps[-1].eta_seconds == 0
     same(output, unbroken)
     assert output.seconds["denoise"] >= sum(step.seconds for step in output.report.steps[:8])  # before the crash too
@@ -136,10 +136,10 @@ def test_a_crash_costs_the_steps_since_the_checkpoint(engine, unbroken, tmp_path
 def test_progress_is_one_line_a_step(engine, tmp_path):
     crash(engine, tmp_path, 7)
     with open(tmp_path / "progress.jsonl", "a") as file:
-        file.write('{"step": 7, "num_st')  # torn by the crash
+        file.write('{"step": 8, "num_st')  # torn by the crash
     events_of(engine, tmp_path)
     found = lines(tmp_path)
-    assert [line["step"] for line in found] == list(range(STEPS))
+    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     assert [line["time"] for line in found] == sorted(line["time"] for line in found)
     assert [line["sigma"] for line in found] == sorted((line["sigma"] for line in found), reverse=True)
     assert {line["num_steps"] for line in found} == {STEPS} and found[0]["active"] == 1.0
@@ -159,7 +159,7 @@ def test_save_and_stop(engine, unbroken, tmp_path, step):
 def test_an_abandoned_stream_is_saved_a_cancelled_run_is_not(engine, unbroken, tmp_path):
     stream = engine.stream(request(), job(tmp_path))
     for event in stream:
-        if isinstance(event, StepDone) and event.step == 4:
+        if isinstance(event, StepDone) and event.step == 5:
             break
     stream.close()
     started = next(stream := engine.stream(request(), job(tmp_path)))

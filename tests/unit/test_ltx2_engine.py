@@ -106,7 +106,7 @@ def test_a_job_goes_on_bit_for_bit(engines, tmp_path, version, policy):
     job = hs.JobConfig(folder=tmp_path / "broken", checkpoint_every=3)
     with pytest.raises(Interrupted):
         for event in engine.stream(asked, job):
-            if isinstance(event, StepDone) and event.step == 4:
+            if isinstance(event, StepDone) and event.step == 5:
                 engine.save_and_stop()
     again, finished = engine.generate(asked, job), engine.generate(asked, job)
     engine.config = config
