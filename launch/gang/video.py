@@ -10,33 +10,10 @@ from pathlib import Path
 from ...engine.files import checkpoint_steps
 from ...engine.request import Event
 from ...errors import RankFailure
+from ..workers.losses import reason_to_give_up
 from .copies import read_copies, write_copies
 from .gang import Gang
 from .messages import Outcome, RankLost, Work
-
-MAX_LOSSES = 20
-"""Ranks that a video may lose in all."""
-
-
-class Losses:
-    """Whether it is worth trying again: not after two losses in a row between which nothing new was saved."""
-
-    def __init__(self, most: int = MAX_LOSSES) -> None:
-        """Allow `most` losses in all."""
-        self._left, self._saved = most, -1
-
-    def bear(self, lost: RankLost, saved: int) -> None:
-        """Take note of a loss after which `saved` steps need not be done again.
-
-        Raises:
-            RankFailure: it is one too many.
-        """
-        self._left -= 1
-        if saved <= self._saved:
-            raise RankFailure(f"given up after two losses in a row without a new step saved; the last time, {lost}")
-        if self._left <= 0:
-            raise RankFailure(f"given up after {MAX_LOSSES} losses; the last time, {lost}")
-        self._saved = saved
 
 
 def make_video(
@@ -60,7 +37,7 @@ def make_video(
         Cancelled: after `gang.wish`.
         RankFailure: too many losses.
     """
-    losses = Losses()
+    saved: list[int] = []
     while True:
         try:
             gang.heal(work)
@@ -72,7 +49,10 @@ def make_video(
             return (yield from _events(gang, replace(work, copies=read_copies(folder)), folder))
         except RankLost as lost:
             on_loss(lost)
-            losses.bear(lost, next(iter(checkpoint_steps(folder)), 0) if folder is not None else 0)
+            saved.append(next(iter(checkpoint_steps(folder)), 0) if folder is not None else 0)
+            reason = reason_to_give_up(saved)
+            if reason is not None:
+                raise RankFailure(f"given up after {reason}; the last time, {lost}") from lost
 
 
 def _events(gang: Gang, work: Work, folder: Path | None) -> Generator[Event, None, Outcome]:

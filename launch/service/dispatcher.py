@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ...engine.request import Cancelled, ResolvedRequest, StepDone
 from ...errors import RequestError
+from ..workers.losses import reason_to_give_up, reason_to_give_up_restarts
 from .database import Job, StoreUnavailable
 from .events import Made, RunnerLost, Stopped
 from .follower import Follower, num_pixels
@@ -23,12 +24,6 @@ from .results import complete, folder_bytes, is_complete, read_manifest, saved_s
 from .retention import forget, sweep
 from .runner import Runner, Task
 from .settings import ServiceSettings
-
-MAX_LOSSES = 20
-"""How often a job is begun again after the runner was lost with it. Two losses without a new step saved between them
-are enough: it may be the cause."""
-MAX_RESTARTS = 10
-"""How often it is begun again after the whole service died with it: once more could be its fault."""
 
 _IDLE_SECONDS = 0.25
 _WATCH_SECONDS = 0.2
@@ -251,19 +246,19 @@ class Dispatcher:
             return
         saved = saved_step(self._settings.state / job.id)
         fault = {"cause": cause, "message": message, "step": step, "saved": saved, "at": int(time.time())}
-        before = [fault for fault in job.faults if (fault["cause"] == "restart") == (cause == "restart")]
+        alike = [one for one in (*job.faults, fault) if (one["cause"] == "restart") == (cause == "restart")]
         if cause == "restart":
-            again = len(before) < MAX_RESTARTS
+            reason = reason_to_give_up_restarts(len(alike))
         else:
-            again = len(before) < MAX_LOSSES and (not before or saved > before[-1].get("saved", 0))
-        if again:
+            reason = reason_to_give_up([one.get("saved", 0) for one in alike])
+        if reason is None:
             if self._store.requeue(job, fault):
                 if cause != "restart":  # when it died is not known
                     self._lost[job.id] = (time.monotonic(), cause)
                 self._tally.count("heterostep_recoveries", cause=cause)
                 say("job requeued", logging.WARNING, job=job.id, cause=cause, reason=message, step=step)
         else:
-            why = f"given up after {len(before) + 1} attempts; the last time, {message}"
+            why = f"given up after {len(alike)} attempts ({reason}); the last time, {message}"
             self._lost.pop(job.id, None)
             if self._store.give_up(job, fault, {"code": "runner_lost", "message": why}):
                 shutil.rmtree(self._settings.state / job.id, ignore_errors=True)

@@ -18,6 +18,7 @@ from heterostep.launch.service.jobs import JobStore
 from heterostep.launch.service.metrics import Metrics, Tally
 from heterostep.launch.service.results import FILES
 from heterostep.launch.service.settings import ServiceSettings
+from heterostep.launch.workers import losses
 
 REQUEST = resolve(GenerateRequest(prompt="x", num_inference_steps=20), read_facts("demo"))
 
@@ -99,14 +100,16 @@ def test_two_losses_without_a_step_saved_between_them_are_enough(ended):
     job, figures = ended(runner)
     assert job.status == "failed" and runner.begun == [0, 5]
     assert job.error["code"] == "runner_lost"
-    assert job.error["message"] == "given up after 2 attempts; the last time, it died after step 8"
+    assert job.error["message"] == (
+        "given up after 2 attempts (two losses in a row without a new step saved); the last time, it died after step 8"
+    )
     assert len(job.faults) == 2 and 'heterostep_recoveries_total{cause="died"} 1.0' in figures
 
 
 def test_losses_are_bounded_in_any_case(ended, monkeypatch):
-    monkeypatch.setattr(dispatcher, "MAX_LOSSES", 2)
+    monkeypatch.setattr(losses, "MAX_LOSSES", 3)
     job, _ = ended(Scripted(6, 11, 16, 20))
-    assert job.status == "failed" and "given up after 3 attempts" in job.error["message"]
+    assert job.status == "failed" and "given up after 3 attempts (3 losses)" in job.error["message"]
 
 
 def test_a_job_removed_at_the_last_moment_leaves_nothing(tmp_path, monkeypatch):

@@ -1,0 +1,44 @@
+"""The rule for losses, and that the documentation has its numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from heterostep.launch.workers.losses import (
+    MAX_LOSSES,
+    MAX_RESTARTS,
+    reason_to_give_up,
+    reason_to_give_up_restarts,
+)
+
+WORDS = {10: "ten", 20: "twenty"}
+
+
+@pytest.mark.parametrize(
+    ("saved", "reason"),
+    [
+        ([0], None),
+        ([5, 10], None),
+        ([5, 5], "two losses in a row"),
+        ([0, 5, 5], "two losses in a row"),
+        ([5, 0], "two losses in a row"),
+        (list(range(MAX_LOSSES - 1)), None),
+        (list(range(MAX_LOSSES)), f"{MAX_LOSSES} losses"),
+    ],
+)
+def test_a_video_is_given_up_after_two_losses_in_vain_or_too_many(saved, reason):
+    said = reason_to_give_up(saved)
+    assert said is None if reason is None else reason in said
+
+
+def test_restarts_of_the_service_are_bounded():
+    assert reason_to_give_up_restarts(MAX_RESTARTS - 1) is None
+    assert f"{MAX_RESTARTS} restarts" in reason_to_give_up_restarts(MAX_RESTARTS)
+
+
+def test_the_documentation_has_the_numbers():
+    text = " ".join((Path(__file__).parents[2] / "docs" / "serving.md").read_text().split())
+    assert f"or {WORDS[MAX_LOSSES]} times in all, is given up" in text
+    assert f"died {WORDS[MAX_RESTARTS]} times" in text
