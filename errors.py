@@ -27,3 +27,17 @@ class RequestError(HeterostepError, ValueError):
 
 class RankFailure(HeterostepError, RuntimeError):
     """A rank died or stopped answering; the message names the rank and the step."""
+
+
+TOO_LARGE = "the device's memory is too small for this request; take a smaller size or fewer frames"
+"""What a person is told of an error for which `is_out_of_memory` is true."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of a GPU, or of the host, is used up.
+
+    PyTorch's own is known by its name, as importing torch would slow every command down; of the host's memory PyTorch
+    says it in words alone.
+    """
+    found = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return found or "can't allocate memory" in str(error)

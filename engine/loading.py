@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, is_out_of_memory
 from ..parallel.mesh import ParallelMesh
 from ..parallel.weights import shard_weights
 from .facts import ModelFacts, first_line
@@ -94,9 +94,9 @@ def load_pipeline(
         own = {name: part for name, part in networks.items() if ".pipelines." in type(part).__module__}
         pipeline = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **networks | dict.fromkeys(own))
         pipeline.register_modules(**own)
-    except (ConfigError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # a foreign or torn folder can raise anything: OSError, KeyError, SafetensorError ...
+        if isinstance(error, ConfigError) or is_out_of_memory(error):
+            raise
         raise ConfigError(f"model {facts.name!r} cannot be loaded ({first_line(error)})") from error
     needed = (
         "transformer",

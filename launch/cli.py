@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from ..errors import ConfigError, HeterostepError, RequestError
+from ..errors import TOO_LARGE, ConfigError, HeterostepError, RequestError, is_out_of_memory
 from .signals import JobStopped
 
 EXIT_FAILED = 1
@@ -360,12 +360,10 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return str(error), EXIT_SAVED
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted{error}", EXIT_INTERRUPTED
-    if isinstance(error, HeterostepError | OSError | MemoryError):
+    if is_out_of_memory(error):
+        return TOO_LARGE, EXIT_FAILED
+    if isinstance(error, HeterostepError | OSError):
         return str(error) or type(error).__name__, EXIT_FAILED
-    # torch.OutOfMemoryError, known by name: importing torch for it would slow down every --help. Of the host's
-    # memory PyTorch says it in words alone.
-    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
-        return "the device's memory is too small for this request; take a smaller size or fewer frames", EXIT_FAILED
     return None
 
 

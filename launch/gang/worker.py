@@ -25,7 +25,7 @@ from ...engine.preview import Preview
 from ...engine.record import run_record
 from ...engine.request import Cancelled, EngineConfig, Event, StepDone, VideoOutput
 from ...engine.sharding import Sharding
-from ...errors import ConfigError, RequestError
+from ...errors import TOO_LARGE, ConfigError, RequestError, is_out_of_memory
 from ...parallel.config import ParallelConfig
 from ...parallel.mesh import ParallelMesh
 from ..degrees import refit
@@ -37,7 +37,6 @@ from .messages import Outcome, Place, Progress, Work
 from .outbox import Outbox
 
 _PREVIEW_SIDE, _PREVIEW_QUALITY = 320, 60
-_TOO_LARGE = "the device's memory is too small for this request; take a smaller size or fewer frames"
 
 
 class RankWorker:
@@ -237,8 +236,8 @@ class RankWorker:
         root = error.__cause__ if error.__cause__ is not None else error
         self._leave()
         message = f"{type(root).__name__}: {first_line(root)}"
-        if _out_of_memory(root):
-            return Outcome(ended="failed", cause="memory", message=_TOO_LARGE)
+        if is_out_of_memory(root):
+            return Outcome(ended="failed", cause="memory", message=TOO_LARGE)
         return Outcome(ended="failed", cause=_cause(root), message=message)
 
 
@@ -276,11 +275,6 @@ def _cause(error: BaseException) -> str:
     if "imed out" in text or "imeout" in text:
         return "timeout"
     return "peer" if isinstance(error, dist.DistError) or "gloo" in text or "onnection" in text else "error"
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    # On the CPU PyTorch raises no type of its own.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _picture(preview: Preview | None) -> bytes | None:

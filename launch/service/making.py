@@ -24,7 +24,7 @@ from ...engine.request import (
     StepDone,
     VideoOutput,
 )
-from ...errors import ConfigError, RequestError
+from ...errors import TOO_LARGE, ConfigError, RequestError, is_out_of_memory
 from ...hsa.config import HSAConfig
 from ..logs import silence_libraries
 from ..resume import go_on
@@ -32,7 +32,6 @@ from .render import webp, write_files
 from .worker import Line
 
 _PREVIEW_SIDE = 320
-_TOO_LARGE = "the device's memory is too small for this request; take a smaller size or fewer frames"
 
 
 def make_videos(line: Line, options: dict[str, Any]) -> None:
@@ -64,8 +63,8 @@ def make_videos(line: Line, options: dict[str, Any]) -> None:
         except Cancelled:
             line.answer("stopped" if line.wanted.get(task["id"]) == "stop" else "cancelled")
         except Exception as error:
-            if _out_of_memory(error):
-                line.answer("refused", message=_TOO_LARGE)
+            if is_out_of_memory(error):
+                line.answer("refused", message=TOO_LARGE)
             else:
                 traceback.print_exc()
                 line.answer("failed", message=f"the engine failed ({type(error).__name__})")
@@ -113,8 +112,3 @@ def _device(name: str, index: int) -> str:
     """The device of one of several workers: with "auto", each gets a GPU of its own as far as they go."""
     count = torch.cuda.device_count() if name == "auto" and torch.cuda.is_available() else 0
     return f"cuda:{index % count}" if count else name
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # On the CPU PyTorch raises no type of its own.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from heterostep.engine.engine import Engine
+from heterostep.errors import TOO_LARGE
 from heterostep.launch import cli
 from tiny import IMAGE_KINDS, picture
 
@@ -292,7 +293,7 @@ def test_a_job_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
         )  # fmt: skip
 
     monkeypatch.setattr(Engine, "_decode", lambda *_: (_ for _ in ()).throw(MemoryError("mine")))
-    assert make()[::2] == (1, "heterostep: mine\n")
+    assert make()[::2] == (1, f"heterostep: {TOO_LARGE}\n")
     monkeypatch.undo()
     status, out, err = make("--report", tmp_path / "r.json")
     assert (status, err) == (0, "") and out.startswith("going on after step 8 of 8\n")
