@@ -12,9 +12,8 @@ from .errors import ConfigError, HeterostepError, RankFailure, RequestError
 
 if TYPE_CHECKING:
     from .engine.engine import Engine
-    from .engine.job import JobConfig
     from .engine.report import HSAReport, StepRecord
-    from .engine.request import EngineConfig, GenerateRequest, VideoOutput
+    from .engine.request import EngineConfig, GenerateRequest, JobConfig, VideoOutput
     from .engine.session import HSASession, apply, remove
     from .hsa.config import HSAConfig
     from .hsa.planner import StepPlanner
@@ -30,7 +29,7 @@ _HOMES = {
     "HSAConfig": ".hsa.config",
     "HSAReport": ".engine.report",
     "HSASession": ".engine.session",
-    "JobConfig": ".engine.job",
+    "JobConfig": ".engine.request",
     "ParallelConfig": ".parallel.config",
     "ParallelMesh": ".parallel.mesh",
     "StepPlanner": ".hsa.planner",

@@ -22,7 +22,7 @@ from .checkpoint import Saved
 from .conditions import encode_prompts, seen_image
 from .facts import first_line, read_facts
 from .identity import identity_of
-from .job import Finished, Job, JobConfig, look
+from .job import Finished, Job, look
 from .loading import as_pipeline, load_pipeline, pick_device, pick_dtype
 from .models import recipe_for
 from .quality import check_finite
@@ -34,6 +34,7 @@ from .request import (
     Event,
     GenerateRequest,
     Interrupted,
+    JobConfig,
     ResolvedRequest,
     Started,
     StepDone,

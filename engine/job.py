@@ -14,7 +14,6 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
@@ -29,41 +28,11 @@ from .facts import first_line
 from .files import checkpoint_name, checkpoint_steps
 from .identity import differences
 from .report import HSAReport, plain_step, step_from
-from .request import ResolvedRequest, StepDone, VideoOutput
+from .request import JobConfig, ResolvedRequest, StepDone, VideoOutput
 
-RESUME = ("auto", "never")
 KEPT = 2
 """Checkpoints that are kept: the newest, and one to fall back to."""
 _RESULT = "result"
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobConfig:
-    """Where a job is kept, and how often.
-
-    Attributes:
-        folder: of this one video; made if it does not exist.
-        checkpoint_every: number of denoising steps from one checkpoint to the next. It belongs to the plan: policies
-            that leave out tokens evaluate all of them once after each.
-        resume: `"auto"` goes on where the folder's newest whole checkpoint is, or begins where there is none;
-            `"never"` begins anew and removes what is there.
-
-    Raises:
-        ConfigError: a value is not one of these.
-    """
-
-    folder: str | os.PathLike[str]
-    checkpoint_every: int = 5
-    resume: str = "auto"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.folder, str | os.PathLike) or not str(self.folder).strip():
-            raise ConfigError(f"the job's folder must be a path, not {self.folder!r}")
-        every = self.checkpoint_every
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ConfigError(f"checkpoint_every must be a whole number of steps of at least 1, not {every!r}")
-        if self.resume not in RESUME:
-            raise ConfigError(f"resume must be one of {', '.join(RESUME)}, not {self.resume!r}")
 
 
 class JobInUse(ConfigError):

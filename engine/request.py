@@ -13,6 +13,7 @@ from PIL import Image
 from ..errors import ConfigError, HeterostepError, RequestError
 from ..hsa.config import HSAConfig
 from ..parallel.config import ParallelConfig
+from ..settings import check, like, setting
 from .facts import ModelFacts
 from .image import fingerprint, fit_image, read_image, size_for
 
@@ -25,11 +26,7 @@ if TYPE_CHECKING:
     from .report import HSAReport
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_MAX_SEED = 2**63 - 1
-# Far beyond what any model was trained for; at 1e38 float32 overflows.
-_MAX_GUIDANCE = 1000.0
-# Containers count in ticks of 1 / fps seconds, in 32 bits.
-_MAX_FPS = 1000
+RESUME = ("auto", "never")
 
 
 class Cancelled(HeterostepError):
@@ -54,36 +51,36 @@ class EngineConfig:
     """What an engine loads, and where it runs.
 
     Attributes:
-        model: `"demo"` (ships with heterostep), a local folder in diffusers format, or a hub id.
         hsa: how steps are allocated to tokens, for every request that does not override `compute`; None runs
             the stock pipeline, every token at every step.
-        dtype: of text encoder and transformer: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: bfloat16
-            on a GPU, float32 on the CPU. The VAE always runs in float32, as Wan's makers advise.
-        device: a torch device such as `"cuda"`, `"cuda:1"` or `"cpu"`, or `"auto"`: the first GPU, else the
-            CPU.
         parallel: degrees of a job of several ranks, each of which makes an engine with the same settings, and is asked
             for the same videos; None for one rank.
-        shard_weights: let each rank keep a part of the transformers' weights, and gather one layer at a time: for
-            models too large for a device. LoRA weights cannot be loaded into them then.
+
+    `dtype` is that of text encoder and transformer; the VAE always runs in float32, as Wan's makers advise.
 
     Raises:
         ConfigError: a value is not one of these.
     """
 
-    model: str = "demo"
+    model: str = setting("demo", metavar="M", help="'demo', a folder in diffusers format, or a hub id")
     hsa: HSAConfig | None = field(default_factory=HSAConfig)
-    dtype: str = "auto"
-    device: str = "auto"
+    dtype: str = setting(
+        "auto", choices=DTYPES, metavar="T", help="data type; auto is bfloat16 on a GPU and float32 on the CPU"
+    )
+    device: str = setting("auto", metavar="D", help="auto (the first GPU, else the CPU), cpu, cuda or cuda:N")
     parallel: ParallelConfig | None = None
-    shard_weights: bool = False
+    shard_weights: bool = setting(
+        False,
+        help="each rank keeps a part of the transformer's weights and gathers one layer at a time: for models too "
+        "large for a device; LoRA cannot be loaded then",
+    )
 
     def __post_init__(self) -> None:
+        check(self)
         if self.parallel is not None and not isinstance(self.parallel, ParallelConfig):
             raise ConfigError(
                 f"parallel must be a ParallelConfig such as ParallelConfig(ulysses=2), not {self.parallel!r}"
             )
-        if not isinstance(self.shard_weights, bool):
-            raise ConfigError(f"shard_weights must be True or False, not {self.shard_weights!r}")
         if self.shard_weights and (self.parallel is None or self.parallel.world_size == 1):
             raise ConfigError("shard_weights needs several ranks to share the weights; name them with parallel")
         if self.shard_weights and self.parallel is not None and self.parallel.cut == "measured":
@@ -91,14 +88,42 @@ class EngineConfig:
                 "shard_weights with cut='measured': ranks that gather each layer together wait for each other, so that "
                 "none is seen to be faster; take cut='equal'"
             )
-        if not isinstance(self.model, str) or not self.model.strip():
+        if not self.model.strip():
             raise ConfigError("model must be 'demo', a folder, or a hub id (owner/name), not an empty name")
         if self.hsa is not None and not isinstance(self.hsa, HSAConfig):
             raise ConfigError(f"hsa must be an HSAConfig such as HSAConfig(compute=0.5), or None, not {self.hsa!r}")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        if not isinstance(self.device, str) or not self.device:
+        if not self.device:
             raise ConfigError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', not {self.device!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """Where a job is kept, and how often.
+
+    `checkpoint_every` belongs to the plan: policies that leave out tokens evaluate all of them once after each
+    checkpoint.
+
+    Raises:
+        ConfigError: a value is not one of these.
+    """
+
+    folder: str | os.PathLike[str] = setting(
+        flag="job-dir",
+        metavar="DIR",
+        help="folder of this one video, made if it does not exist: checkpoints, progress and result",
+    )
+    checkpoint_every: int = setting(5, least=1, unit="steps", metavar="K", help="denoising steps between checkpoints")
+    resume: str = setting(
+        "auto",
+        choices=RESUME,
+        metavar="R",
+        help="auto resumes at the folder's newest whole checkpoint; never begins anew and removes what is there",
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not isinstance(self.folder, str | os.PathLike) or not str(self.folder).strip():
+            raise ConfigError(f"the job's folder must be a path, not {self.folder!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,89 +131,62 @@ class GenerateRequest:
     """One video to make. None means the model's own default (`heterostep info` shows them).
 
     Attributes:
-        prompt: what the video shows.
-        negative_prompt: what it should not show; used only if `guidance_scale` is above 1.
-        width: pixels, a multiple of the model's step (16 or 32).
-        height: pixels, likewise.
-        num_frames: frames, k * t + 1 where t is the VAE's temporal factor (4 for Wan).
-        fps: frames per second of the file; models without sound do not hear of it.
-        num_inference_steps: denoising steps.
-        guidance_scale: classifier-free guidance; 1 or less runs without it, at half the cost or less.
-        guidance_scale_2: the same for the second expert of Wan 2.2; None takes `guidance_scale`.
-        seed: of the initial noise; the same seed gives the same noise on every device.
-        compute: share of the dense denoising work to spend, in (0, 1]; None takes that of the engine's `hsa`,
-            1.0 is the stock pipeline.
-        image: what the video starts from, for models that take one: path of a PNG, JPEG or WebP file, or a Pillow
-            image. Without width and height the video has the image's proportions; a size of another shape shows the
-            middle of it.
+        width, height: without them a video from an image has the image's proportions; a size of another shape shows
+            the middle of it.
+        image: path of a PNG, JPEG or WebP file, or a Pillow image.
 
     Raises:
         RequestError: a value that no model can honour. What depends on the model is checked by the engine.
     """
 
-    prompt: str
-    negative_prompt: str = ""
-    width: int | None = None
-    height: int | None = None
-    num_frames: int | None = None
-    fps: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    guidance_scale_2: float | None = None
-    seed: int = 0
-    compute: float | None = None
-    image: str | os.PathLike[str] | Image.Image | None = None
+    prompt: str = setting(metavar="TEXT", help="what the video shows")
+    negative_prompt: str = setting("", metavar="TEXT", help="what it should not show; needs a guidance scale above 1")
+    width: int | None = setting(None, least=1, flag="", unit="pixels", help="pixels, a multiple of the model's step")
+    height: int | None = setting(None, least=1, flag="", unit="pixels", help="pixels, a multiple of the model's step")
+    num_frames: int | None = setting(None, least=1, flag="frames", help="frames; for Wan 4 k + 1, for LTX-2 8 k + 1")
+    fps: int | None = setting(
+        None, least=1, most=1000, help="frames per second of the file; a model with sound is told it too"
+    )
+    num_inference_steps: int | None = setting(None, least=1, flag="steps", help="denoising steps")
+    guidance_scale: float | None = setting(
+        None, least=0, most=1000, flag="guidance", metavar="G", help="classifier-free guidance; 1 or less runs without"
+    )
+    guidance_scale_2: float | None = setting(
+        None,
+        least=0,
+        most=1000,
+        flag="guidance-2",
+        metavar="G",
+        help="guidance of the second expert of a model with two; left out, the first one's",
+    )
+    seed: int = setting(0, least=0, most=2**63 - 1, help="seed of the initial noise, the same on every device")
+    compute: float | None = like(HSAConfig, "compute", default=None, flag="")
+    image: str | os.PathLike[str] | Image.Image | None = setting(
+        None, metavar="FILE", help="PNG, JPEG or WebP image that the video starts from, for models that take one"
+    )
 
     def __post_init__(self) -> None:
-        if self.image is not None and not (isinstance(self.image, str | os.PathLike | Image.Image) and self.image):
-            raise RequestError(f"image must be the path of a file or a Pillow image, not {self.image!r:.80}")
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise RequestError("the prompt is empty; say what the video shows")
-        if not isinstance(self.negative_prompt, str):
-            raise RequestError("negative_prompt must be a text")
-        for name in ("width", "height", "num_frames", "fps", "num_inference_steps"):
-            value = getattr(self, name)
-            if value is not None and (not _is_int(value) or value < 1):
-                raise RequestError(f"{name} must be a whole number of at least 1, not {value!r}")
-        for name in ("guidance_scale", "guidance_scale_2"):
-            value = getattr(self, name)
-            if value is not None and (not _is_number(value) or not 0 <= value <= _MAX_GUIDANCE):
-                raise RequestError(f"{name} must be a finite number from 0 to {_MAX_GUIDANCE:g}, not {value!r}")
-        if self.fps is not None and self.fps > _MAX_FPS:
-            raise RequestError(f"fps must be at most {_MAX_FPS}, not {self.fps}")
-        if not _is_int(self.seed) or not 0 <= self.seed <= _MAX_SEED:
-            raise RequestError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed!r}")
-        if self.compute is not None and (not _is_number(self.compute) or not 0 < self.compute <= 1):
-            raise RequestError(f"compute must be above 0 and at most 1 (1 is dense), not {self.compute!r}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        if self.image is not None and not (isinstance(self.image, str | os.PathLike | Image.Image) and self.image):
+            raise RequestError(f"image must be the path of a file or a Pillow image, not {self.image!r:.80}")
+        check(self, RequestError)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolvedRequest:
+class ResolvedRequest(GenerateRequest):
     """A `GenerateRequest` with the model's defaults filled in, and valid for that model.
 
     It is plain data: of the image it holds the `image.fingerprint` of what the video starts from, cut to its size.
     """
 
-    prompt: str
-    negative_prompt: str
     width: int
     height: int
     num_frames: int
     fps: int
     num_inference_steps: int
     guidance_scale: float
-    guidance_scale_2: float | None
-    seed: int
-    compute: float | None
-    image: str | None = None
+    image: str | None
 
 
 def resolve(request: GenerateRequest, facts: ModelFacts) -> ResolvedRequest:

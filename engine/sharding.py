@@ -81,7 +81,7 @@ class Sharding:
     def share(self, active: Tensor | None, grid: tuple[int, int, int], batch_size: int) -> Share:
         """Cut the active tokens (None: all of `grid`; [A]; [B, A]) anew, and plan the attention to them."""
         num_tokens = grid[0] * grid[1] * grid[2]
-        sizes = sizes_for(self.config, num_tokens, active, grid, self.speeds.weights)
+        sizes = sizes_for(self.config, num_tokens, active, self.speeds.weights)
         listed = torch.arange(num_tokens, device=self.mesh.device) if active is None else active
         rank = self.mesh.sequence.rank
         tokens = listed[..., slices(sizes)[rank]]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
-from ..errors import ConfigError
+from ..settings import check, setting
 
 POLICIES = ("joint", "tokens", "groups", "steps")
 SOLVERS = ("euler", "unipc", "dpm++")
@@ -18,88 +16,54 @@ KV_DTYPES = ("float32", "bfloat16", "float16")
 class HSAConfig:
     """Settings of heterogeneous step allocation. Every field that is ``None`` is deduced.
 
-    Attributes:
-        compute: target share of the dense denoising work, in (0, 1]; .5 means half of the token evaluations
-            and so, since every term of the cost is linear in the active tokens, half of the denoising time.
-        policy: how the budget is spent. ``joint`` puts whole steps where the error that reaches the end is least and
-            adds a partial one where whole ones miss the target; ``tokens`` ranks tokens at every evaluated step;
-            ``groups`` is the paper's reading (groups with step divisors 1, 2, 4, 8); ``steps`` evaluates whole steps
-            only and so meets the target to within half a step.
-        warmup: number of first steps at which all tokens are active, at least 1.
-        cooldown: number of last steps at which all tokens are active.
-        profile: exponent a; the share of a step's tokens (``tokens``) or the density of evaluated steps (``steps``)
-            is proportional to (sigma_i - sigma_next)^a, so that a < 0 spends more where the sigma steps are small
-            (early). The other policies do without.
-        solver: replaces the pipeline's scheduler; ``None`` keeps it.
-        forecast: what a skipped token's velocity is taken to be: ``hold`` (its last one, as in the paper),
-            ``taylor`` (extrapolated linearly in sigma), ``ab2`` (Adams-Bashforth 2 on each token's own
-            sub-grid).
-        correct: whether a token's next evaluation corrects its forecast in hindsight (`velocity.VelocityCache`);
-            deduced: where the solver is Euler, the policy works by whole steps (``joint``, ``steps``) and the forecast
-            is not ``hold``, which is the paper's.
-        kv_forecast: damping in [0, 1] of the linear forecast of stale keys and values; 0 is off; above 0
-            doubles the cache.
-        max_age: a token is evaluated again after at most this many evaluated steps, as far as the budget
-            allows; ``groups`` has its divisors instead.
-        kv_dtype: data type of the cached keys and values; ``None`` keeps the computed one.
+    The cost of a step is linear in its active tokens, so ``compute=0.5`` halves the denoising time. ``profile`` is an
+    exponent a: the share of a step's tokens (``tokens``) or the density of evaluated steps (``steps``) is proportional
+    to (sigma_i - sigma_next)^a. ``correct`` is deduced as true where the solver is Euler, the policy works by whole
+    steps (``joint``, ``steps``) and the forecast is not ``hold``. ``kv_forecast`` above 0 doubles the cache.
 
     Raises:
         ConfigError: a value is out of range or of the wrong type.
     """
 
-    compute: float = 0.5
-    policy: str = "joint"
-    warmup: int | None = None
-    cooldown: int | None = None
-    profile: float | None = None
-    solver: str | None = None
-    forecast: str | None = None
-    correct: bool | None = None
-    kv_forecast: float | None = None
-    max_age: int | None = None
-    kv_dtype: str | None = None
+    compute: float = setting(
+        0.5, above=0, most=1, metavar="C", help="share of the dense denoising work to spend; 1 is the stock pipeline"
+    )
+    policy: str = setting(
+        "joint",
+        choices=POLICIES,
+        help="how the share is spent: joint places whole steps and adds a partial one where they miss the target, "
+        "tokens ranks single tokens at every evaluated step, groups is the paper's reading (step divisors 1, 2, 4, 8), "
+        "steps evaluates whole steps only",
+    )
+    warmup: int | None = setting(None, least=1, help="first steps at which all tokens are active")
+    cooldown: int | None = setting(None, least=0, help="last steps at which all tokens are active")
+    profile: float | None = setting(
+        None,
+        least=-4,
+        most=4,
+        help="for tokens and steps: exponent of the share over the sigma steps; below 0 spends more on early steps",
+    )
+    solver: str | None = setting(
+        None, choices=SOLVERS, help="replaces the pipeline's scheduler; left out, the model's own stays"
+    )
+    forecast: str | None = setting(
+        None,
+        choices=FORECASTS,
+        help="velocity of a skipped token: hold keeps its last one (the paper), taylor extrapolates it in sigma, ab2 "
+        "(with --solver euler) follows the exact solution of the flow",
+    )
+    correct: bool | None = setting(
+        None, help="correct each forecast in hindsight by the next evaluation; needs a policy of whole steps"
+    )
+    kv_forecast: float | None = setting(
+        None, least=0, most=1, help="damping of the linear forecast of stale keys and values; 0 is off"
+    )
+    max_age: int | None = setting(
+        None, least=1, help="for tokens: evaluated steps after which a token is evaluated again, if the budget allows"
+    )
+    kv_dtype: str | None = setting(
+        None, choices=KV_DTYPES, help="data type of cached keys and values; left out, the computed one"
+    )
 
     def __post_init__(self) -> None:
-        """Check every field; see the class for the rules."""
-        compute = _number("compute", self.compute)
-        if not 0.0 < compute <= 1.0:
-            raise ConfigError(
-                f"compute={self.compute!r}: it is a share of the dense work, above 0 and at most 1, e.g. 0.5."
-            )
-        object.__setattr__(self, "compute", compute)
-        _choice("policy", self.policy, POLICIES)
-        for name, choices in (("solver", SOLVERS), ("forecast", FORECASTS), ("kv_dtype", KV_DTYPES)):
-            if getattr(self, name) is not None:
-                _choice(name, getattr(self, name), choices)
-        for name, least in (("warmup", 1), ("cooldown", 0), ("max_age", 1)):
-            if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), least)
-        if self.correct is not None and not isinstance(self.correct, bool):
-            raise ConfigError(f"correct={self.correct!r}: True or False is needed, or None to have it deduced.")
-        if self.profile is not None:
-            exponent = _number("profile", self.profile)
-            if abs(exponent) > 4.0:
-                raise ConfigError(f"profile={self.profile!r}: the exponent lies between -4 and 4, e.g. -0.5.")
-        if self.kv_forecast is not None and not 0.0 <= _number("kv_forecast", self.kv_forecast) <= 1.0:
-            raise ConfigError(f"kv_forecast={self.kv_forecast!r}: a damping between 0 (off) and 1, e.g. 0.5.")
-
-
-def _number(name: str, value: Any) -> float:
-    """Return `value` as a finite float, or refuse it."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"{name}={value!r}: a finite number is needed, e.g. 0.5.")
-    return float(value)
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    """Refuse anything but a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(
-            f"{name}={value!r}: a whole number of at least {least} is needed, or None to have it deduced."
-        )
-
-
-def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Refuse anything but one of `choices`."""
-    if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"{name}={value!r}: one of {', '.join(choices)} is needed.")
+        check(self)

@@ -200,13 +200,3 @@ class VelocityCache:
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(t.nbytes for t in (self.last, self.prev) if t is not None)
-
-
-def cached_euler(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """One Euler step of dx/dsigma = v for every token: x + (sigma_next - sigma) * velocity.
-
-    `velocity` holds fresh rows for the active tokens and last-known ones for the rest (arXiv 2605.06892).
-    Shapes are alike and arbitrary. It telescopes: k steps with one velocity equal one jump of the summed
-    length.
-    """
-    return x + (sigma_next - sigma) * velocity

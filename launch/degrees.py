@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,28 +14,32 @@ from ..parallel.choose import choose, resolve
 from ..parallel.config import ParallelConfig, check, degrees
 from ..parallel.kernels import pick
 
+if TYPE_CHECKING:
+    from .options import Command
+    from .rank import Rank
+
 _AXES = ("cfg", "ring", "ulysses")
 
 
 def parallel_from(
-    arguments: argparse.Namespace, num_heads: int, num_branches: int, kv_bytes: int, device: torch.device
+    command: Command, num_heads: int, num_branches: int, kv_bytes: int, device: torch.device, rank: Rank | None = None
 ) -> tuple[ParallelConfig | None, str]:
     """Return the degrees for a job, and a sentence that says why; None for one rank.
 
     Args:
-        arguments: of `generate`; `rank` is set in a process that is a rank already.
+        command: names degrees, or leaves them out.
         num_heads: attention heads of the model.
         num_branches: guidance branches of the request, 1 or 2.
         kv_bytes: K/V of all tokens, layers and branches of the request.
         device: where the ranks compute.
+        rank: this process, if it is a rank already.
 
     Raises:
         ConfigError: no degrees fit; the message lists those that do.
     """
-    asked: dict[str, Any] = {axis: getattr(arguments, axis) for axis in _AXES if getattr(arguments, axis) is not None}
-    flags = ("ring_cache", "cut", "kernel")
-    how: dict[str, Any] = {name: getattr(arguments, name) for name in flags if getattr(arguments, name) is not None}
-    size = arguments.rank.world_size if arguments.rank is not None else arguments.nproc or 1
+    asked: dict[str, Any] = {axis: command.degrees[axis] for axis in _AXES if axis in command.degrees}
+    how: dict[str, Any] = {name: value for name, value in command.degrees.items() if name not in _AXES}
+    size = rank.world_size if rank is not None else command.ranks.nproc or 1
     # The widest first: branches need least exchange, then heads.
     fitting = [
         found
@@ -48,7 +51,7 @@ def parallel_from(
         check(config, world_size=size, num_heads=num_heads, num_branches=num_branches)
         raise ConfigError(f"{size} ranks cannot be {' x '.join(f'{a} {n}' for a, n in asked.items())}")
     if size == 1:
-        if arguments.shard_weights:
+        if command.shard_weights:
             how["shard_weights"] = True
         if how:
             raise ConfigError(f"--{next(iter(how)).replace('_', '-')} is for several ranks; start them with --nproc P")
@@ -61,8 +64,8 @@ def parallel_from(
     pick(config.kernel, device)
     if config.ring > 1 and config.ring_cache == "auto":
         config, why = resolve(config, kv_bytes=kv_bytes, free_bytes=_free_bytes(device, size))
-        if arguments.rank is not None:  # free memory differs from rank to rank, the form must not
-            gathered = arguments.rank.decide("gathered", lambda: config.ring_cache == "gathered")
+        if rank is not None:  # free memory differs from rank to rank, the form must not
+            gathered = rank.decide("gathered", lambda: config.ring_cache == "gathered")
             config = replace(config, ring_cache="gathered" if gathered else "sharded")
         reason = f"{reason}; {why}"
     return config, reason

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from ..engine.engine import Engine, find_finished
 from ..engine.facts import read_facts
 from ..engine.files import check_writable, replacing, write_json
-from ..engine.job import JobConfig
 from ..engine.loading import pick_device, pick_dtype
 from ..engine.record import run_record
 from ..engine.request import (
@@ -23,13 +21,13 @@ from ..engine.request import (
     Event,
     GenerateRequest,
     Interrupted,
+    JobConfig,
     Started,
     StepDone,
     VideoOutput,
     resolve,
 )
 from ..errors import ConfigError
-from ..hsa.config import HSAConfig
 from .degrees import own_flags, parallel_from
 from .local import run_ranks
 from .logs import silence_libraries
@@ -38,7 +36,11 @@ from .signals import JobStopped, saving_signals
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from ..engine.facts import ModelFacts
     from ..engine.job import Finished
+    from ..engine.request import ResolvedRequest
+    from ..parallel.config import ParallelConfig
+    from .options import Command, Outputs
     from .rank import Rank
 
 MAX_SIDE = 16384
@@ -47,42 +49,55 @@ MAX_SIDE = 16384
 _SUFFIXES = {"output": ".mp4", "heatmap": ".mp4", "latents": ".safetensors", "report": ".json"}
 
 
-def generate(arguments: argparse.Namespace) -> int:
-    """Run the command with parsed arguments; returns the exit code."""
+def generate(command: Command, rank: Rank | None = None) -> int:
+    """Run the command; returns the exit code.
+
+    Args:
+        command: what was asked for.
+        rank: this process's place among others that run the same command; None: it starts them, if there shall be any.
+
+    Raises:
+        HeterostepError: a setting, the model or the request is wrong, or the work failed.
+    """
     silence_libraries()
     # Everything that can be wrong is checked before a model is loaded, which may take minutes.
-    paths = _paths(arguments)
-    policy = {} if arguments.policy is None else {"policy": arguments.policy}
-    hsa = HSAConfig(compute=arguments.compute, solver=arguments.solver, forecast=arguments.forecast, **policy)
-    config = EngineConfig(model=arguments.model, hsa=hsa, dtype=arguments.dtype, device=arguments.device)
-    request = _request(arguments)
+    outputs, config, request, job = command.outputs, command.engine, command.request, command.job
+    paths = _paths(outputs)
     facts = read_facts(config.model)
     resolved = resolve(request, facts)
-    if max(resolved.width, resolved.height) * arguments.scale > MAX_SIDE:
-        raise ConfigError(f"scale {arguments.scale} makes the video larger than the {MAX_SIDE} pixels H.264 allows")
-    job, rank = _job(arguments), arguments.rank
-    say: Callable[[str], None] = (lambda text: None) if arguments.quiet else print
-    if arguments.ray or arguments.ray_address is not None:
-        return _done(*_on_ray(arguments, config, request, job, say), paths, arguments, say)
-    branches, device = facts.passes(resolved.guidance_scale), pick_device(config.device)
-    num_tokens = math.prod(facts.grid(resolved.width, resolved.height, resolved.num_frames))
-    kv_bytes = branches * facts.cache_bytes(num_tokens, pick_dtype(config.dtype, device).itemsize)
-    parallel, reason = parallel_from(arguments, facts.shared_heads, branches, kv_bytes, device)
-    config = dataclasses.replace(config, parallel=parallel, shard_weights=arguments.shard_weights)
-    quiet = arguments.quiet = arguments.quiet or (rank is not None and not rank.leads)
-    say = (lambda text: None) if quiet else print
-
+    if max(resolved.width, resolved.height) * outputs.scale > MAX_SIDE:
+        raise ConfigError(f"scale {outputs.scale} makes the video larger than the {MAX_SIDE} pixels H.264 allows")
+    quiet = outputs.quiet or (rank is not None and not rank.leads)
+    say: Callable[[str], None] = (lambda text: None) if quiet else print
+    if command.ranks.ray or command.ranks.ray_address is not None:
+        output, record = _on_ray(command, rank, quiet, say)
+        return _done(output, record, paths, outputs.scale, say)
+    parallel, reason = _degrees(command, facts, resolved, rank)
+    config = dataclasses.replace(config, parallel=parallel, shard_weights=command.shard_weights)
     if job is not None:
         found = _finished(config, request, job, rank)
         if found is not None:
-            say(f"the job in {arguments.job_dir} is finished; nothing was computed")
-            return _done(*found, paths, arguments, say)
+            say(f"the job in {job.folder} is finished; nothing was computed")
+            return _done(found.output, found.record, paths, outputs.scale, say)
     if parallel is not None and rank is None:
         say(reason)
-        logs = None if arguments.job_dir is None else Path(arguments.job_dir) / "logs"
-        return run_ranks(own_flags(arguments.given), parallel.world_size, restarts=3 if job else 0, log_dir=logs)
-    output, record = _compute(arguments, config, request) if job is None else _work(arguments, config, request, job)
-    return _done(output, record, paths, arguments, say) if rank is None or rank.leads else 0
+        logs = None if job is None else Path(job.folder) / "logs"
+        return run_ranks(own_flags(command.flags), parallel.world_size, restarts=3 if job else 0, log_dir=logs)
+    if job is None:
+        output, record = _compute(config, request, outputs.compare_dense, quiet)
+    else:
+        output, record = _work(config, request, job, quiet)
+    return _done(output, record, paths, outputs.scale, say) if rank is None or rank.leads else 0
+
+
+def _degrees(
+    command: Command, facts: ModelFacts, resolved: ResolvedRequest, rank: Rank | None
+) -> tuple[ParallelConfig | None, str]:
+    """The degrees for the ranks, and why."""
+    branches, device = facts.passes(resolved.guidance_scale), pick_device(command.engine.device)
+    num_tokens = math.prod(facts.grid(resolved.width, resolved.height, resolved.num_frames))
+    kv_bytes = branches * facts.cache_bytes(num_tokens, pick_dtype(command.engine.dtype, device).itemsize)
+    return parallel_from(command, facts.shared_heads, branches, kv_bytes, device, rank)
 
 
 def _finished(config: EngineConfig, request: GenerateRequest, job: JobConfig, rank: Rank | None) -> Finished | None:
@@ -100,55 +115,45 @@ def _finished(config: EngineConfig, request: GenerateRequest, job: JobConfig, ra
 
 
 def _on_ray(
-    arguments: argparse.Namespace,
-    config: EngineConfig,
-    request: GenerateRequest,
-    job: JobConfig | None,
-    say: Callable[[str], None],
+    command: Command, rank: Rank | None, quiet: bool, say: Callable[[str], None]
 ) -> tuple[VideoOutput, dict[str, Any]]:
-    if arguments.rank is not None:
+    if rank is not None:
         raise ConfigError("--ray is for `heterostep generate`: under torchrun the ranks are there already")
     if find_spec("ray") is None:
         raise ConfigError("ray is not installed; pip install '.[ray]' in heterostep's folder, or leave out --ray")
     from .gang.generate import generate_on_ray
 
-    return generate_on_ray(
-        arguments, config, request, job, lambda events, label: _run(events, label, arguments.quiet), say
-    )
+    return generate_on_ray(command, lambda events, label: _run(events, label, quiet), say)
 
 
 def _done(
-    output: VideoOutput,
-    record: dict[str, Any],
-    paths: dict[str, Path],
-    arguments: argparse.Namespace,
-    say: Callable[[str], None],
+    output: VideoOutput, record: dict[str, Any], paths: dict[str, Path], scale: int, say: Callable[[str], None]
 ) -> int:
     """Write the files and say what they are."""
-    _write(output, record, paths, arguments.scale)
+    _write(output, record, paths, scale)
     for line in _summary(output, record, paths):
         say(line)
     return 0
 
 
 def _compute(
-    arguments: argparse.Namespace, config: EngineConfig, request: GenerateRequest
+    config: EngineConfig, request: GenerateRequest, compare_dense: bool, quiet: bool
 ) -> tuple[VideoOutput, dict[str, Any]]:
     """Load the model and make the video, and a dense one after it where that is asked for."""
     engine = Engine(config)
-    if arguments.compare_dense:
+    if compare_dense:
         # The first steps of a process pay for allocations and kernel choices; neither side should.
         engine.generate(dataclasses.replace(request, compute=1.0, num_inference_steps=2))
     # Before the dense run, which can take an hour: the plan may be one that cannot be met.
-    output = _run(engine.stream(request), "denoising", arguments.quiet)
+    output = _run(engine.stream(request), "denoising", quiet)
     dense = None
-    if arguments.compare_dense:
-        dense = _run(engine.stream(dataclasses.replace(request, compute=1.0)), "dense", arguments.quiet)
+    if compare_dense:
+        dense = _run(engine.stream(dataclasses.replace(request, compute=1.0)), "dense", quiet)
     return output, run_record(engine, output, dense)
 
 
 def _work(
-    arguments: argparse.Namespace, config: EngineConfig, request: GenerateRequest, job: JobConfig
+    config: EngineConfig, request: GenerateRequest, job: JobConfig, quiet: bool
 ) -> tuple[VideoOutput, dict[str, Any]]:
     """Load the model and go on with a job.
 
@@ -176,7 +181,7 @@ def _work(
                         engines[0].save_and_stop()
                     yield event
 
-            output = _run(events(), "denoising", arguments.quiet)
+            output = _run(events(), "denoising", quiet)
     except Interrupted as interrupted:
         raise JobStopped(str(interrupted)) from interrupted
     except KeyboardInterrupt as interrupt:
@@ -184,40 +189,12 @@ def _work(
     return output, run_record(engines[0], output)
 
 
-def _job(arguments: argparse.Namespace) -> JobConfig | None:
-    given = {name: getattr(arguments, name) for name in ("checkpoint_every", "resume")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if arguments.job_dir is None:
-        if given:
-            raise ConfigError(f"--{next(iter(given)).replace('_', '-')} is for jobs; name a folder with --job-dir")
-        return None
-    if arguments.compare_dense:
-        raise ConfigError("--compare-dense makes two videos, but a job is one; leave out --job-dir to compare")
-    return JobConfig(folder=arguments.job_dir, **given)
-
-
-def _paths(arguments: argparse.Namespace) -> dict[str, Path]:
-    given = {name: getattr(arguments, name) for name in _SUFFIXES if getattr(arguments, name) is not None}
+def _paths(outputs: Outputs) -> dict[str, Path]:
+    given = {name: getattr(outputs, name) for name in _SUFFIXES if getattr(outputs, name) is not None}
     paths = {name: check_writable(path, _SUFFIXES[name]) for name, path in given.items()}
     if len({path.resolve() for path in paths.values()}) < len(paths):
         raise ConfigError("two outputs have the same name; give each its own")
     return paths
-
-
-def _request(arguments: argparse.Namespace) -> GenerateRequest:
-    width, height = arguments.size or (None, None)
-    return GenerateRequest(
-        prompt=arguments.prompt,
-        negative_prompt=arguments.negative_prompt,
-        width=width,
-        height=height,
-        num_frames=arguments.frames,
-        fps=arguments.fps,
-        num_inference_steps=arguments.steps,
-        guidance_scale=arguments.guidance,
-        seed=arguments.seed,
-        image=arguments.image,
-    )
 
 
 def _run(events: Iterator[Event], label: str, quiet: bool) -> VideoOutput:

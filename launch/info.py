@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 
@@ -15,14 +14,20 @@ from ..parallel.config import divisors
 from .logs import silence_libraries
 
 
-def info(arguments: argparse.Namespace) -> int:
-    """Run the command with parsed arguments; returns the exit code."""
+def info(model: str, size: tuple[int, int] | None, num_frames: int | None) -> int:
+    """Print what is known of a model; returns the exit code.
+
+    Args:
+        model: `"demo"`, a folder, or a hub id.
+        size: width and height for which tokens are counted; None: the model's default.
+        num_frames: frames likewise.
+    """
     silence_libraries()
-    facts = read_facts(arguments.model)
-    width, height = arguments.size or (None, None)
+    facts = read_facts(model)
+    width, height = size or (None, None)
     # A size can be checked without the image that a video of it would start from.
     any_image = dataclasses.replace(facts, image="none")
-    sized = resolve(GenerateRequest(prompt="-", width=width, height=height, num_frames=arguments.frames), any_image)
+    sized = resolve(GenerateRequest(prompt="-", width=width, height=height, num_frames=num_frames), any_image)
     rows = [
         *(f"{name:16} {number}" for name, number in versions().items()),
         f"{'devices':16} {', '.join(_devices())}",

@@ -5,8 +5,6 @@ On a Ray cluster that runs already: `serve run heterostep.launch.serve:app model
 
 from __future__ import annotations
 
-import argparse
-import ipaddress
 import logging
 import signal
 import socket
@@ -14,56 +12,33 @@ import threading
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..engine.request import EngineConfig
 from ..errors import ConfigError
-from .gang.config import threads_asked
-
-if TYPE_CHECKING:
-    from .service.settings import ServiceSettings
+from ..hsa.config import HSAConfig
+from ..parallel.config import ParallelConfig
+from .options import Serving, is_loopback, read_settings, service_settings
+from .service.settings import ServiceSettings
 
 # Connections at once; more are answered 503.
 _MAX_CONNECTIONS = 512
 # An event stream or a download occupies a replica's slot as long as it lasts.
 _MAX_ONGOING = 512
-_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
-def serve(arguments: argparse.Namespace) -> int:
-    """Run the command with parsed arguments; returns the exit code."""
+def serve(settings: ServiceSettings, serving: Serving) -> int:
+    """Run the command; returns the exit code."""
     _require("fastapi", "uvicorn", "prometheus_client", "python_multipart", extra="serve")
-    settings = settings_from(arguments)
-    if arguments.no_ray:
+    if serving.no_ray:
         if settings.ranks > 1:
             raise ConfigError(
                 f"--gpus-per-replica {settings.ranks} with --no-ray: several ranks for one video need Ray; leave out "
                 "one of the two"
             )
-        return _serve_here(settings, arguments.host, arguments.port)
+        return _serve_here(settings, serving.host, serving.port)
     _require("ray", extra="ray", otherwise=", or serve without Ray: --no-ray")
-    return _serve_on_ray(settings, arguments)
-
-
-def settings_from(arguments: argparse.Namespace) -> ServiceSettings:
-    """The settings that flags ask for; ConfigError says what is wrong with them."""
-    from .service.settings import ServiceSettings
-
-    hosts: tuple[str, ...] = ()
-    if _is_loopback(arguments.host) and arguments.api_key_file is None:
-        # A page that calls itself by a name of its own could otherwise send jobs to this machine.
-        hosts = (*_LOOPBACK, *(name.lower() for name in arguments.allow_host))
-    names = (
-        *("model", "compute", "policy", "dtype", "device", "replicas", "checkpoint_every", "root_path"),
-        *("max_queue", "max_prompt", "max_pixels", "max_frames", "max_steps", "keep_days", "keep_gib"),
-    )
-    return ServiceSettings(
-        data_dir=Path(arguments.data_dir),
-        api_key_file=Path(arguments.api_key_file) if arguments.api_key_file is not None else None,
-        allowed_hosts=hosts,
-        ranks=max(1, arguments.gpus_per_replica or 1),
-        threads=threads_asked(),
-        **{name: getattr(arguments, name) for name in names},
-    )
+    return _serve_on_ray(settings, serving)
 
 
 def _serve_here(settings: ServiceSettings, host: str, port: int) -> int:
@@ -78,7 +53,7 @@ def _serve_here(settings: ServiceSettings, host: str, port: int) -> int:
     log_json_lines()
     listener = _listen(host, port)  # before anything is written
     service = VideoService(settings)
-    if not _is_loopback(host) and service.keys is None:
+    if not is_loopback(host) and service.keys is None:
         say("everybody who reaches this machine may use the service: --api-key-file is not given", logging.WARNING)
     config = uvicorn.Config(
         create_app(service),
@@ -137,13 +112,6 @@ def _address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
-
-
 def _require(*modules: str, extra: str, otherwise: str = "") -> None:
     absent = [name for name in modules if find_spec(name) is None]
     if absent:
@@ -163,12 +131,9 @@ def app(arguments: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: a value is wrong.
     """
-    from .cli import build_parser
-
     _require("ray", extra="ray")
-    flags = [word for name, value in arguments.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    parsed = build_parser().parse_args(["serve", *flags])
-    return _application(settings_from(parsed), parsed.gpus_per_replica)
+    flags = read_settings(arguments, EngineConfig, HSAConfig, ParallelConfig, Serving, ServiceSettings)
+    return _application(service_settings(flags), flags.get("gpus_per_replica"))
 
 
 def _application(settings: ServiceSettings, gpus: int | None) -> Any:
@@ -218,7 +183,7 @@ def _application(settings: ServiceSettings, gpus: int | None) -> Any:
     return deployment(serve.ingress()(VideoReplica)).bind(settings)
 
 
-def _serve_on_ray(settings: ServiceSettings, arguments: argparse.Namespace) -> int:
+def _serve_on_ray(settings: ServiceSettings, serving: Serving) -> int:
     """Deploy on a cluster, or on one of this machine alone, until a signal comes."""
     import ray
     from ray import serve
@@ -226,15 +191,15 @@ def _serve_on_ray(settings: ServiceSettings, arguments: argparse.Namespace) -> i
     from .gang.cluster import cluster_address, init
 
     ranks = settings.ranks if settings.ranks > 1 else 0
-    init(cluster_address(arguments.ray_address), settings.replicas * (1 + ranks), settings.device)
+    init(cluster_address(serving.ray_address), settings.replicas * (1 + ranks), settings.engine.device)
     try:
-        serve.start(http_options={"host": arguments.host, "port": arguments.port})
-        serve.run(_application(settings, arguments.gpus_per_replica), name="heterostep", route_prefix="/")
+        serve.start(http_options={"host": serving.host, "port": serving.port})
+        serve.run(_application(settings, serving.gpus_per_replica), name="heterostep", route_prefix="/")
         stop = threading.Event()
         # Not before: Ray sets handlers of its own when it starts.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-        print(f"heterostep serves {settings.model} at http://{arguments.host}:{arguments.port}/ on Ray", flush=True)
+        print(f"heterostep serves {settings.engine.model} at http://{serving.host}:{serving.port}/ on Ray", flush=True)
         stop.wait()
     finally:
         serve.shutdown()

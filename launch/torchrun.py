@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 from ..errors import ConfigError, RequestError
 from .cli import EXIT_BAD_INPUT, EXIT_FAILED, build_parser, explain
+from .options import command_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,17 +19,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         alone meets, it tells the others, which then end too.
     """
     given = sys.argv[1:] if argv is None else list(argv)
-    arguments = build_parser().parse_args(["generate", *given])
-    if arguments.nproc is not None:
+    try:
+        command = command_of(build_parser().parse_args(["generate", *given]), tuple(given))
+    except (ConfigError, RequestError) as error:
+        # Alike on all ranks; that it is said once needs no meeting.
+        return _say(str(error), EXIT_BAD_INPUT) if os.environ.get("RANK", "0") == "0" else EXIT_BAD_INPUT
+    if command.ranks.nproc is not None:
         return _say("--nproc is for `heterostep generate`; torchrun itself starts the ranks", EXIT_BAD_INPUT)
+    from .generate import generate
     from .rank import joined, wait_for_failure
 
     try:
-        with joined(arguments.device) as rank:
-            arguments.rank = rank
+        with joined(command.engine.device) as rank:
             try:
-                status: int = arguments.run(arguments)
-                return status
+                return generate(command, rank)
             except BaseException as error:
                 said = explain(error)
                 if isinstance(error, ConfigError | RequestError):

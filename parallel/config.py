@@ -8,51 +8,41 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
+from ..settings import check as check_settings
+from ..settings import setting
 
 RING_CACHES = ("auto", "gathered", "sharded")
 KERNELS = ("auto", "sdpa", "flash", "flash3", "xfuser")
-CUTS = ("equal", "measured", "contiguous", "interleaved")
+CUTS = ("equal", "measured")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """Degrees of the three axes, and how attention is placed on them.
 
-    Attributes:
-        cfg: groups of ranks that run different guidance branches; it must divide the number of branches.
-        ring: ranks that share the tokens of one layer, whatever its number of heads.
-        ulysses: ranks that share the heads of one layer; it must divide their number.
-        ring_cache: with ring > 1, what a ring rank keeps: ``gathered`` (K/V of all tokens: least traffic, `ring`
-            times the memory) or ``sharded`` (K/V of its own range of tokens; queries travel). ``auto`` takes
-            ``gathered`` where `choose.resolve` found it to fit into memory, else ``sharded``.
-        kernel: attention kernel, see `kernels.pick`.
-        cut: how the active tokens are cut among the ranks, anew for each step: ``equal``, or ``measured``: by the
-            ranks' speeds over the first steps, for machines that differ (sums are then rounded otherwise, so that two
-            such runs agree to rounding only). ``contiguous`` and ``interleaved`` give tokens fixed owners, as other
-            engines do, and exist for the benchmark only.
-        weights: relative speeds of the ring * ulysses ranks of a sequence group, ring-major; None: equally fast.
+    ``ring_cache`` says what a rank keeps where ring > 1: ``gathered``, the K/V of all tokens (least traffic, ring times
+    the memory), or ``sharded``, those of its own range of tokens (queries travel). ``auto`` takes ``gathered`` where
+    `choose.resolve` found it to fit into memory. With ``cut="measured"`` sums are rounded otherwise from run to run, so
+    two runs agree to rounding only.
 
     Raises:
         ConfigError: a value is out of range or of the wrong type.
     """
 
-    cfg: int = 1
-    ring: int = 1
-    ulysses: int = 1
-    ring_cache: str = "auto"
-    kernel: str = "auto"
-    cut: str = "equal"
-    weights: tuple[float, ...] | None = None
+    cfg: int = setting(1, least=1, metavar="C", help="groups of ranks that run one guidance branch each, 1 or 2")
+    ring: int = setting(1, least=1, metavar="R", help="ranks that share the tokens of a layer; any number")
+    ulysses: int = setting(1, least=1, metavar="U", help="ranks that share the heads of a layer; must divide them")
+    ring_cache: str = setting(
+        "auto", choices=RING_CACHES, help="gathered keeps all K/V on every ring rank, sharded its own range"
+    )
+    kernel: str = setting("auto", choices=KERNELS, help="attention kernel")
+    cut: str = setting("equal", choices=CUTS, help="measured gives faster ranks more tokens")
+    weights: tuple[float, ...] | None = setting(
+        None, flag="", help="relative speeds of the ring * ulysses ranks of a sequence group, ring-major"
+    )
 
     def __post_init__(self) -> None:
-        """Check what can be checked without model and job; `check` does the rest."""
-        for name in ("cfg", "ring", "ulysses"):
-            degree = getattr(self, name)
-            if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
-                raise ConfigError(f"{name}={degree!r}: a degree is a whole number of at least 1.")
-        for name, choices in (("ring_cache", RING_CACHES), ("kernel", KERNELS), ("cut", CUTS)):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: one of {', '.join(choices)} is needed.")
+        check_settings(self)
         if self.weights is not None:
             object.__setattr__(self, "weights", _speeds(self.weights, self.ring * self.ulysses))
             if self.cut != "equal":

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate
 
-import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from .config import ParallelConfig
 
 
@@ -51,47 +49,15 @@ def imbalance(sizes: Sequence[int]) -> float:
 
 
 def sizes_for(
-    config: ParallelConfig,
-    num_tokens: int,
-    active: Tensor | None = None,
-    grid: tuple[int, int, int] | None = None,
-    speeds: Sequence[float] | None = None,
+    config: ParallelConfig, num_tokens: int, active: Tensor | None = None, speeds: Sequence[float] | None = None
 ) -> list[int]:
     """Rows that each rank of the sequence axis computes at one step, ring-major.
 
     Args:
-        config: names the cut.
+        config: degrees and relative speeds.
         num_tokens: N.
         active: int64 [A] or [B, A]; None for all tokens.
-        grid: tokens (F, Y, X) of a video, which ``interleaved`` uses.
-        speeds: of the ranks, as far as ``measured`` knows them.
-
-    Raises:
-        ConfigError: a static cut was asked for with a set of tokens for each sample; counts per rank differ then.
+        speeds: of the ranks, as far as they were measured; they replace those of `config`.
     """
-    parts = config.sequence_size
-    if config.cut in ("equal", "measured"):
-        return cut(num_tokens if active is None else active.shape[-1], parts, speeds or config.weights)
-    if active is None:
-        active = torch.arange(num_tokens)
-    elif active.ndim == 2:
-        raise ConfigError(f"cut={config.cut!r} needs one active set for the whole batch; cut='equal' takes any.")
-    owner = owners(config.cut, num_tokens, parts, grid).to(active.device)
-    sizes: list[int] = torch.bincount(owner[active], minlength=parts).tolist()
-    return sizes
-
-
-def owners(static_cut: str, num_tokens: int, parts: int, grid: tuple[int, int, int] | None = None) -> Tensor:
-    """Owner of each token, int64 [N], of a static cut; for the benchmark.
-
-    ``contiguous``: equal ranges, as xDiT and diffusers cut a sequence. ``interleaved``: (f + y + x) mod parts on the
-    grid of tokens, the static cut that spreads moving objects best; index mod parts where no grid is given.
-    """
-    if static_cut == "contiguous":
-        return torch.arange(parts).repeat_interleave(torch.tensor(cut(num_tokens, parts)))
-    assert static_cut == "interleaved", static_cut
-    if grid is None:
-        return torch.arange(num_tokens) % parts
-    assert grid[0] * grid[1] * grid[2] == num_tokens
-    f, y, x = (torch.arange(size) for size in grid)
-    return ((f[:, None, None] + y[:, None] + x) % parts).flatten()
+    count = num_tokens if active is None else active.shape[-1]
+    return cut(count, config.sequence_size, speeds or config.weights)

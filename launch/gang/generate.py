@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import math
@@ -17,13 +16,13 @@ from ...engine.checkpoint import remove_others
 from ...engine.engine import find_finished
 from ...engine.facts import read_facts
 from ...engine.image import read_image
-from ...engine.job import JobConfig
 from ...engine.loading import pick_device, pick_dtype
 from ...engine.record import compare
-from ...engine.request import Cancelled, EngineConfig, Event, GenerateRequest, VideoOutput, resolve
+from ...engine.request import Cancelled, EngineConfig, Event, GenerateRequest, JobConfig, VideoOutput, resolve
 from ...errors import ConfigError
 from ...parallel.config import ParallelConfig
 from ..degrees import parallel_from
+from ..options import Command
 from ..signals import JobStopped, saving_signals
 from .cluster import check_room, cluster_address, connected, has_gpus
 from .config import GangConfig, threads_asked
@@ -35,21 +34,12 @@ Show = Callable[[Iterator[Event], str], VideoOutput]
 """Shows a run's events under a label, and returns its video."""
 
 
-def generate_on_ray(
-    arguments: argparse.Namespace,
-    config: EngineConfig,
-    request: GenerateRequest,
-    job: JobConfig | None,
-    show: Show,
-    say: Callable[[str], None],
-) -> tuple[VideoOutput, dict[str, Any]]:
+def generate_on_ray(command: Command, show: Show, say: Callable[[str], None]) -> tuple[VideoOutput, dict[str, Any]]:
     """Make the video that the flags ask for.
 
     Args:
-        arguments: of `generate`.
-        config: of the engine, without degrees.
-        request: valid for the model.
-        job: where it is kept; without one it is kept in a temporary folder as long as this process lives.
+        command: its request is valid for the model. Without a job the video is kept in a temporary folder as long as
+            this process lives.
         show: shows the events.
         say: prints a line.
 
@@ -60,14 +50,15 @@ def generate_on_ray(
         ConfigError: flags that do not fit each other, the model or the cluster.
         JobStopped: a signal told to go; what is done is saved.
     """
-    size = arguments.nproc or 1
+    config, request, job = command.engine, command.request, command.job
+    size = command.ranks.nproc or 1
     if request.image is not None:  # its file is on this machine, the ranks may be on others
         request = dataclasses.replace(request, image=read_image(request.image))
     if config.device.startswith("cuda:"):
         raise ConfigError(f"--device {config.device} with --ray: Ray chooses the GPUs; take cuda, cpu or auto")
-    address = cluster_address(arguments.ray_address)
+    address = cluster_address(command.ranks.ray_address)
     # What is wrong with a run on this machine is said before Ray starts, which takes seconds.
-    here = _settled(arguments, config, request, pick_device(config.device).type == "cuda") if address is None else None
+    here = _settled(command, config, request, pick_device(config.device).type == "cuda") if address is None else None
     found = _finished(here[0], request, job, say) if here is not None else None
     if found is not None:
         return found
@@ -76,7 +67,7 @@ def generate_on_ray(
             gpus = config.device != "cpu" and has_gpus()
             if config.device == "cuda" and not gpus:
                 raise ConfigError("--device cuda: the Ray cluster has no GPU; take --device cpu or auto")
-            here = _settled(arguments, config, request, gpus)
+            here = _settled(command, config, request, gpus)
             found = _finished(here[0], request, job, say)
             if found is not None:
                 return found
@@ -90,20 +81,18 @@ def generate_on_ray(
         if job is not None:
             return _keep(gang, _work(request, config.parallel, job), job, show, say)
         work = _work(request, config.parallel, None)
-        if arguments.compare_dense:
+        if command.outputs.compare_dense:
             return _compare(gang, work, show, say)
         kept = stack.enter_context(tempfile.TemporaryDirectory(prefix="heterostep-job-"))
         return _make(gang, work, Path(kept), show, say)
 
 
-def _settled(
-    arguments: argparse.Namespace, config: EngineConfig, request: GenerateRequest, gpus: bool
-) -> tuple[EngineConfig, str]:
+def _settled(command: Command, config: EngineConfig, request: GenerateRequest, gpus: bool) -> tuple[EngineConfig, str]:
     """The settings without anything automatic, which might mean something else on the ranks' machines; and why."""
     dtype = str(pick_dtype(config.dtype, torch.device("cuda" if gpus else "cpu"))).removeprefix("torch.")
     config = dataclasses.replace(config, device="cuda" if gpus else "cpu", dtype=dtype)
-    parallel, reason = _degrees(arguments, config, request, gpus)
-    return dataclasses.replace(config, parallel=parallel, shard_weights=arguments.shard_weights), reason
+    parallel, reason = _degrees(command, config, request, gpus)
+    return dataclasses.replace(config, parallel=parallel, shard_weights=command.shard_weights), reason
 
 
 def _finished(
@@ -118,7 +107,7 @@ def _finished(
 
 
 def _degrees(
-    arguments: argparse.Namespace, config: EngineConfig, request: GenerateRequest, gpus: bool
+    command: Command, config: EngineConfig, request: GenerateRequest, gpus: bool
 ) -> tuple[ParallelConfig | None, str]:
     """The degrees for the ranks at the start, and why."""
     facts = read_facts(config.model)
@@ -127,12 +116,13 @@ def _degrees(
     num_tokens = math.prod(facts.grid(resolved.width, resolved.height, resolved.num_frames))
     kv_bytes = branches * facts.cache_bytes(num_tokens, pick_dtype(config.dtype, device).itemsize)
     if gpus and device.type == "cpu":  # kernels and memory are those of other machines: the ranks check them
-        there = argparse.Namespace(**{**vars(arguments), "kernel": None})
+        degrees = {name: value for name, value in command.degrees.items() if name != "kernel"}
+        there = dataclasses.replace(command, degrees=degrees)
         parallel, reason = parallel_from(there, facts.shared_heads, branches, kv_bytes, device)
-        if parallel is not None and arguments.kernel is not None:
-            parallel = dataclasses.replace(parallel, kernel=arguments.kernel)
+        if parallel is not None and "kernel" in command.degrees:
+            parallel = dataclasses.replace(parallel, kernel=command.degrees["kernel"])
         return parallel, reason
-    return parallel_from(arguments, facts.shared_heads, branches, kv_bytes, device)
+    return parallel_from(command, facts.shared_heads, branches, kv_bytes, device)
 
 
 def _work(request: GenerateRequest, parallel: ParallelConfig | None, job: JobConfig | None) -> Work:

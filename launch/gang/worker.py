@@ -20,10 +20,9 @@ from torch.distributed.distributed_c10d import PrefixStore
 from ...engine.engine import Engine
 from ...engine.facts import first_line, read_facts
 from ...engine.files import checkpoint_steps
-from ...engine.job import JobConfig
 from ...engine.preview import Preview
 from ...engine.record import run_record
-from ...engine.request import Cancelled, EngineConfig, Event, StepDone, VideoOutput
+from ...engine.request import Cancelled, EngineConfig, Event, JobConfig, StepDone, VideoOutput
 from ...engine.sharding import Sharding
 from ...errors import TOO_LARGE, ConfigError, RequestError, is_out_of_memory
 from ...parallel.config import ParallelConfig

@@ -10,9 +10,8 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from ...engine.image import read_image
-from ...engine.request import Cancelled, EngineConfig, GenerateRequest
+from ...engine.request import Cancelled, GenerateRequest
 from ...errors import ConfigError, RankFailure
-from ...hsa.config import HSAConfig
 from .events import Event, Made, RunnerLost, Stopped
 from .logs import say
 from .runner import Pauses, Task
@@ -139,16 +138,13 @@ class GangRunner:
         from ..gang.gang import Gang
 
         settings = self._settings
-        gpus = settings.device != "cpu" and has_gpus()
-        if settings.device.startswith("cuda") and not gpus:
-            raise ConfigError(f"device {settings.device!r} is not there: the Ray cluster has no GPU; take auto or cpu")
+        gpus = settings.engine.device != "cpu" and has_gpus()
+        if settings.engine.device.startswith("cuda") and not gpus:
+            raise ConfigError(
+                f"device {settings.engine.device!r} is not there: the Ray cluster has no GPU; take auto or cpu"
+            )
         check_room(settings.ranks, gpus)
-        engine = EngineConfig(
-            model=settings.model,
-            hsa=HSAConfig(compute=settings.compute, policy=settings.policy),
-            dtype=settings.dtype,
-            device="cuda" if gpus else "cpu",
-        )
+        engine = dataclasses.replace(settings.engine, device="cuda" if gpus else "cpu")
         config = GangConfig(
             size=settings.ranks,
             gpus=gpus,

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from ...engine.engine import Engine
-from ...engine.job import JobConfig
 from ...engine.preview import Preview
 from ...engine.request import (
     Cancelled,
     Decoding,
     EngineConfig,
     GenerateRequest,
+    JobConfig,
     Started,
     StepDone,
     VideoOutput,
@@ -39,15 +39,15 @@ def make_videos(line: Line, options: dict[str, Any]) -> None:
 
     Args:
         line: where they come from.
-        options: model, compute, policy, dtype, device, checkpoint_every, index.
+        options: engine (an `EngineConfig` as a mapping), checkpoint_every, index.
 
     Raises:
         HeterostepError: the model cannot be loaded.
     """
     silence_libraries()
-    hsa = HSAConfig(compute=options["compute"], policy=options["policy"])
-    device = _device(options["device"], options["index"])
-    engine = Engine(EngineConfig(model=options["model"], hsa=hsa, dtype=options["dtype"], device=device))
+    asked = options["engine"]
+    device = _device(asked["device"], options["index"])
+    engine = Engine(EngineConfig(**{**asked, "hsa": HSAConfig(**asked["hsa"]), "device": device}))
     preview = Preview(engine.pipeline)
     line.on_wish = functools.partial(_end, engine)
     line.answer("ready", seconds=engine.load_seconds, device=str(engine.device))

@@ -43,9 +43,10 @@ class ProcessRunner:
             frozen_after: seconds of silence after which the child is taken for frozen, and killed.
         """
         self._options = {
-            name: getattr(settings, name)
-            for name in ("model", "compute", "policy", "dtype", "device", "checkpoint_every")
-        } | {"index": index}
+            "engine": dataclasses.asdict(settings.engine),
+            "checkpoint_every": settings.checkpoint_every,
+            "index": index,
+        }
         self._index, self._frozen_after = index, frozen_after
         self._process: subprocess.Popen[bytes] | None = None
         self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()

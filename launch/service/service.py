@@ -55,9 +55,10 @@ class VideoService:
         """
         self.settings = settings
         self.keys = ApiKeys.read(settings.api_key_file) if settings.api_key_file is not None else None
-        self._facts = read_facts(settings.model)
+        self._facts = read_facts(settings.engine.model)
+        self._compute = 1.0 if settings.engine.hsa is None else settings.engine.hsa.compute
         self._limits = limits_for(settings, self._facts)
-        self.model = public_name(settings.model)
+        self.model = public_name(settings.engine.model)
         self._store = JobStore(settings.database)
         self.tally = Tally()
         runners = [make_runner(settings, index) for index in range(settings.replicas)]
@@ -117,7 +118,7 @@ class VideoService:
             QueueFull: too many wait.
         """
         request, image = to_request(
-            asked, model=self.model, facts=self._facts, limits=self._limits, compute=self.settings.compute
+            asked, model=self.model, facts=self._facts, limits=self._limits, compute=self._compute
         )
         try:
             job, new = self._store.create(
@@ -199,7 +200,7 @@ class VideoService:
             family=facts.family,
             inputs=["text", "image"] if self.takes_images else ["text"],
             image=facts.image,  # type: ignore[arg-type]  # it is one of these
-            defaults={**facts.defaults._asdict(), "compute": self.settings.compute},
+            defaults={**facts.defaults._asdict(), "compute": self._compute},
             size_step=facts.size_step,
             frame_step=facts.frame_step,
             limits={

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ...engine.facts import ModelFacts
+from ...engine.request import EngineConfig, JobConfig
 from ...errors import ConfigError
-from ...hsa.config import HSAConfig
+from ...settings import check, like, setting
 from .security import is_path_prefix
 
 # A request may ask for this many times the model's default of pixels, frames or steps, unless a setting says otherwise.
@@ -20,73 +22,42 @@ class ServiceSettings:
     """Settings of the service.
 
     Attributes:
-        data_dir: folder of the job store and of the results; made if it is not there.
-        model: `"demo"`, a folder, or a hub id.
-        compute: share of the dense work for requests that do not say.
-        policy: how it is spent, as in `HSAConfig`.
-        dtype: as in `EngineConfig`.
-        device: likewise; `"auto"` gives each replica a GPU of its own, as far as they go.
-        replicas: processes with a model each, in this service process.
-        ranks: processes that make each video together, of every replica; more than one only on Ray.
+        engine: the model and how to compute; device `"auto"` gives each replica a GPU of its own, as far as they go.
+        degrees: the settings of `ParallelConfig` that each video's ranks shall have; the others are chosen.
         threads: of each rank on CPUs; None shares the cores of a machine among its ranks.
-        checkpoint_every: denoising steps after which a job is saved, to go on there after whatever ends its runner.
-        api_key_file: text file with a line for each key; None serves everybody who can connect.
         allowed_hosts: names under which browsers may reach the service; empty allows all.
-        root_path: path of the site under which clients reach the service, such as `/video`; empty is the site's root,
-            or what a proxy says.
-        max_queue: jobs that may wait; more are answered 429.
-        max_prompt: characters of prompt and of negative prompt.
-        max_pixels: width x height x frames of a video; None is four times the model's default.
-        max_frames: None likewise.
-        max_steps: None likewise.
-        keep_days: finished jobs are removed when they are older.
-        keep_gib: and, oldest first, while results take more than this.
 
     Raises:
         ConfigError: a value is out of range, or data_dir cannot be written.
     """
 
-    data_dir: Path
-    model: str = "demo"
-    compute: float = 0.5
-    policy: str = "joint"
-    dtype: str = "auto"
-    device: str = "auto"
-    replicas: int = 1
-    ranks: int = 1
-    threads: int | None = None
-    checkpoint_every: int = 5
-    api_key_file: Path | None = None
+    data_dir: Path = setting(Path("heterostep-data"), metavar="DIR", help="folder of jobs and results")
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    degrees: Mapping[str, Any] = field(default_factory=dict)
+    shard_weights: bool = like(EngineConfig, "shard_weights", flag="")
+    replicas: int = setting(1, least=1, metavar="R", help="models at work at once")
+    ranks: int = setting(1, least=1, metavar="W", help="processes that make each video together, of every replica")
+    threads: int | None = setting(None, least=1, flag="", help="threads of each rank on CPUs")
+    checkpoint_every: int = like(JobConfig, "checkpoint_every")
+    api_key_file: Path | None = setting(
+        None, metavar="F", help="text file with a key a line, a name before it; left out, everybody may call"
+    )
     allowed_hosts: tuple[str, ...] = ()
-    root_path: str = ""
-    max_queue: int = 100
-    max_prompt: int = 4000
-    max_pixels: int | None = None
-    max_frames: int | None = None
-    max_steps: int | None = None
-    keep_days: float = 30.0
-    keep_gib: float = 20.0
+    root_path: str = setting(
+        "",
+        metavar="P",
+        help="path of the site behind a proxy, such as /video; left out, the site's root or what the proxy says",
+    )
+    max_queue: int = setting(100, least=1, help="videos in the queue; more are answered 429")
+    max_prompt: int = setting(4000, least=1, help="characters of a prompt")
+    max_pixels: int | None = setting(None, least=1, help="width x height x frames of a video (default 4 x the model's)")
+    max_frames: int | None = setting(None, least=1, help="frames of a video (default 4 x the model's)")
+    max_steps: int | None = setting(None, least=1, help="denoising steps (default 4 x the model's)")
+    keep_days: float = setting(30.0, above=0, help="delete finished videos after X days")
+    keep_gib: float = setting(20.0, above=0, help="delete the oldest finished videos when all exceed X GiB")
 
     def __post_init__(self) -> None:
-        HSAConfig(compute=self.compute, policy=self.policy)  # says what is wrong with them
-        for name in (
-            "replicas",
-            "ranks",
-            "threads",
-            "checkpoint_every",
-            "max_queue",
-            "max_prompt",
-            "max_pixels",
-            "max_frames",
-            "max_steps",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value!r}")
-        for name in ("keep_days", "keep_gib"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} must be a number above 0, not {value!r}")
+        check(self)
         object.__setattr__(self, "root_path", self.root_path.rstrip("/"))
         if self.root_path and not is_path_prefix(self.root_path):
             raise ConfigError(

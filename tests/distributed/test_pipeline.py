@@ -139,9 +139,8 @@ def test_a_slow_rank_gets_fewer_tokens(layout):
     assert one[-1][1] < 20
 
 
-@pytest.mark.parametrize("cut", ["measured", "contiguous", "interleaved"])
-def test_cuts_do_not_change_the_video(cut):
-    assert_same("euler", None, "odd", {"ulysses": 2, "cut": cut})
+def test_the_measured_cut_does_not_change_the_video():
+    assert_same("euler", None, "odd", {"ulysses": 2, "cut": "measured"})
 
 
 def test_without_guidance():

@@ -206,7 +206,10 @@ def test_the_service_drives_a_gang(gang, tmp_path, monkeypatch):
 
     monkeypatch.setattr(GangRunner, "_make_gang", lambda self: gang)
     service = VideoService(
-        ServiceSettings(data_dir=tmp_path, ranks=2, threads=1, policy="tokens", max_steps=400), GangRunner
+        ServiceSettings(
+            data_dir=tmp_path, engine=EngineConfig(hsa=HSAConfig(policy="tokens")), ranks=2, threads=1, max_steps=400
+        ),
+        GangRunner,
     )
     service.start()
 

@@ -13,7 +13,7 @@ import pytest
 
 import forked
 from heterostep.engine.facts import read_facts
-from heterostep.engine.request import Cancelled, Decoding, GenerateRequest, Started, StepDone, resolve
+from heterostep.engine.request import Cancelled, Decoding, EngineConfig, GenerateRequest, Started, StepDone, resolve
 from heterostep.errors import RequestError
 from heterostep.launch.service.events import Made, RunnerLost, Stopped
 from heterostep.launch.service.process_runner import ProcessRunner
@@ -180,7 +180,7 @@ def test_a_worker_outlives_its_service_by_no_moment(tmp_path):
 
 
 def test_an_unusable_model_says_why(tmp_path):
-    runner = ProcessRunner(ServiceSettings(data_dir=tmp_path, model=str(tmp_path / "none")))
+    runner = ProcessRunner(ServiceSettings(data_dir=tmp_path, engine=EngineConfig(model=str(tmp_path / "none"))))
     try:
 
         def given_up():

@@ -7,7 +7,7 @@ import heterostep as hs
 
 @pytest.mark.parametrize("compute", [0, 0.0, -1, 1.5, 1.0000001, float("nan"), float("inf"), "half", None, True, [0.5]])
 def test_compute_out_of_range_is_refused(compute):
-    with pytest.raises(hs.ConfigError, match="compute="):
+    with pytest.raises(hs.ConfigError, match="compute must be a finite number above 0 and at most 1"):
         hs.HSAConfig(compute=compute)
 
 
@@ -41,7 +41,7 @@ def test_compute_in_range_is_a_float(compute):
     ],
 )
 def test_every_wrong_field_is_named(field, value):
-    with pytest.raises(hs.ConfigError, match=f"^{field}="):
+    with pytest.raises(hs.ConfigError, match=f"^{field} must be .*not "):
         hs.HSAConfig(**{field: value})
 
 

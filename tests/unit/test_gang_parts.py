@@ -8,8 +8,8 @@ import time
 import pytest
 
 from heterostep.engine.engine import Engine, EngineConfig
-from heterostep.engine.job import JobConfig, JobDiffers, JobInUse
-from heterostep.engine.request import GenerateRequest, StepDone
+from heterostep.engine.job import JobDiffers, JobInUse
+from heterostep.engine.request import GenerateRequest, JobConfig, StepDone
 from heterostep.errors import ConfigError
 from heterostep.launch import resume
 from heterostep.launch.degrees import refit

@@ -93,7 +93,7 @@ def test_limits_of_the_settings_and_of_the_model(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"compute": 0.0}, "compute"), ({"policy": "none"}, "policy"), ({"replicas": 0}, "replicas"),
+        ({"shard_weights": 1}, "shard_weights"), ({"ranks": 1.5}, "ranks"), ({"replicas": 0}, "replicas"),
         ({"root_path": "video"}, "such as /video"), ({"max_queue": 0}, "max_queue"),
         ({"keep_days": 0.0}, "keep_days"), ({"keep_gib": float("nan")}, "keep_gib"),
     ],

@@ -1,0 +1,269 @@
+"""Settings on the command line: each field that declares a setting becomes a flag, and flags become settings again."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import ipaddress
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..engine.request import EngineConfig, GenerateRequest, JobConfig
+from ..errors import ConfigError
+from ..hsa.config import HSAConfig
+from ..parallel.config import ParallelConfig
+from ..settings import Setting, check, setting, settings_of
+from .gang.config import threads_asked
+from .service.settings import ServiceSettings
+
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What `generate` writes and prints."""
+
+    output: str = setting("video.mp4", metavar="FILE", help="the video")
+    heatmap: str | None = setting(None, metavar="FILE", help="mp4: the video beside a map of evaluations per token")
+    latents: str | None = setting(None, metavar="FILE", help="safetensors: the final latents")
+    report: str | None = setting(None, metavar="FILE", help="json: settings, versions, times, steps, evaluations")
+    scale: int = setting(1, least=1, help="enlarge the pixels of the video N times")
+    compare_dense: bool = setting(False, help="make the dense video too; say what was saved and what it cost")
+    quiet: bool = setting(False, help="print nothing but errors")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Which processes `generate` starts."""
+
+    nproc: int | None = setting(None, least=1, metavar="P", help="start P ranks on this machine (default 1)")
+    ray: bool = setting(False, help="start them as Ray actors")
+    ray_address: str | None = setting(
+        None, metavar="A", help="start them on a running Ray cluster, such as auto or HOST:PORT"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """Where `serve` listens, and which processes it starts."""
+
+    host: str = setting("127.0.0.1", metavar="H", help="address to listen on")
+    port: int = setting(8000, least=0, most=65535, help="port; 0 takes any that is free")
+    allow_host: tuple[str, ...] = setting(
+        (),
+        metavar="NAME",
+        help="on a loopback address without keys: a further name that browsers may use; may be repeated",
+    )
+    no_ray: bool = setting(False, help="one service process with its workers, without Ray")
+    ray_address: str | None = setting(
+        None, metavar="A", help="a running Ray cluster, such as auto; else one is started"
+    )
+    gpus_per_replica: int | None = setting(
+        None,
+        least=0,
+        metavar="W",
+        help="on Ray: GPUs for each replica (default 1 where there are any); from 2 on as many ranks make each video",
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Everything that `heterostep generate` was told.
+
+    Attributes:
+        request: the video.
+        engine: the model and how to compute, without degrees.
+        degrees: the settings of `ParallelConfig` that were given; the others are chosen.
+        shard_weights: see `EngineConfig`, which takes it only together with degrees.
+        job: where the job is kept; None for a video that does not survive its process.
+        outputs: what is written.
+        ranks: which processes are started.
+        flags: the command line.
+    """
+
+    request: GenerateRequest
+    engine: EngineConfig
+    degrees: Mapping[str, Any]
+    shard_weights: bool
+    job: JobConfig | None
+    outputs: Outputs
+    ranks: Ranks
+    flags: tuple[str, ...]
+
+
+def command_of(arguments: argparse.Namespace, flags: tuple[str, ...]) -> Command:
+    """Turn the parsed flags of `generate` into settings.
+
+    Raises:
+        ConfigError: flags that do not fit each other.
+        RequestError: a request that no model can serve.
+    """
+    given_flags = vars(arguments)
+    outputs = Outputs(**given(Outputs, given_flags))
+    width, height = given_flags.get("size", (None, None))
+    return Command(
+        request=GenerateRequest(**given(GenerateRequest, given_flags), width=width, height=height),
+        engine=engine_of(given_flags),
+        degrees=given(ParallelConfig, given_flags),
+        shard_weights=given_flags.get("shard_weights", False),
+        job=_job(given(JobConfig, given_flags), outputs),
+        outputs=outputs,
+        ranks=Ranks(**given(Ranks, given_flags)),
+        flags=flags,
+    )
+
+
+def engine_of(given_flags: Mapping[str, Any]) -> EngineConfig:
+    """The model and how to compute, without what several ranks are needed for."""
+    engine = given(EngineConfig, given_flags)
+    engine.pop("shard_weights", None)
+    return EngineConfig(hsa=HSAConfig(**given(HSAConfig, given_flags)), **engine)
+
+
+def service_settings(given_flags: Mapping[str, Any]) -> ServiceSettings:
+    """The settings of a service from the flags of `serve`.
+
+    Raises:
+        ConfigError: what is wrong with them.
+    """
+    serving = Serving(**given(Serving, given_flags))
+    settings = given(ServiceSettings, given_flags)
+    hosts: tuple[str, ...] = ()
+    if is_loopback(serving.host) and "api_key_file" not in settings:
+        # A page that calls itself by a name of its own could otherwise send jobs to this machine.
+        hosts = (*_LOOPBACK, *(name.lower() for name in serving.allow_host))
+    settings.setdefault("ranks", max(1, serving.gpus_per_replica or 1))
+    return ServiceSettings(
+        engine=engine_of(given_flags),
+        degrees=given(ParallelConfig, given_flags),
+        shard_weights=given_flags.get("shard_weights", False),
+        allowed_hosts=hosts,
+        threads=threads_asked(),
+        **settings,
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def read_settings(values: Mapping[str, Any], *classes: type) -> dict[str, Any]:
+    """Settings from flags by name and text, as `given_flags` holds them: for programs that start heterostep.
+
+    Args:
+        values: flags without dashes before them, and their values.
+        classes: the dataclasses that declare them.
+
+    Raises:
+        ConfigError: a name that is no flag, or a value that it does not allow.
+    """
+    known = {item.flag: item for cls in classes for item in settings_of(cls) if item.flag}
+    read: dict[str, Any] = {}
+    for name, text in values.items():
+        item = known.get(name.replace("_", "-"))
+        if item is None:
+            raise ConfigError(f"{name!r} is not a setting; it must be one of {', '.join(sorted(known))}")
+        try:
+            value = value_of(item)(str(text))
+        except argparse.ArgumentTypeError as error:
+            raise ConfigError(f"{name}: {error}") from None
+        read[item.name] = (value,) if item.kind.startswith("tuple") else value
+    return read
+
+
+def _job(settings: dict[str, Any], outputs: Outputs) -> JobConfig | None:
+    if "folder" in settings and outputs.compare_dense:
+        raise ConfigError("--compare-dense makes two videos, but a job is one; leave out --job-dir to compare")
+    if settings and "folder" not in settings:
+        raise ConfigError(f"--{next(iter(settings)).replace('_', '-')} is for jobs; name a folder with --job-dir")
+    return JobConfig(**settings) if settings else None
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Width and height in pixels from text such as 832x480, for argparse."""
+    width, cross, height = text.lower().partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT in pixels, such as 832x480, not {text!r}")
+    return int(width), int(height)
+
+
+def add_flags(
+    parser: argparse._ActionsContainer,
+    cls: type,
+    *,
+    required: bool = True,
+    defaults: bool = True,
+    leave_out: Collection[str] = (),
+) -> None:
+    """Add a flag for each setting of a dataclass.
+
+    A flag that is not given leaves no trace in the namespace, so that the dataclass's own default stands.
+
+    Args:
+        parser: a parser, or a group of one.
+        cls: the dataclass.
+        required: whether a setting without a default must be given.
+        defaults: whether `--help` shows the dataclass's defaults; not where the command deduces what is left out.
+        leave_out: names of fields that get no flag.
+    """
+    for item in settings_of(cls):
+        if item.flag and item.name not in leave_out:
+            _add_flag(parser, item, required and item.default is dataclasses.MISSING, defaults)
+
+
+def _add_flag(parser: argparse._ActionsContainer, item: Setting, required: bool, defaults: bool) -> None:
+    common: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": _help(item, defaults)}
+    if item.kind.startswith("tuple"):
+        parser.add_argument(f"--{item.flag}", action="append", metavar=item.metavar, **common)
+    elif item.kind == "bool":
+        switch = argparse.BooleanOptionalAction if item.optional or item.default else "store_true"
+        parser.add_argument(f"--{item.flag}", action=switch, **common)
+    else:
+        parser.add_argument(f"--{item.flag}", type=value_of(item), required=required, metavar=item.metavar, **common)
+
+
+def value_of(item: Setting) -> Callable[[str], Any]:
+    """A function that reads a setting from text, for argparse: it refuses what the setting does not allow."""
+
+    def parse(text: str) -> Any:
+        value: Any = text
+        if item.kind in ("int", "float"):
+            try:
+                value = int(text) if item.kind == "int" else float(text)
+            except ValueError:
+                value = None
+        elif item.kind == "bool":
+            value = _WORDS.get(text.lower())
+        if (value is None) or not item.allows(value):
+            raise argparse.ArgumentTypeError(f"must be {item.rule}, not {text!r}")
+        return value
+
+    return parse
+
+
+def _help(item: Setting, defaults: bool) -> str:
+    default = item.default
+    if not defaults or default in (None, "", (), False) or default is dataclasses.MISSING:
+        return item.help.replace("%", "%%")
+    shown = f"{default:g}" if isinstance(default, float) else default
+    return f"{item.help} (default {shown})".replace("%", "%%")
+
+
+def given(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a dataclass that were given on the command line, by field name."""
+    return {item.name: arguments[item.name] for item in settings_of(cls) if item.flag and item.name in arguments}
