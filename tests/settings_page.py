@@ -1,0 +1,60 @@
+"""The page docs/settings.md: every setting, as its field declares it. `python tests/settings_page.py` writes it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from heterostep.engine.request import EngineConfig, GenerateRequest, JobConfig
+from heterostep.hsa.config import HSAConfig
+from heterostep.launch.options import Outputs, Ranks, Serving
+from heterostep.launch.service.settings import ServiceSettings
+from heterostep.parallel.config import ParallelConfig
+from heterostep.settings import settings_of
+
+PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
+_HEAD = """# Settings
+
+Each setting is declared once, at a dataclass field; this page, the flags, the checks and the HTTP API are made from
+these declarations (`python tests/settings_page.py` writes the page, a test compares it). From Python a setting has the
+name of its field, on the command line that of its flag. In the HTTP API a request has the fields of `GenerateRequest`.
+Where the default is "deduced", the model's own value or what the run needs is taken.
+"""
+SECTIONS = (
+    (GenerateRequest, "One video. `generate`, and the body of `POST /v1/videos`. The flag of `width` and `height` is "
+     "`--size WxH`."),
+    (HSAConfig, "How the work is spread over steps and tokens. `generate` and `serve`."),
+    (EngineConfig, "What is loaded, and where it runs. `generate` and `serve`; `info` takes the model."),
+    (ParallelConfig, "How ranks share a video. `generate` and `serve`; degrees that are left out are chosen."),
+    (JobConfig, "A job that survives its process. `generate`."),
+    (Ranks, "Processes that `generate` starts."),
+    (Outputs, "What `generate` writes and prints."),
+    (Serving, "Where `serve` listens, and which processes it starts."),
+    (ServiceSettings, "The service. `serve`."),
+)  # fmt: skip
+
+
+def page() -> str:
+    """The page as it should be."""
+    return "\n".join([_HEAD, *(f"## {cls.__name__}\n\n{about}\n\n{_table(cls)}" for cls, about in SECTIONS)])
+
+
+def _table(cls: type) -> str:
+    rows = ["| field | flag | values | default | meaning |", "|---|---|---|---|---|"]
+    for item in settings_of(cls):
+        flag = f"`--{item.flag}`" if item.flag else ""
+        values = item.rule if item.kind in ("int", "float", "bool") or item.choices else ""
+        rows.append(f"| `{item.name}` | {flag} | {values} | {_default(item.default)} | {item.help} |")
+    return "\n".join(rows) + "\n"
+
+
+def _default(value: object) -> str:
+    if value is dataclasses.MISSING:
+        return "needed"
+    if value is None:
+        return "deduced"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value!s}`" if value not in ("", ()) else "none"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
