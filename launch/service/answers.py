@@ -72,5 +72,9 @@ def openapi_body() -> dict[str, Any]:
     """The body of a request for a video, as JSON or as a form with an image."""
     schema = CreateVideo.model_json_schema()
     form = {**schema, "properties": {**schema["properties"], "input_reference": {"type": "string", "format": "binary"}}}
-    kinds = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}}
+    kinds = {
+        "application/json": {"schema": schema},
+        "multipart/form-data": {"schema": form},
+        "application/x-www-form-urlencoded": {"schema": schema},
+    }
     return {"requestBody": {"required": True, "content": kinds}}

@@ -16,7 +16,7 @@ from ... import __version__
 from ...errors import RequestError
 from .answers import add_error_answers, openapi_body
 from .guard import Guard
-from .intake import read_create
+from .intake import Asked, read_create
 from .prefix import Prefix
 from .results import FILES
 from .schemas import DeletedVideo, ErrorBody, Health, ModelCard, ModelList, Status, Video, VideoList
@@ -68,10 +68,13 @@ IdempotencyKey = Annotated[
 
 
 @router.post("/v1/videos", response_model=Video, openapi_extra=openapi_body())
-async def create(request: Request, service: Service, owner: Owner, idempotency_key: IdempotencyKey = None) -> Video:
-    """Queue a video."""
+async def create(
+    request: Request, service: Service, owner: Owner, response: Response, idempotency_key: IdempotencyKey = None
+) -> Video:
+    """Queue a video. The header `x-ignored-fields` names fields of the request that do nothing."""
     asked = await read_create(request, service.takes_images)
     video, _ = await run_in_threadpool(service.submit, asked, owner, idempotency_key)
+    response.headers.update(_ignored(asked))
     return video
 
 
@@ -95,7 +98,7 @@ async def create_and_wait(
         raise HTTPException(400 if video.error.code == "invalid_request" else 500, video.error.message)
     path, media_type = service.file(video.id, "video")
     assert video.timing is not None, "a completed video has times"
-    headers = {"x-video-id": video.id, "x-inference-time-s": f"{video.timing['total']:.3f}"}
+    headers = {"x-video-id": video.id, "x-inference-time-s": f"{video.timing['total']:.3f}", **_ignored(asked)}
     return FileResponse(path, media_type=media_type, headers=headers)
 
 
@@ -249,6 +252,10 @@ def page_file(name: str) -> FileResponse:
     if name not in _PAGE_FILES:
         raise HTTPException(404, "there is no such file")
     return FileResponse(_PAGE / name, media_type=_PAGE_FILES[name], headers={"cache-control": "no-cache"})
+
+
+def _ignored(asked: Asked) -> dict[str, str]:
+    return {"x-ignored-fields": ", ".join(asked.ignored)} if asked.ignored else {}
 
 
 def _found(video: Video | None, video_id: str) -> Video:

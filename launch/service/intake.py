@@ -6,11 +6,12 @@ import hashlib
 import re
 import secrets
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pydantic
+from pydantic_core import from_json, to_json
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from ...engine.facts import ModelFacts
@@ -18,10 +19,14 @@ from ...engine.image import png, read_image
 from ...engine.request import GenerateRequest, ResolvedRequest, prepare, resolve
 from ...errors import RequestError
 from ...hsa.budget import round_up
-from .schemas import CreateVideo
+from .schemas import IGNORED, CreateVideo
 from .settings import Limits
 
+_PLAIN_FORM = "application/x-www-form-urlencoded"
 _MAX_FIELDS = 32
+_MAX_FIELD = 256 * 1024
+# What says nothing of the video, and other ways to say what `_settled` puts into one field.
+_NOT_COMPARED = {"width", "height", "n", "num_outputs_per_prompt", "extra_body", *IGNORED}
 # Stands for a file among the texts of a form.
 _FILE = "file"
 # Whatever a model makes is shorter; beyond it the number of frames is only a number.
@@ -52,6 +57,11 @@ class Asked(NamedTuple):
     fingerprint: str
     image: bytes | None = None
 
+    @property
+    def ignored(self) -> list[str]:
+        """Names of the fields that were given and do nothing."""
+        return [name for name in IGNORED if getattr(self.body, name) is not None]
+
 
 class _FormParser(MultiPartParser):
     """Keeps the texts of a form. A file's name is not used, and its bytes are kept only where they are wanted."""
@@ -79,26 +89,65 @@ async def read_create(request: Request, takes_images: bool = False) -> Asked:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind == "application/json":
-            body = CreateVideo.model_validate_json(await request.body(), strict=True)
-        elif kind == "multipart/form-data":
-            fields, image = await _read_form(request, takes_images)
-            body = CreateVideo.model_validate_strings(fields)
+            fields = _json_object("the body", await request.body())
+            body = CreateVideo.model_validate(_unfolded(fields, fields.pop("extra_body", None)), strict=True)
+        elif kind in (_PLAIN_FORM, "multipart/form-data"):
+            texts, image = await _read_form(request, takes_images, plain=kind == _PLAIN_FORM)
+            body = CreateVideo.model_validate_strings(_unfolded_texts(texts))
         else:
-            raise BadField(None, "the body must be application/json or multipart/form-data")
+            raise BadField(None, f"the body must be application/json, multipart/form-data or {_PLAIN_FORM}")
     except pydantic.ValidationError as error:
         raise _said(error) from error
-    digest = hashlib.sha256(body.model_dump_json().encode())
+    digest = hashlib.sha256(_settled(body).model_dump_json(exclude=_NOT_COMPARED).encode())
     if image is not None:
         digest.update(b"\0" + image)
     return Asked(body, digest.hexdigest(), image)
 
 
-async def _read_form(request: Request, keep_files: bool) -> tuple[dict[str, str], bytes | None]:
-    """The texts of a form, and its file: it can only be the image."""
-    parser = _FormParser(
-        request.headers, request.stream(), max_files=1, max_fields=_MAX_FIELDS, max_part_size=256 * 1024
-    )
-    parser.keep_files = keep_files
+def _json_object(what: str, content: bytes | str, param: str | None = None) -> dict[str, Any]:
+    try:
+        value = from_json(content)
+    except ValueError as error:
+        raise BadField(param, f"{what} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise BadField(param, f'{what} must be a JSON object, such as {{"prompt": "a red disc moves right"}}')
+    return value
+
+
+def _unfolded(fields: dict[str, Any], extra: object) -> dict[str, Any]:
+    """Put the fields of `extra_body` beside the others."""
+    if extra is None:
+        return fields
+    if not isinstance(extra, dict) or "extra_body" in extra:
+        raise BadField("extra_body", "extra_body must be an object of fields, without another extra_body in it")
+    extra = {name: value for name, value in extra.items() if value is not None}
+    for name, value in extra.items():
+        if fields.get(name) not in (None, value):
+            raise BadField(name[:80], f"{name[:80]} has another value in extra_body than beside it; give one of them")
+    return {**fields, **extra}
+
+
+def _unfolded_texts(texts: dict[str, str]) -> dict[str, str]:
+    """The same for a form, where `extra_body` is JSON; an input of a form that was left empty is one that is absent."""
+    given = texts.pop("extra_body", "")
+    extra = _json_object("extra_body", given, "extra_body") if given else {}
+    as_texts = {
+        name: value if value is None or isinstance(value, str) else to_json(value).decode()
+        for name, value in extra.items()
+    }
+    optional = {name for name, field in CreateVideo.model_fields.items() if not field.is_required()}
+    return {name: text for name, text in _unfolded(texts, as_texts).items() if text or name not in optional}
+
+
+async def _read_form(request: Request, keep_files: bool, plain: bool) -> tuple[dict[str, str], bytes | None]:
+    """The texts of a form, and its file: it can only be the image. `plain`: the form that has no files."""
+    parser: FormParser | _FormParser
+    limits = {"max_fields": _MAX_FIELDS, "max_part_size": _MAX_FIELD}
+    if plain:
+        parser = FormParser(request.headers, request.stream(), **limits)
+    else:
+        parser = _FormParser(request.headers, request.stream(), max_files=1, **limits)
+        parser.keep_files = keep_files
     try:
         form = await parser.parse()
     except MultiPartException as error:
@@ -108,10 +157,12 @@ async def _read_form(request: Request, keep_files: bool) -> tuple[dict[str, str]
     values: dict[str, str] = {}
     image = None
     for name, value in form.multi_items():
+        if name.startswith("{"):
+            raise BadField(None, "the body looks like JSON; send it with the header Content-Type: application/json")
         # A reference may be a file, or an object spelled as input_reference[image_url].
         name = "input_reference" if name.partition("[")[0] == "input_reference" else name
         if name in values:
-            raise BadField(name, f"{name} was given twice")
+            raise BadField(name[:80], f"{name[:80]} was given twice")
         if not isinstance(value, str) and name != "input_reference":
             raise BadField(name[:80], f"{name[:80]!r} must be a text, not a file")
         values[name] = value if isinstance(value, str) else _FILE
@@ -124,8 +175,26 @@ async def _read_form(request: Request, keep_files: bool) -> tuple[dict[str, str]
 def _said(error: pydantic.ValidationError) -> BadField:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = ".".join(str(part) for part in first["loc"][:1])
+    if first["type"] == "extra_forbidden":
+        rule = "it is not ignored, since it may change the video; leave it out (/docs lists the fields)"
+        return BadField(place[:80], f"there is no field {place[:80]!r}, and {rule}")
     message = first["msg"][0].lower() + first["msg"][1:]
     return BadField(place or None, f"{place}: {message}" if place else f"the body is not valid ({message})")
+
+
+def _settled(body: CreateVideo) -> CreateVideo:
+    """Say in one way what can be said in several, so that equal requests are equal."""
+    size = body.size
+    if body.width is not None and body.height is not None:
+        sides = f"{body.width}x{body.height}"
+        if size is not None and [int(side) for side in size.split("x")] != [body.width, body.height]:
+            raise BadField("size", f"size {size} is not width x height {sides}; give one of them")
+        size = sides
+    elif body.width is not None or body.height is not None:
+        given, missing = ("width", "height") if body.height is None else ("height", "width")
+        raise BadField(missing, f"{given} was given without {missing}; give both, or size")
+    seed = None if body.seed == -1 else body.seed
+    return body.model_copy(update={"size": size, "seed": seed, "negative_prompt": body.negative_prompt or ""})
 
 
 def to_request(
@@ -147,7 +216,7 @@ def to_request(
         BadField: it breaks a limit, or asks for what the model cannot do.
         RequestError: it does not fit the model's grid.
     """
-    body = asked.body
+    body = _settled(asked.body)
     if body.model is not None and body.model != model:
         raise BadField("model", f"model {body.model[:80]!r} is not served here; this service has {model!r}")
     _check_reference(asked, model, facts)
@@ -160,7 +229,7 @@ def to_request(
     width, height = (int(side) for side in body.size.split("x")) if body.size is not None else (None, None)
     wanted = GenerateRequest(
         prompt=body.prompt,
-        negative_prompt=body.negative_prompt,
+        negative_prompt=body.negative_prompt or "",
         width=width,
         height=height,
         num_frames=_frames(body, facts),

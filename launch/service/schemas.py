@@ -4,15 +4,34 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from .database import Job
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 
 
+def _whole_number(value: object) -> object:
+    """8.0 is 8: several languages and tools write every number with a point."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _one(value: int) -> int:
+    if value != 1:
+        raise PydanticCustomError("one_video", "one request makes one video; send a request for each")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole_number)]
+One = Annotated[Whole, AfterValidator(_one), WithJsonSchema({"type": "integer", "const": 1})]
+
+IGNORED = ("user", "safety_identifier", "metadata", "response_format")
+"""Fields of `CreateVideo` that cannot change a video. The answer names those that a request had."""
+
+
 class CreateVideo(BaseModel):
-    """A video to make. Whatever is left out takes the model's own default (`GET /v1/models`)."""
+    """A video to make. Whatever is left out, or null, takes the model's own default (`GET /v1/models`)."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -20,18 +39,22 @@ class CreateVideo(BaseModel):
     model: str | None = Field(None, description="The model that this service runs.", examples=["demo"])
     seconds: str | float | None = Field(None, description="Length; the nearest number of frames that the model makes.")
     size: str | None = Field(None, pattern=r"^[0-9]{1,5}x[0-9]{1,5}$", description="Width x height in pixels.")
-    negative_prompt: str = Field("", description="What it should not show.")
-    num_frames: Annotated[int, Field(ge=1)] | None = Field(None, description="Frames; instead of `seconds`.")
-    fps: Annotated[int, Field(ge=1, le=1000)] | None = Field(None, description="Frames per second of the file.")
-    num_inference_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="Denoising steps.")
+    width: Annotated[Whole, Field(ge=1, le=99999)] | None = Field(
+        None, description="Pixels; together with `height`, instead of `size`."
+    )
+    height: Annotated[Whole, Field(ge=1, le=99999)] | None = Field(None, description="Pixels; together with `width`.")
+    negative_prompt: str | None = Field("", description="What it should not show.")
+    num_frames: Annotated[Whole, Field(ge=1)] | None = Field(None, description="Frames; instead of `seconds`.")
+    fps: Annotated[Whole, Field(ge=1, le=1000)] | None = Field(None, description="Frames per second of the file.")
+    num_inference_steps: Annotated[Whole, Field(ge=1)] | None = Field(None, description="Denoising steps.")
     guidance_scale: Annotated[float, Field(ge=0, le=1000)] | None = Field(
         None, description="Guidance; at most 1 is none."
     )
     guidance_scale_2: Annotated[float, Field(ge=0, le=1000)] | None = Field(
         None, description="The same for the second expert of a model with two."
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
-        None, description="Of the initial noise; left out, the service draws one and tells it."
+    seed: Annotated[Whole, Field(ge=-1, lt=2**63)] | None = Field(
+        None, description="Of the initial noise; left out or -1, the service draws one and tells it."
     )
     compute: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="Share of the dense denoising work to spend; 1 is the stock pipeline."
@@ -39,6 +62,15 @@ class CreateVideo(BaseModel):
     input_reference: Any = Field(
         None, description="An image to start from, for models that take one: a PNG, JPEG or WebP file in a form."
     )
+    n: One | None = Field(None, description="Videos to make: one.")
+    num_outputs_per_prompt: One | None = Field(None, description="The same as `n`.")
+    extra_body: dict[str, Any] | None = Field(
+        None, description="More of these fields, in one object; in a form, as JSON. SGLang's clients send it."
+    )
+    user: Any = Field(None, description="Ignored: OpenAI's name for the caller's own user.")
+    safety_identifier: Any = Field(None, description="Ignored: the newer name of `user`.")
+    metadata: Any = Field(None, description="Ignored: OpenAI's notes of the caller's own.")
+    response_format: Any = Field(None, description="Ignored: the file is always fetched from `/content`.")
 
 
 class Problem(BaseModel):
@@ -80,6 +112,9 @@ class Video(BaseModel):
     fps: int
     num_inference_steps: int
     guidance_scale: float
+    guidance_scale_2: float | None = Field(
+        description="Guidance of the second expert; null for a model with one, or where it is that of the first."
+    )
     seed: int
     compute: float
     queue_position: int | None = Field(description="Jobs that come before this one, while it is queued.")
@@ -185,6 +220,7 @@ def to_video(job: Job, *, position: int | None, keep_seconds: float) -> Video:
         fps=request["fps"],
         num_inference_steps=request["num_inference_steps"],
         guidance_scale=request["guidance_scale"],
+        guidance_scale_2=request["guidance_scale_2"],
         seed=request["seed"],
         compute=request["compute"],
         queue_position=position,

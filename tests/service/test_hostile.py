@@ -134,7 +134,7 @@ NUMBERS = [
 ]
 FIELDS = [
     "prompt", "negative_prompt", "seconds", "size", "num_frames", "fps", "num_inference_steps", "guidance_scale",
-    "guidance_scale_2", "seed", "compute", "model", "input_reference",
+    "guidance_scale_2", "seed", "compute", "model", "input_reference", "width", "height", "n", "extra_body", "metadata",
 ]  # fmt: skip
 
 
@@ -242,7 +242,10 @@ PART = b'Content-Disposition: form-data; name="prompt"\r\n\r\nx'
         ("multipart/form-data; boundary=b", form(PART, PART.replace(b'"prompt"', b'"prompt"; filename="a"'))),
         ("multipart/form-data; boundary=b", random.Random(0).randbytes(10_000)),
         ("application/json; charset=utf-7", b'{"prompt": 1}'),
-        ("application/x-www-form-urlencoded", b"prompt=x"),
+        ("application/x-www-form-urlencoded", b"prompt"),
+        ("application/x-www-form-urlencoded", b"prompt=x&" + b"&" * 1000 + b"%"),
+        ("application/x-www-form-urlencoded", random.Random(0).randbytes(10_000)),
+        ("application/x-www-form-urlencoded", b"prompt=x&extra_body=" + b"[" * 100_000),
         ("a/b/c;;;=", b"x"),
     ],
 )

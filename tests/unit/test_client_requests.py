@@ -1,0 +1,213 @@
+"""What HTTP clients send, and what the service's application answers before any video is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
+testclient = pytest.importorskip("starlette.testclient", reason="the extra 'dev' is not installed")
+
+from heterostep.launch.service.app import create_app
+from heterostep.launch.service.service import VideoService
+from heterostep.launch.service.settings import ServiceSettings
+
+PLAIN = {"content-type": "application/x-www-form-urlencoded"}
+PROMPT = "a red disc moves right"
+
+
+def service_of(folder, **facts):
+    """A service that takes requests and makes no video: it is not started."""
+    service = VideoService(ServiceSettings(data_dir=folder, max_queue=1000))
+    service._facts = dataclasses.replace(service._facts, **facts)
+    return service
+
+
+@pytest.fixture
+def client(tmp_path):
+    service = service_of(tmp_path)
+    yield testclient.TestClient(create_app(service), raise_server_exceptions=False)
+    service.close()
+
+
+def png():
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(stream, "PNG")
+    return stream.getvalue()
+
+
+def multipart(**fields):
+    """The arguments of a request with a form as `curl -F` and the openai client send it."""
+    return {"files": {name: (None, text) for name, text in fields.items()}}
+
+
+# What clients send.
+
+
+@pytest.mark.parametrize(
+    ("sent", "made"),
+    [
+        # curl -d, and forms of other libraries without a file
+        ({"content": "prompt=a+red%20disc%2C+caf%C3%A9", "headers": PLAIN}, {"prompt": "a red disc, café"}),
+        ({"data": {"prompt": PROMPT, "num_frames": "9", "seed": "3"}}, {"num_frames": 9, "seed": 3}),
+        # openai: seconds and size are texts; extra_body is sent beside them
+        ({"json": {"prompt": PROMPT, "model": "demo", "seconds": "1", "size": "64x48", "seed": 3, "compute": 0.5}},
+         {"size": "64x48", "num_frames": 9, "seed": 3}),
+        (multipart(prompt=PROMPT, model="demo", seconds="1", size="64x48"), {"size": "64x48", "num_frames": 9}),
+        # SGLang's bench_serving
+        ({"json": {"prompt": PROMPT, "model": "demo", "size": "64x64", "num_frames": 9, "fps": 8,
+                   "num_outputs_per_prompt": 1, "num_inference_steps": 4}},
+         {"num_frames": 9, "num_inference_steps": 4}),
+        (multipart(prompt=PROMPT, model="demo", size="64x64", num_outputs_per_prompt="1", num_frames="9", fps="8",
+                   extra_body=json.dumps({"num_inference_steps": 4, "seed": 3, "fps": 8, "negative_prompt": None})),
+         {"num_frames": 9, "num_inference_steps": 4, "seed": 3}),
+        # vLLM-Omni's serving benchmarks
+        ({"data": {"model": "demo", "prompt": PROMPT, "size": "64x48", "num_frames": "9", "fps": "8", "seed": "42",
+                   "num_inference_steps": "4", "guidance_scale": "2.0", "negative_prompt": ""}},
+         {"size": "64x48", "seed": 42, "guidance_scale": 2.0}),
+        (multipart(prompt=PROMPT, width="64", height="48", num_frames="9"), {"size": "64x48", "num_frames": 9}),
+        # AIPerf, whose extra inputs are what its user says
+        ({"json": {"prompt": PROMPT, "model": "demo"}}, {}),
+        (multipart(prompt=PROMPT, model="demo", size="64x64", seconds="1", seed="7"), {"num_frames": 9, "seed": 7}),
+        # numbers and nothing in the ways in which languages write them
+        ({"json": {"prompt": PROMPT, "fps": 8.0, "seed": 1.0, "num_frames": 9.0, "num_inference_steps": 4.0, "n": 1.0}},
+         {"fps": 8, "seed": 1, "num_frames": 9, "num_inference_steps": 4}),
+        ({"data": {"prompt": PROMPT, "fps": "8.0", "seed": "1.0", "n": "1"}}, {"fps": 8, "seed": 1}),
+        ({"json": {"prompt": PROMPT} | dict.fromkeys(
+            ("model", "seconds", "size", "width", "height", "negative_prompt", "num_frames", "fps", "seed", "compute",
+             "num_inference_steps", "guidance_scale", "guidance_scale_2", "input_reference", "n", "extra_body", "user"),
+        )}, {"size": "64x64", "negative_prompt": "", "fps": 8}),
+        ({"data": {"prompt": PROMPT} | dict.fromkeys(
+            ("model", "seconds", "size", "width", "negative_prompt", "fps", "seed", "compute", "n", "extra_body"), ""
+        )}, {"size": "64x64", "negative_prompt": "", "fps": 8}),
+        ({"json": {"prompt": PROMPT, "size": "64x48", "width": 64, "height": 48}}, {"size": "64x48"}),
+        ({"json": {"prompt": PROMPT, "extra_body": {"seed": 3, "fps": 8, "n": None}, "fps": 8, "n": 1}},
+         {"seed": 3, "fps": 8}),
+    ],
+)  # fmt: skip
+def test_what_clients_send_is_taken(client, sent, made):
+    answer = client.post("/v1/videos", **sent)
+    assert answer.status_code == 200, answer.text
+    video = answer.json()
+    assert {name: video[name] for name in made} == made
+    assert video["status"] == "queued" and "x-ignored-fields" not in answer.headers
+
+
+@pytest.mark.parametrize("kind", ["json", "data"])
+def test_a_drawn_seed_is_told(client, kind):
+    videos = [client.post("/v1/videos", **{kind: {"prompt": PROMPT, "seed": -1}}).json() for _ in range(2)]
+    assert videos[0]["seed"] != videos[1]["seed"] and min(video["seed"] for video in videos) >= 0
+
+
+def test_what_cannot_change_a_video_is_ignored_and_named(client):
+    given = {"response_format": "url", "metadata": {"order": 17}, "user": "u-1", "safety_identifier": None}
+    answer = client.post("/v1/videos", json={"prompt": PROMPT, **given})
+    assert answer.status_code == 200 and answer.headers["x-ignored-fields"] == "user, metadata, response_format"
+    answer = client.post("/v1/videos", data={"prompt": PROMPT, "user": "u-1", "metadata": ""})
+    assert answer.status_code == 200 and answer.headers["x-ignored-fields"] == "user"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"n": 2}, "n", "one request makes one video; send a request for each"),
+        ({"n": 0}, "n", "one request makes one video"),
+        ({"num_outputs_per_prompt": 4}, "num_outputs_per_prompt", "one request makes one video"),
+        ({"n": True}, "n", "integer"),
+        ({"width": 64}, "height", "width was given without height"),
+        ({"height": 64}, "width", "height was given without width"),
+        ({"width": 64, "size": "64x64"}, "height", "give both, or size"),
+        ({"width": 64, "height": 48, "size": "64x64"}, "size", "size 64x64 is not width x height 64x48"),
+        ({"width": 64.5, "height": 48}, "width", "integer"),
+        ({"fps": 8.5}, "fps", "integer"),
+        ({"seed": -2}, "seed", "-1"),
+        ({"flow_shift": 3.0}, "flow_shift", "there is no field 'flow_shift'"),
+        ({"extra_body": {"fps": 8}, "fps": 9}, "fps", "another value in extra_body"),
+        ({"extra_body": {"flow_shift": 3.0}}, "flow_shift", "there is no field 'flow_shift'"),
+        ({"extra_body": {"extra_body": {}}}, "extra_body", "extra_body must be an object"),
+        ({"extra_body": [1]}, "extra_body", "extra_body must be an object"),
+        ({"extra_body": {"n": 2}}, "n", "one request makes one video"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_named(client, fields, param, says):
+    answer = client.post("/v1/videos", json={"prompt": PROMPT, **fields})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == param and says in error["message"]
+    if True in fields.values():  # a form knows no truth
+        return
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
+    for sent in ({"data": {"prompt": PROMPT, **texts}}, multipart(prompt=PROMPT, **texts)):
+        answer = client.post("/v1/videos", **sent)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"prompt": "x"}', "Content-Type: application/json"),
+        ("prompt=x&prompt=y", "prompt was given twice"),
+        ("&".join(f"f{n}=1" for n in range(40)), "Too many fields"),
+        ("", "prompt"),
+        ("prompt=", "prompt"),
+        ("prompt=x&input_reference=https://example.com/cat.png", "text alone"),
+        ("prompt=x&extra_body=seed%3D3", "extra_body is not valid JSON"),
+        ("prompt=x&extra_body=3", "extra_body must be a JSON object"),
+    ],
+)
+def test_forms_that_are_no_request(client, content, says):
+    answer = client.post("/v1/videos", content=content, headers=PLAIN)
+    assert answer.status_code == 400 and says in answer.json()["error"]["message"], answer.text
+
+
+def test_a_form_of_any_kind_may_be_no_larger_than_json(client):
+    answer = client.post("/v1/videos", content="prompt=" + "x" * 300_000, headers=PLAIN)
+    assert answer.status_code == 413
+
+
+def test_an_image_may_come_with_the_options_of_a_benchmark(tmp_path):
+    service = service_of(tmp_path, image="optional")
+    client = testclient.TestClient(create_app(service))
+    texts = {"prompt": PROMPT, "num_outputs_per_prompt": "1", "extra_body": '{"num_inference_steps": 4}'}
+    answer = client.post("/v1/videos", data=texts, files={"input_reference": ("cat.png", png(), "image/png")})
+    assert answer.status_code == 200 and answer.json()["num_inference_steps"] == 4
+    service.close()
+
+
+def test_the_same_request_in_other_words_is_the_same(client):
+    same = [
+        {"json": {"prompt": PROMPT, "size": "64x48", "fps": 8}},
+        {"json": {"prompt": PROMPT, "width": 64, "height": 48.0, "fps": 8.0, "n": 1, "seed": None}},
+        {"json": {"prompt": PROMPT, "extra_body": {"size": "64x48"}, "fps": 8, "seed": -1, "user": "u-1"}},
+        {"data": {"prompt": PROMPT, "size": "64x48", "fps": "8", "negative_prompt": ""}},
+        multipart(prompt=PROMPT, width="64", height="48", size="64x48", fps="8.0", num_outputs_per_prompt="1"),
+    ]
+    for sent in same:
+        answer = client.post("/v1/videos", **{"headers": {"idempotency-key": "order-17"}, **sent})
+        assert answer.status_code == 200, answer.text
+    assert len(client.get("/v1/videos").json()["data"]) == 1
+    other = {"json": {"prompt": PROMPT, "size": "64x48"}, "headers": {"idempotency-key": "order-17"}}
+    assert client.post("/v1/videos", **other).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("fields", "guidance"),
+    [({}, (4.0, 3.0)), ({"guidance_scale": 6}, (6.0, None)), ({"guidance_scale_2": 2}, (4.0, 2.0)),
+     ({"guidance_scale": 6, "guidance_scale_2": 2}, (6.0, 2.0))],
+)  # fmt: skip
+def test_a_video_can_be_made_again_from_its_answer(tmp_path, fields, guidance):
+    service = service_of(tmp_path, experts=2, family="Wan 2.2 A14B")
+    client = testclient.TestClient(create_app(service))
+    body = {"prompt": PROMPT, "negative_prompt": "blurry", "size": "64x48", "num_frames": 9, **fields}
+    first = client.post("/v1/videos", json=body).json()
+    assert (first["guidance_scale"], first["guidance_scale_2"]) == guidance
+    taken = client.get("/openapi.json").json()["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
+    names = set(taken["application/json"]["schema"]["properties"]) - {"seconds"}  # says what num_frames says
+    client.post("/v1/videos", json={name: value for name, value in first.items() if name in names})
+    again, made = (service._store.get(video["id"], "") for video in client.get("/v1/videos").json()["data"])
+    assert again.request == made.request
+    service.close()
