@@ -5,6 +5,8 @@ On a Ray cluster that runs already: `serve run heterostep.launch.serve:app model
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import logging
 import signal
 import socket
@@ -72,7 +74,10 @@ def _serve_here(settings: ServiceSettings, host: str, port: int) -> int:
     def stop_soon(number: int, frame: Any) -> None:
         # uvicorn waits for open connections before it tells the application: streams would last until they are cut.
         service.stop_soon()
-        handle_exit(number, frame)
+        if number == signal.SIGTERM:
+            server.should_exit = True  # uvicorn's own handler would end the process by the signal, once all is in order
+        else:
+            handle_exit(number, frame)
 
     server.handle_exit = stop_soon  # type: ignore[assignment, method-assign]
 
@@ -84,7 +89,7 @@ def _serve_here(settings: ServiceSettings, host: str, port: int) -> int:
 
     stopped = threading.Event()
     threading.Thread(target=give_up, daemon=True).start()
-    print(f"heterostep serves {service.model} at {_address(listener)}", flush=True)
+    print(f"heterostep serves {service.model} at {_addresses(*listener.getsockname()[:2])}", flush=True)
     reason = None
     try:
         server.run(sockets=[listener])
@@ -107,8 +112,12 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _address(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
+def _addresses(host: str, port: int) -> str:
+    """What to open in a browser: all addresses of a machine are none that can be opened."""
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_unspecified:
+            near = "[::1]" if ":" in host else "127.0.0.1"
+            return f"http://{socket.gethostname()}:{port}/ and, on this machine, http://{near}:{port}/"
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
@@ -199,7 +208,8 @@ def _serve_on_ray(settings: ServiceSettings, serving: Serving) -> int:
         # Not before: Ray sets handlers of its own when it starts.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-        print(f"heterostep serves {settings.engine.model} at http://{serving.host}:{serving.port}/ on Ray", flush=True)
+        address = _addresses(serving.host, serving.port)
+        print(f"heterostep serves {settings.engine.model} on Ray at {address}", flush=True)
         stop.wait()
     finally:
         serve.shutdown()

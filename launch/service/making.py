@@ -50,7 +50,7 @@ def make_videos(line: Line, options: dict[str, Any]) -> None:
     engine = Engine(EngineConfig(**{**asked, "hsa": HSAConfig(**asked["hsa"]), "device": device}))
     preview = Preview(engine.pipeline)
     line.on_wish = functools.partial(_end, engine)
-    line.answer("ready", seconds=engine.load_seconds, device=str(engine.device))
+    line.answer("ready", device=str(engine.device))
     while True:
         task = line.tasks.get()
         try:

@@ -53,7 +53,7 @@ class ProcessRunner:
         self._sending = threading.Lock()
         self._ready = False
         self._trouble: str | None = None
-        self._heard = 0.0
+        self._heard = self._begun = 0.0
         self._pauses = Pauses()
         self._task: str | None = None
         self._closed = self._hopeless = False
@@ -162,7 +162,8 @@ class ProcessRunner:
             # Ctrl-C in a terminal goes to all processes of its group, but this one is ended in order.
             start_new_session=True,
         )
-        self._process, self._heard = process, time.monotonic()
+        self._process = process
+        self._heard = self._begun = time.monotonic()
         listen = threading.Thread(target=_listen, args=(process.stdout, self._answers), daemon=True)
         errors = threading.Thread(target=_log_errors, args=(process.stderr, self._index), daemon=True)
         listen.start()
@@ -200,7 +201,8 @@ class ProcessRunner:
         if answer["event"] == "ready":
             self._ready, self._trouble, self._hopeless = True, None, False
             self._pauses.succeeded()
-            say("runner ready", runner=self._index, seconds=round(answer["seconds"], 3), device=answer["device"])
+            seconds = round(self._heard - self._begun, 3)
+            say("runner ready", runner=self._index, seconds=seconds, device=answer["device"])
         elif answer["event"] == "unusable":
             self._trouble, self._hopeless = answer["message"], True
         elif answer["event"] == "failed":
