@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from ...errors import RequestError
 from .database import StoreUnavailable
@@ -19,6 +20,14 @@ from .logs import say
 from .schemas import CreateVideo
 from .service import VideoService
 
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+# Calls of OpenAI's client by the end of their path, and what to do instead.
+_NOT_SERVED = {
+    "remix": "videos are not remixed here; make a new one with POST /v1/videos: with the same seed it stays alike",
+    "edits": "videos are not edited here; make a new one with POST /v1/videos: with the same seed it stays alike",
+    "extensions": "videos are not extended here; make a longer one with POST /v1/videos (num_frames or seconds)",
+    "characters": "characters are not kept here; describe them in the prompt of POST /v1/videos",
+}
 _CODES = {401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed", 408: "timeout"}
 
 
@@ -36,6 +45,8 @@ def add_error_answers(app: FastAPI, service: VideoService) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 405 or "endpoint" not in request.scope:
+            return _no_route(request)
         return error_answer(error.status_code, str(error.detail), headers=error.headers)
 
     @app.exception_handler(RequestValidationError)
@@ -66,6 +77,24 @@ def add_error_answers(app: FastAPI, service: VideoService) -> None:
     async def failed(request: Request, error: Exception) -> Response:
         say("request failed", logging.ERROR, error=type(error).__name__)
         return error_answer(500, "the service failed; its log says more")
+
+
+def _no_route(request: Request) -> JSONResponse:
+    """404 where nothing has this path, else 405 and what it takes."""
+    routes, scope, path = request.app.router.routes, request.scope, request.url.path
+    allowed = [
+        method
+        for method in _METHODS
+        if any(
+            route.matches({**scope, "method": "GET" if method == "HEAD" else method})[0] is Match.FULL
+            for route in routes
+        )
+    ]
+    missing = _NOT_SERVED.get(path.rpartition("/")[2]) if "/v1/videos/" in path else None
+    if not allowed:
+        return error_answer(404, missing or f"there is nothing at {path[:80]!r}; /docs lists what there is")
+    message = f"{path[:80]!r} takes {', '.join(allowed)}, not {request.method[:20]}"
+    return error_answer(405, missing or message, headers={"allow": ", ".join(allowed)})
 
 
 def openapi_body() -> dict[str, Any]:

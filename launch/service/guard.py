@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 
+import anyio
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -48,7 +49,9 @@ class Guard:
             await self._app(scope, receive, send)
             return
         start, status = time.perf_counter(), 500
-        request_id = uuid.uuid4().hex
+        request_id, method = uuid.uuid4().hex, scope["method"]
+        if method == "HEAD":  # is answered as GET is, whatever the route, as far as the headers
+            scope = {**scope, "method": "GET"}
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -60,29 +63,28 @@ class Guard:
                     headers.setdefault(name, value)
                 if status in (408, 413):  # what is still to come of the body is not read
                     headers["connection"] = "close"
+            elif method == "HEAD":
+                if not answering.cancel_called:
+                    await send({"type": "http.response.body"})
+                    answering.cancel()
+                return
             await send(message)
 
         try:
-            refusal = self._refusal(Headers(scope=scope))
-            if refusal is not None:
-                await _answer(sending, *refusal)
-            else:
-                await self._app(scope, _bounded(receive, Headers(scope=scope)), sending)
+            with anyio.CancelScope() as answering:
+                refusal = self._refusal(Headers(scope=scope))
+                if refusal is not None:
+                    await _answer(sending, *refusal)
+                else:
+                    await self._app(scope, _bounded(receive, Headers(scope=scope)), sending)
         finally:
             route = getattr(scope.get("route"), "path", "none")
-            self._counted(scope["method"], route, status)
+            self._counted(method, route, status)
             if route not in _QUIET or status >= 400:
                 video = scope.get("path_params", {}).get("video_id")
                 fields = {"job": video[:80]} if video is not None else {}
-                fields["ms"] = str(round(1e3 * (time.perf_counter() - start), 1))
-                say(
-                    "request",
-                    method=scope["method"],
-                    route=route,
-                    status=status,
-                    id=request_id,
-                    **fields,
-                )
+                milliseconds = round(1e3 * (time.perf_counter() - start), 1)
+                say("request", method=method, route=route, status=status, id=request_id, ms=milliseconds, **fields)
 
     def _refusal(self, headers: Headers) -> tuple[int, str] | None:
         strange = stranger(headers.get("host", ""), headers.get("origin"), self._allowed_hosts)

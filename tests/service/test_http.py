@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 
 import httpx2
 import pytest
@@ -156,6 +157,12 @@ def test_parts_of_a_file(server, made):
     tail = server.http.get(path, headers={"range": "bytes=-100"})
     assert tail.status_code == 206 and tail.content == whole.content[-100:]
     assert server.http.get(path, headers={"range": f"bytes={len(whole.content)}-"}).status_code == 416
+    for wanted in (None, "bytes=4-7", "bytes=-100", "bytes=0-1,4-7", f"bytes={len(whole.content)}-"):
+        headers = {"range": wanted} if wanted else {}
+        get, head = server.http.get(path, headers=headers), server.http.head(path, headers=headers)
+        assert head.status_code == get.status_code and head.content == b"", wanted
+        for name in ("content-length", "content-range", "accept-ranges", "etag", "content-disposition"):
+            assert head.headers.get(name) == get.headers.get(name), (wanted, name)
     report = server.http.get(path, params={"variant": "report"}).json()
     assert report["compute"] == made["hsa"]["achieved"] and report["request"]["seed"] == 3
     heatmap = server.http.get(path, params={"variant": "heatmap"})
@@ -203,11 +210,27 @@ def test_metrics(server, made):
     assert float(values["process_resident_memory_bytes"]) > 0
 
 
+def test_head_ends_where_events_would_begin(server):
+    id = server.create(**ENDLESS)
+    start = time.monotonic()
+    head = server.http.head(f"/v1/videos/{id}/events")
+    assert head.status_code == 200 and head.headers["content-type"].startswith("text/event-stream")
+    assert time.monotonic() - start < 5
+    wait_until(lambda: [record for record in server.logged("request") if record["method"] == "HEAD"], 5)
+    assert server.video(id)["status"] in ("queued", "in_progress")
+    server.http.delete(f"/v1/videos/{id}")
+
+
 def test_logs_are_json_with_the_job(server, made):
     for event in ("job begun", "job completed"):
         assert made["id"] in [record["job"] for record in server.logged(event)]
     for line in server.log.read_text().splitlines():
-        assert {"time", "level", "event"} <= json.loads(line).keys()
+        record = json.loads(line)
+        assert {"time", "level", "event"} <= record.keys()
+        assert not any(isinstance(value, str) and re.fullmatch(r"[0-9.]+", value) for value in record.values()), record
+    started, ready = server.logged("runner started")[0], server.logged("runner ready")[0]
+    took = datetime.fromisoformat(ready["time"]) - datetime.fromisoformat(started["time"])
+    assert ready["seconds"] == pytest.approx(took.total_seconds(), abs=0.5)
 
 
 def test_the_service_itself_does_not_load_pytorch():

@@ -120,6 +120,20 @@ def test_bad_input(videos, fields, param, says):
     assert says in caught.value.body["message"].lower() and "\n" not in caught.value.body["message"]
 
 
+def test_what_openai_has_beyond_it_is_refused_with_what_would_do(videos):
+    calls = {
+        "not remixed here": lambda: videos.remix("video_0", prompt=PROMPT),
+        "not edited here": lambda: videos.edit(prompt=PROMPT, video=b"x"),
+        "not extended here": lambda: videos.extend(prompt=PROMPT, seconds="8", video=b"x"),
+        "characters are not kept here": lambda: videos.create_character(name="Mo", video=b"x"),
+    }
+    for says, call in calls.items():
+        with pytest.raises(openai.APIStatusError) as caught:
+            call()
+        assert caught.value.status_code in (404, 405)
+        assert says in caught.value.body["message"] and "POST /v1/videos" in caught.value.body["message"]
+
+
 def test_unknown_ids(server, videos):
     for id in ("video_0", "video_" + "0" * 32, "..%2f..%2fetc%2fpasswd", "/etc/passwd", "a" * 5000):
         with pytest.raises(openai.NotFoundError):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
+import socket
 
 import pytest
 from PIL import Image
@@ -12,7 +14,8 @@ from PIL import Image
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 testclient = pytest.importorskip("starlette.testclient", reason="the extra 'dev' is not installed")
 
-from heterostep.launch.service.app import create_app
+from heterostep.launch.serve import _addresses
+from heterostep.launch.service.app import create_app, router
 from heterostep.launch.service.service import VideoService
 from heterostep.launch.service.settings import ServiceSettings
 
@@ -211,3 +214,71 @@ def test_a_video_can_be_made_again_from_its_answer(tmp_path, fields, guidance):
     again, made = (service._store.get(video["id"], "") for video in client.get("/v1/videos").json()["data"])
     assert again.request == made.request
     service.close()
+
+
+# HEAD, and what is not there.
+
+
+def test_head_answers_as_get_does_without_a_body(client):
+    id = client.post("/v1/videos", json={"prompt": PROMPT}).json()["id"]
+    paths = {route.path for route in router.routes if "GET" in route.methods} | {"/openapi.json", "/nothing", "/page/x"}
+    assert len(paths) >= 14
+    for path in paths:
+        values = {"video_id": id, "model": "demo", "name": "app.js"}
+        path = re.sub(r"\{(\w+)(:path)?\}", lambda match, values=values: values[match[1]], path)
+        head = client.head(path)
+        assert head.content == b""
+        if path.endswith("/events"):  # GET would last as long as the video
+            assert head.status_code == 200 and head.headers["content-type"].startswith("text/event-stream")
+            continue
+        get = client.get(path)
+        assert head.status_code == get.status_code
+        varying = {"x-request-id"} | ({"content-length"} if path == "/metrics" else set())
+        for name in get.headers.keys() - varying:
+            assert head.headers[name] == get.headers[name], (path, name)
+    assert client.head(f"/v1/videos/{id}/content", headers={"host": "x", "origin": "http://y"}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allow", "says"),
+    [
+        ("POST", "/v1/videos/ID/remix", 404, None, "POST /v1/videos"),
+        ("POST", "/v1/videos/characters", 405, "GET, HEAD, DELETE", "in the prompt"),
+        ("GET", "/v1/videos/characters/char_1", 404, None, "/docs"),
+        ("POST", "/v1/videos/edits", 405, "GET, HEAD, DELETE", "POST /v1/videos"),
+        ("POST", "/v1/videos/extensions", 405, "GET, HEAD, DELETE", "num_frames"),
+        ("PUT", "/v1/videos", 405, "GET, HEAD, POST", "'/v1/videos' takes GET, HEAD, POST, not PUT"),
+        ("PATCH", "/v1/videos/ID", 405, "GET, HEAD, DELETE", "not PATCH"),
+        ("GET", "/v1/videos/ID/cancel", 405, "POST", "takes POST, not GET"),
+        ("DELETE", "/openapi.json", 405, "GET, HEAD", "takes GET, HEAD"),
+        ("POST", "/health", 405, "GET, HEAD", "not POST"),
+        ("POST", "/v1/images/generations", 404, None, "'/v1/images/generations'"),
+        ("GET", "/favicon.ico", 404, None, "/docs lists what there is"),
+        ("GET", "/" + "x" * 500, 404, None, "xxx"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_said_in_one_sentence(client, method, path, status, allow, says):
+    answer = client.request(method, path.replace("ID", "video_1"))
+    assert answer.status_code == status and answer.headers.get("allow") == allow
+    error = answer.json()["error"]
+    assert says in error["message"] and len(error["message"]) < 200
+    assert error["type"] == "invalid_request_error"
+    assert error["code"] == ("not_found" if status == 404 else "method_not_allowed")
+
+
+# Where the service says that it is.
+
+
+@pytest.mark.parametrize(
+    ("host", "says"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000/"),
+        ("192.0.2.7", "http://192.0.2.7:8000/"),
+        ("videos.example", "http://videos.example:8000/"),
+        ("::1", "http://[::1]:8000/"),
+        ("0.0.0.0", "http://HOST:8000/ and, on this machine, http://127.0.0.1:8000/"),
+        ("::", "http://HOST:8000/ and, on this machine, http://[::1]:8000/"),
+    ],
+)
+def test_the_address_that_is_told_can_be_opened(host, says):
+    assert _addresses(host, 8000) == says.replace("HOST", socket.gethostname())
