@@ -266,6 +266,14 @@ def test_what_is_not_there_is_said_in_one_sentence(client, method, path, status,
     assert error["code"] == ("not_found" if status == 404 else "method_not_allowed")
 
 
+def test_the_same_under_a_path_of_a_site(client):
+    there = {"headers": {"x-forwarded-prefix": "/studio"}}
+    assert client.head("/v1/videos", **there).status_code == 200
+    assert "remixed" in client.post("/v1/videos/video_1/remix", **there).json()["error"]["message"]
+    answer = client.put("/v1/videos", **there)
+    assert answer.status_code == 405 and answer.headers["allow"] == "GET, HEAD, POST"
+
+
 # Where the service says that it is.
 
 
