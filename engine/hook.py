@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,21 @@ def named(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict
 
 
 class _Contexts(StateManager):
-    """Receives what a pipeline says by ``transformer.cache_context(...)``; holds no state."""
+    """Receives what a pipeline says by ``transformer.cache_context(...)``; holds no state.
+
+    Attributes:
+        check: raises if the call that is about to come cannot be answered. The compiler has not begun by then.
+    """
 
     def __init__(self) -> None:
         super().__init__(None)
+        self.check: Callable[[], None] = lambda: None
+
+    def set_context(self, context: Any) -> None:
+        """Note the context of the next call, None after it."""
+        if context is not None:
+            self.check()
+        super().set_context(context)
 
     @property
     def current(self) -> Any:
@@ -109,7 +120,7 @@ class HSAHook(LastingHook):
         return module
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        """Take and return what the transformer's forward does."""
+        """Take and return what the transformer's forward does, without a context as the stock one does it."""
         context = self.contexts.current
         if context is None:  # not a denoising call of a pipeline
             return self.fn_ref.original_forward(*args, **kwargs)

@@ -54,12 +54,20 @@ class Run:
     """Follows the stock pipeline through its steps; every call of a hooked transformer reports here first."""
 
     def __init__(
-        self, pipe: Any, adapter: Adapter, config: HSAConfig, planner: Any = None, sharding: Sharding | None = None
+        self,
+        pipe: Any,
+        adapter: Adapter,
+        config: HSAConfig,
+        planner: Any = None,
+        sharding: Sharding | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """Prepare for runs of `pipe`, with a planner of our own if none is given; nothing is allocated yet.
 
-        `sharding` shares the work with other ranks, each of which runs the same pipeline.
+        `sharding` shares the work with other ranks, each of which runs the same pipeline. `check` raises, at the start
+        of every run, if the pipeline is no longer as it should be.
         """
+        self.check = check
         self.pipe, self.adapter, self.config, self.sharding = pipe, adapter, config, sharding
         # What each guidance unit asks of the transformer at all steps alike: as far as seen, or told beforehand.
         self.told: dict[str, dict[str, Any]] = {}
@@ -252,6 +260,7 @@ class Run:
         Whatever an earlier run left behind is forgotten, buffers are kept.
         """
         self.step, self.first, self.resumed_at, self.kv_since = None, start, 0, math.inf
+        self.check()
         scheduler = self.pipe.scheduler
         self.forecast, self.correct = forecast_for(self.config, scheduler), correct_for(self.config, scheduler)
         if self.own_planner is not None:

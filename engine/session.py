@@ -13,8 +13,9 @@ from ..parallel.config import ParallelConfig
 from ..parallel.mesh import ParallelMesh
 from . import registry
 from .attention import AttentionCall
+from .checks import TRANSFORMERS, check_distinct, check_forward, check_transformer, refuse_compiled
 from .hook import HSAHook
-from .models import Adapter, adapter_for
+from .models import adapter_for
 from .report import HSAReport, StepRecord
 from .run import Run
 from .sharding import Sharding
@@ -22,7 +23,7 @@ from .solvers import build_scheduler, correct_for, forecast_for, kind_of
 from .state import pipeline_state, restore_pipeline, run_state
 
 
-class HSASession:
+class HSASession(registry.Uncopied):
     """HSA on one pipeline, from `apply` to `remove`; every run of the pipeline starts clean.
 
     Attributes:
@@ -36,8 +37,8 @@ class HSASession:
         """Hook the pipeline's transformers; `apply` is the public way."""
         adapter = adapter_for(pipe)
         self.pipe, self.config = pipe, config
-        for _, transformer in adapter.transformers(pipe):
-            _check_transformer(transformer, adapter)
+        for transformer in check_distinct(pipe):
+            check_transformer(transformer, adapter)
         if config.solver is not None and config.solver not in adapter.solvers:
             raise ConfigError(
                 f"solver={config.solver!r} with {type(pipe).__name__}: one of {', '.join(adapter.solvers)} is needed, "
@@ -51,21 +52,34 @@ class HSASession:
         # Every run deduces both anew; what does not fit is better refused now.
         forecast_for(config, scheduler)
         correct_for(config, scheduler)
-        if self._own_scheduler is not None:
-            pipe.scheduler = self._own_scheduler
-        self._run = Run(pipe, adapter, config, planner, sharding)
+        self._run = Run(pipe, adapter, config, planner, sharding, self._check_run)
         self.planner = self._run.planner
         self._saved: Mapping[str, Any] | None = None
         # Modules with a hook of ours, and (attention, its stock processor, ours) wherever we set one.
         self._attached: list[tuple[list[Any], list[tuple[Any, Any, Any]]]] = []
-        for expert, transformer in adapter.transformers(pipe):
-            self._attach(expert, transformer)
-        if adapter.step_tensors:  # a callback may ask for them too
-            pipe._callback_tensor_inputs = [*type(pipe)._callback_tensor_inputs, *adapter.step_tensors]
+        self._models = [getattr(pipe, name, None) for name in TRANSFORMERS]
+        self._callback_inputs = vars(pipe).get("_callback_tensor_inputs")
+        try:
+            for expert, transformer in adapter.transformers(pipe):
+                self._attach(expert, transformer)
+            if self._own_scheduler is not None:
+                pipe.scheduler = self._own_scheduler
+            if adapter.step_tensors:  # a callback may ask for them too
+                pipe._callback_tensor_inputs = [*pipe._callback_tensor_inputs, *adapter.step_tensors]
+            pipe._heterostep_session = self
+        except BaseException:
+            self.detach()
+            raise
 
     @property
     def report(self) -> HSAReport:
-        """What the current or last run did; grows while a run goes on."""
+        """What the current or last run did; grows while a run goes on.
+
+        Raises:
+            ConfigError: the pipeline has another transformer since, of whose runs nothing is known.
+        """
+        if self._attached:
+            self._check_models()
         return self._run.report()
 
     @property
@@ -155,19 +169,56 @@ class HSASession:
             for attention, stock, ours in processors:
                 if attention.processor is not ours:  # the user has set another since
                     continue
-                # A kernel chosen since `apply` stays chosen.
+                # What was chosen since `apply` stays chosen.
                 stock._attention_backend = ours._attention_backend
+                stock._parallel_config = ours._parallel_config
                 attention.set_processor(stock)
             for module in modules:
+                if isinstance(hook := registry.registered(module), HSAHook):
+                    hook.contexts.reset()
                 registry.remove(module)
         self._attached.clear()
         if self._own_scheduler is not None and self.pipe.scheduler is self._own_scheduler:
             self.pipe.scheduler = self._stock_scheduler
         self._own_scheduler = None
-        if self.step_tensors:
-            vars(self.pipe).pop("_callback_tensor_inputs", None)
-        self._run.end()
-        self._run.release()
+        if vars(self.pipe).get("_heterostep_session") is self:
+            del self.pipe._heterostep_session
+            if self.step_tensors:
+                vars(self.pipe).pop("_callback_tensor_inputs", None)
+                if self._callback_inputs is not None:
+                    self.pipe._callback_tensor_inputs = self._callback_inputs
+        try:
+            self._run.end()
+        finally:
+            self._run.release()
+
+    def _check_models(self) -> None:
+        """Refuse to go on with a pipeline whose transformers are others by now, are compiled or never come to us."""
+        refuse_compiled(self.pipe)
+        models = [getattr(self.pipe, name, None) for name in TRANSFORMERS]
+        if any(now is not then for now, then in zip(models, self._models, strict=True)):
+            raise ConfigError(
+                f"A transformer of {type(self.pipe).__name__} was replaced after hs.apply, and HSA is not on the new "
+                "one: call hs.apply(pipe) again, or hs.remove(pipe) to go without."
+            )
+        for model in models:
+            if model is not None:
+                check_forward("The transformer", model)
+
+    def _check_run(self) -> None:
+        """Check again what `apply` checked: users may have changed the pipeline since."""
+        self._check_models()
+        adapter = self._run.adapter
+        models = [model for model in self._models if model is not None]
+        for transformer, (modules, processors) in zip(models, self._attached, strict=True):
+            check_transformer(transformer, adapter, applied=True)
+            present, ours = set(transformer.modules()), {attention for attention, _, _ in processors}
+            hooked = all(module in present and registry.registered(module) for module in modules)
+            if not hooked or not all(site.attention in ours for site in adapter.sites(transformer)) or ours - present:
+                raise ConfigError(
+                    f"Hooks or layers of the {type(transformer).__name__} were taken away or replaced after hs.apply, "
+                    "and HSA is not on the new ones: call hs.apply(pipe) again."
+                )
 
     def _check_others(self, others: Mapping[str, Tensor]) -> None:
         """Refuse what would be saved, or put back, in part only."""
@@ -192,15 +243,16 @@ class HSASession:
             processors.append((site.attention, stock, adapter.processor(call, stock, everywhere=site.everywhere)))
         for attention in adapter.text_attentions(transformer):
             processors.append((attention, attention.processor, adapter.text_processor(attention.processor)))
+        modules: list[Any] = []
+        self._attached.append((modules, processors))  # first, so that what fails from here on is undone
         for attention, _, ours in processors:
             attention.set_processor(ours)
         texts = [ours for _, _, ours in processors[len(sites) :]]
         hook = HSAHook(self._run, expert, sites, texts, call)
-        hook.session = self
-        hooks = [*adapter.hooks(transformer, call), (transformer, hook)]
-        for module, its_hook in hooks:
+        hook.session, hook.contexts.check = self, self._check_models
+        for module, its_hook in [*adapter.hooks(transformer, call), (transformer, hook)]:
             registry.register(module, its_hook)
-        self._attached.append(([module for module, _ in reversed(hooks)], processors))
+            modules.insert(0, module)
 
 
 def apply(
@@ -242,6 +294,7 @@ def apply(
         raise ConfigError(f"{type(planner).__name__} has no method plan(step, num_steps, sigma, num_tokens).")
     if mesh is not None and parallel is None:
         raise ConfigError("A mesh without parallel=ParallelConfig(...): give the degrees that it was made for.")
+    refuse_compiled(pipe)
     if sharding is None and parallel is not None and (parallel.world_size > 1 or mesh is not None):
         device = adapter_for(pipe).transformers(pipe)[0][1].device
         sharding = Sharding(mesh or ParallelMesh.create(parallel, device), parallel)
@@ -250,26 +303,15 @@ def apply(
 
 
 def remove(pipe: Any) -> None:
-    """Take HSA off a pipeline, which is then the stock one bit for bit; does nothing to one without it."""
-    for name in ("transformer", "transformer_2"):
-        hook = registry.registered(getattr(pipe, name, None))
-        if isinstance(hook, HSAHook):
-            hook.session.detach()
+    """Take HSA off a pipeline, which is then the stock one bit for bit; does nothing to one without it.
 
-
-def _check_transformer(transformer: Any, adapter: Adapter) -> None:
-    """Refuse a transformer whose attention is not stock, or which another cache already works on."""
-    for site in adapter.sites(transformer):
-        if type(site.attention.processor) not in adapter.stock_processors:
-            stock = " or ".join(kind.__name__ for kind in adapter.stock_processors)
-            raise ConfigError(
-                f"{type(site.attention.processor).__name__} is set as attention processor: HSA needs the stock one, "
-                f"{stock}."
-            )
-    if getattr(transformer, "is_cache_enabled", False):
-        raise ConfigError(
-            "Another cache is enabled on the transformer: call its disable_cache() before HSA is applied."
-        )
+    Whatever happened since `apply`: what others have put on the pipeline stays, models that it had then are stock too.
+    """
+    hooks = [registry.registered(getattr(pipe, name, None)) for name in TRANSFORMERS]
+    sessions = [hook.session for hook in hooks if isinstance(hook, HSAHook)]
+    for session in (getattr(pipe, "_heterostep_session", None), *sessions):
+        if session is not None:
+            session.detach()
 
 
 def _kind_or_none(scheduler: Any) -> str | None:

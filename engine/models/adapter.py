@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from diffusers.hooks import ModelHook
 from torch import Tensor
 
 from ..attention import AttentionCall
+from ..registry import OwnHook
 from ..tokens import Grid
 
 
@@ -77,7 +77,7 @@ class Adapter(Protocol):
         raise NotImplementedError
 
     @staticmethod
-    def hooks(transformer: Any, call: AttentionCall) -> list[tuple[Any, ModelHook]]:
+    def hooks(transformer: Any, call: AttentionCall) -> list[tuple[Any, OwnHook]]:
         """(module, hook) for modules that must know which tokens are active, such as rotary embeddings."""
         return []
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from diffusers import LTX2VideoTransformer3DModel
-from diffusers.hooks import ModelHook
 from diffusers.models.transformers.transformer_ltx2 import (
     AudioVisualModelOutput,
     LTX2AudioVideoAttnProcessor,
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..attention import AttentionCall
+from ..registry import OwnHook
 from ..tokens import Grid, Patch, gather_rows, unpatchify
 from .adapter import Adapter, Site
 from .ltx2_attention import CachedLTX2AttnProcessor, CachedLTX2TextAttnProcessor, Plain
@@ -90,7 +90,7 @@ class LTX2Adapter(Adapter):
         return CachedLTX2TextAttnProcessor(replaced)
 
     @staticmethod
-    def hooks(transformer: Any, call: AttentionCall) -> list[tuple[Any, ModelHook]]:
+    def hooks(transformer: Any, call: AttentionCall) -> list[tuple[Any, OwnHook]]:
         """What the first block gets is like what the others get, so that compiled blocks share their graphs."""
         return [(transformer.proj_in, Plain()), (transformer.audio_proj_in, Plain())]
 

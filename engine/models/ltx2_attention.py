@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.hooks import ModelHook
 from diffusers.models.transformers.transformer_ltx2 import (
     LTX2PerturbedAttnProcessor,
     apply_interleaved_rotary_emb,
@@ -14,6 +13,7 @@ from diffusers.models.transformers.transformer_ltx2 import (
 from torch import Tensor
 
 from ..attention import AttentionCall, CachedAttention, CachedTextAttention, attend
+from ..registry import OwnHook
 
 _ROTATE = {"interleaved": apply_interleaved_rotary_emb, "split": apply_split_rotary_emb}
 
@@ -110,7 +110,7 @@ class CachedLTX2TextAttnProcessor(CachedTextAttention, LTX2PerturbedAttnProcesso
         return _finished(attn, attend(query, key, value, attention_mask, self._attention_backend), hidden_states)
 
 
-class Plain(ModelHook):
+class Plain(OwnHook):
     """On a projection: its output as no view, which `torch.nn.functional.linear` makes of it.
 
     To the compiler a view is another kind of input, so that the first block would need graphs of its own.

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from diffusers import WanTransformer3DModel
-from diffusers.hooks import ModelHook
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
 from ..attention import AttentionCall
+from ..registry import OwnHook
 from ..tokens import Grid, Patch, gather_rows, pack, patchify, unpatchify
 from .adapter import Adapter, Site
 from .wan_attention import CachedTextAttnProcessor, CachedWanAttnProcessor, RopeRows
@@ -72,7 +72,7 @@ class WanAdapter(Adapter):
         return CachedTextAttnProcessor(replaced)
 
     @staticmethod
-    def hooks(transformer: Any, call: AttentionCall) -> list[tuple[Any, ModelHook]]:
+    def hooks(transformer: Any, call: AttentionCall) -> list[tuple[Any, OwnHook]]:
         """The rotary embeddings, which are those of the small video otherwise."""
         return [(transformer.rope, RopeRows(call, _patch(transformer)))]
 
