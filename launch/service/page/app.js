@@ -9,6 +9,7 @@ const form = $("form");
 let videos = new Map(); // by id, newest first
 const thumbnails = new Map(); // object URL by id
 let card = null;
+let untouched = {}; // what the form held before anybody changed it, by name
 let more = false;
 
 const viewer = new Viewer($("viewer"), {
@@ -43,6 +44,8 @@ function describe(model) {
   for (const [name, value] of Object.entries(model.defaults)) {
     if (elements[name] && value != null) elements[name].value = name === "compute" ? Math.round(value * 100) : value;
   }
+  elements.guidance_scale_2.closest("label").hidden = model.defaults.guidance_scale_2 == null;
+  untouched = Object.fromEntries([...elements].map(({ name, value }) => [name, value]));
   describeCompute();
 }
 
@@ -57,19 +60,25 @@ function fill(video) {
   const { elements } = form;
   const [width, height] = video.size.split("x");
   const values = { ...video, width, height, compute: Math.round(video.compute * 100) };
-  for (const name of ["prompt", "negative_prompt", "width", "height", "num_frames", "fps", "num_inference_steps", "guidance_scale", "seed", "compute"]) {
-    elements[name].value = values[name];
+  for (const name of ["prompt", "negative_prompt", "width", "height", "num_frames", "fps", "num_inference_steps", "guidance_scale", "guidance_scale_2", "seed", "compute"]) {
+    elements[name].value = values[name] ?? "";
   }
   describeCompute();
   form.querySelector("details").open = true;
   elements.prompt.focus();
 }
 
+// Only what was changed: a default that is sent counts as the user's own choice, and one guidance as that of both experts.
 function fields() {
   const { elements } = form;
-  const asked = { prompt: elements.prompt.value, size: `${elements.width.value}x${elements.height.value}`, compute: Number(elements.compute.value) / 100 };
-  for (const name of ["num_frames", "fps", "num_inference_steps", "guidance_scale"]) asked[name] = Number(elements[name].value);
-  if (elements.seed.value !== "") asked.seed = Number(elements.seed.value);
+  const changed = (...names) => names.some((name) => elements[name].value !== untouched[name]);
+  const asked = { prompt: elements.prompt.value };
+  if (changed("width", "height")) asked.size = `${elements.width.value}x${elements.height.value}`;
+  if (changed("compute")) asked.compute = Number(elements.compute.value) / 100;
+  for (const names of [["num_frames"], ["fps"], ["num_inference_steps"], ["guidance_scale", "guidance_scale_2"], ["seed"]]) {
+    if (!changed(...names)) continue;
+    for (const name of names) if (elements[name].value !== "") asked[name] = Number(elements[name].value);
+  }
   if (elements.negative_prompt.value) asked.negative_prompt = elements.negative_prompt.value;
   return asked;
 }
