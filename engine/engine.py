@@ -39,6 +39,7 @@ from .request import (
     Started,
     StepDone,
     VideoOutput,
+    allocation,
     prepare,
     resolve,
 )
@@ -226,7 +227,7 @@ class Engine:
         try:
             if config is None:
                 return self._make(request, image, None, None, None, emit, stop, step)
-            identity = identity_of(self.facts, request, _allocation(self.config, request), self.dtype, self.pipeline)
+            identity = identity_of(self.facts, request, allocation(self.config, request), self.dtype, self.pipeline)
             # All that is saved is alike on all ranks: one reads and writes it.
             job = Job(config, identity) if self.leads else None
             with contextlib.ExitStack() as held:
@@ -268,7 +269,7 @@ class Engine:
         if self._vote(stop.asked):
             raise stopped(0 if saved is None else saved.step, request.num_inference_steps, job if stop.save else None)
 
-        hsa = _allocation(self.config, request)
+        hsa = allocation(self.config, request)
         # With every token at every step the hook changes nothing, but only through it a run can go on, or be shared.
         hooked = hsa is not None or every is not None or self.sharding is not None
         session = apply(pipeline, hsa or HSAConfig(compute=1.0), sharding=self.sharding) if hooked else None
@@ -414,7 +415,7 @@ def find_finished(config: EngineConfig, request: GenerateRequest, job: JobConfig
     facts = read_facts(config.model)
     resolved = resolve(request, facts)
     dtype = pick_dtype(config.dtype, pick_device(config.device))
-    return look(job, identity_of(facts, resolved, _allocation(config, resolved), dtype))
+    return look(job, identity_of(facts, resolved, allocation(config, resolved), dtype))
 
 
 def _sharding(config: EngineConfig, device: torch.device) -> Sharding | None:
@@ -431,12 +432,3 @@ def _found(job: Job | None, held: contextlib.ExitStack) -> tuple[Finished | None
     held.enter_context(job)
     finished = job.finished()
     return finished, None if finished is not None else job.newest()
-
-
-def _allocation(config: EngineConfig, request: ResolvedRequest) -> HSAConfig | None:
-    """The allocation for one request; None where the stock pipeline needs no hook."""
-    hsa = config.hsa
-    if request.compute is not None:
-        hsa = dataclasses.replace(hsa or HSAConfig(), compute=request.compute)
-    # All tokens at every step under the model's own scheduler is the stock pipeline, bit for bit.
-    return None if hsa is None or (hsa.compute == 1.0 and hsa.solver is None) else hsa

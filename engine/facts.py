@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Mapping
@@ -15,6 +16,9 @@ from .ltx2_facts import Guidance, ltx2_facts
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 _IMAGE_PIPELINES = {"WanPipeline": "WanImageToVideoPipeline", "LTX2Pipeline": "LTX2ImageToVideoPipeline"}
 SUPPORTED_PIPELINES = (*_IMAGE_PIPELINES, *_IMAGE_PIPELINES.values())
+# Classes of the transformer and the VAE of a pipeline's family.
+_WAN_PARTS = ("WanTransformer3DModel", "AutoencoderKLWan")
+_LTX2_PARTS = ("LTX2VideoTransformer3DModel", "AutoencoderKLLTX2Video")
 
 
 class Defaults(NamedTuple):
@@ -70,6 +74,7 @@ class ModelFacts:
         audio_heads: attention heads with which sound looks at the video; 0 without sound.
         audio_head_dim: channels of such a head.
         audio_rate: latents of sound per second; 0 without sound.
+        boundary_ratio: share of the training timesteps below which the second expert begins; None with one expert.
         guidance: beside that by the prompt; None: there is no other.
     """
 
@@ -92,6 +97,7 @@ class ModelFacts:
     audio_heads: int = 0
     audio_head_dim: int = 0
     audio_rate: float = 0.0
+    boundary_ratio: float | None = None
     guidance: Guidance | None = None
 
     @property
@@ -170,6 +176,7 @@ def read_facts(model: str) -> ModelFacts:
         )
     parts = ("transformer", "vae", *(("audio_vae", "text_encoder") if pipeline.startswith("LTX2") else ()))
     transformer, vae, *others = (_read_json(model, location, f"{part}/config.json") for part in parts)
+    _check_variant(model, pipeline, transformer, vae)
     try:
         sizes = ltx2_facts(transformer, vae, *others) if others else _wan_facts(pipeline, index, transformer, vae)
         facts = ModelFacts(name=model, location=location, pipeline=pipeline, **sizes)
@@ -211,9 +218,40 @@ def _wan_facts(
         "vae_temporal": int(vae.get("scale_factor_temporal", 4)),
         "vae_spatial": int(vae.get("scale_factor_spatial", 8)),
         "rope_max": int(transformer.get("rope_max_seq_len", 1024)),
+        "boundary_ratio": None if index.get("boundary_ratio") is None else float(index["boundary_ratio"]),
         "image": "optional" if per_token else "required" if from_image else "none",
         "sees_image": from_image and transformer.get("image_dim") is not None,
     }
+
+
+def _check_variant(model: str, pipeline: str, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+    """Refuse a variant of a supported pipeline: it would fail after loading, or its videos would be wrong."""
+    if pipeline.startswith("Wan") and transformer.get("pos_embed_seq_len") is not None:
+        raise ConfigError(
+            f"model {model!r} needs a last image beside the first (its transformer sets pos_embed_seq_len), which is "
+            "not supported yet; use a model that starts from one image, such as Wan2.1-I2V"
+        )
+    wanted = _WAN_PARTS if pipeline.startswith("Wan") else _LTX2_PARTS
+    for name, config, kind in zip(("transformer", "vae"), (transformer, vae), wanted, strict=True):
+        found = config.get("_class_name", kind)
+        if found != kind:
+            raise ConfigError(f"model {model!r}: its {name} is a {found}, but heterostep runs {pipeline} with {kind}")
+    known = _settings(wanted[0])
+    # One that is off asks for nothing: newer versions of diffusers write down all that they have.
+    unknown = [f"{key}={value!r:.40}" for key, value in transformer.items() if value and key not in known]
+    unknown = [setting for setting in unknown if not setting.startswith("_")]
+    if unknown:
+        raise ConfigError(
+            f"model {model!r}: its transformer sets {', '.join(sorted(unknown)[:3])}, which {wanted[0]} does not know, "
+            "so that its videos would be wrong; use a model without it, or a heterostep that supports it"
+        )
+
+
+def _settings(kind: str) -> frozenset[str]:
+    """Settings of a class of diffusers."""
+    import diffusers  # takes seconds, and only models need it
+
+    return frozenset(inspect.signature(getattr(diffusers, kind).__init__).parameters)
 
 
 def _check_channels(facts: ModelFacts, taken: Any, latent: Any) -> None:
@@ -237,6 +275,19 @@ def _family(width: int, experts: int, per_token_timesteps: bool, from_image: boo
         return "Wan 2.2 TI2V 5B"
     name = "Wan 2.2 A14B" if experts == 2 else "Wan 1.3B" if width < 4096 else "Wan 14B"
     return f"{name} I2V" if from_image else name
+
+
+def read_scheduler(facts: ModelFacts) -> tuple[str, dict[str, Any]]:
+    """Class name and config of a model's scheduler.
+
+    Raises:
+        ConfigError: one of them is missing or cannot be read.
+    """
+    entry = _read_json(facts.name, facts.location, "model_index.json").get("scheduler")
+    config = _read_json(facts.name, facts.location, "scheduler/scheduler_config.json")
+    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
+        raise ConfigError(f"model {facts.name!r} names no scheduler in its model_index.json, so it cannot make a video")
+    return entry[1], config
 
 
 def locate(model: str) -> str:

@@ -225,6 +225,15 @@ def prepare(request: GenerateRequest, facts: ModelFacts) -> tuple[ResolvedReques
     return dataclasses.replace(resolved, image=fingerprint(image)), image
 
 
+def allocation(config: EngineConfig, request: ResolvedRequest) -> HSAConfig | None:
+    """The allocation for one request; None where the stock pipeline needs no hook."""
+    hsa = config.hsa
+    if request.compute is not None:
+        hsa = dataclasses.replace(hsa or HSAConfig(), compute=request.compute)
+    # All tokens at every step under the model's own scheduler is the stock pipeline, bit for bit.
+    return None if hsa is None or (hsa.compute == 1.0 and hsa.solver is None) else hsa
+
+
 def _check_image(request: GenerateRequest, facts: ModelFacts) -> None:
     if request.image is not None and facts.image == "none":
         raise RequestError(f"model {facts.name!r} makes videos from text alone; leave out the image")

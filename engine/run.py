@@ -217,6 +217,10 @@ class Run:
         first = max(index - 1, 0) if self.correct else index
         return any(self._count(other) != self.grid.num_tokens for other in range(first, self.num_steps))
 
+    def rehearse(self, grid: Grid) -> None:
+        """Fix the plan of a run whose scheduler has its timesteps, and run nothing; ConfigError if none can be met."""
+        self._begin(0, torch.empty(1), grid)
+
     def end(self) -> None:
         """Complete the last step: diffusers calls this after a pipeline call. Caches keep their memory."""
         step, self.step, self.timestep = self.step, None, None

@@ -19,7 +19,7 @@ from .models import adapter_for
 from .report import HSAReport, StepRecord
 from .run import Run
 from .sharding import Sharding
-from .solvers import build_scheduler, correct_for, forecast_for, kind_of
+from .solvers import kind_of, scheduler_for
 from .state import pipeline_state, restore_pipeline, run_state
 
 
@@ -39,19 +39,10 @@ class HSASession(registry.Uncopied):
         self.pipe, self.config = pipe, config
         for transformer in check_distinct(pipe):
             check_transformer(transformer, adapter)
-        if config.solver is not None and config.solver not in adapter.solvers:
-            raise ConfigError(
-                f"solver={config.solver!r} with {type(pipe).__name__}: one of {', '.join(adapter.solvers)} is needed, "
-                "or None for the pipeline's own scheduler."
-            )
         self._stock_scheduler = self._own_scheduler = None
-        scheduler = pipe.scheduler
-        if config.solver is not None and _kind_or_none(scheduler) != config.solver:
-            self._stock_scheduler, scheduler = scheduler, build_scheduler(config.solver, scheduler)
-            self._own_scheduler = scheduler
-        # Every run deduces both anew; what does not fit is better refused now.
-        forecast_for(config, scheduler)
-        correct_for(config, scheduler)
+        scheduler = scheduler_for(config, pipe.scheduler, adapter.solvers, type(pipe).__name__)
+        if scheduler is not pipe.scheduler:
+            self._stock_scheduler, self._own_scheduler = pipe.scheduler, scheduler
         self._run = Run(pipe, adapter, config, planner, sharding, self._check_run)
         self.planner = self._run.planner
         self._saved: Mapping[str, Any] | None = None
@@ -312,11 +303,3 @@ def remove(pipe: Any) -> None:
     for session in (getattr(pipe, "_heterostep_session", None), *sessions):
         if session is not None:
             session.detach()
-
-
-def _kind_or_none(scheduler: Any) -> str | None:
-    """Return the scheduler's kind, None for one that HSA cannot work with (and the config replaces)."""
-    try:
-        return kind_of(scheduler)
-    except ConfigError:
-        return None

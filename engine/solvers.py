@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
@@ -48,6 +49,41 @@ def build_scheduler(kind: str, like: Any) -> Any:
     return _KINDS[kind](
         num_train_timesteps=steps, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
+
+
+def scheduler_for(config: HSAConfig, stock: Any, known: Collection[str], pipeline: str) -> Any:
+    """Return the scheduler of a run: a new one of ``config.solver``, or `stock` where that is none or of that kind.
+
+    Args:
+        config: the settings; what it says of the forecast must fit the scheduler.
+        stock: the pipeline's own scheduler.
+        known: solvers that work with the pipeline.
+        pipeline: its class name, for messages.
+
+    Raises:
+        ConfigError: the solver does not work with the pipeline, or the forecast not with the scheduler.
+    """
+    scheduler = stock
+    if config.solver is not None:
+        if config.solver not in known:
+            raise ConfigError(
+                f"solver={config.solver!r} with {pipeline}: one of {', '.join(known)} is needed, or None for the "
+                "pipeline's own scheduler."
+            )
+        if _kind_or_none(stock) != config.solver:
+            scheduler = build_scheduler(config.solver, stock)
+    # Every run deduces both anew; what does not fit is better refused now.
+    forecast_for(config, scheduler)
+    correct_for(config, scheduler)
+    return scheduler
+
+
+def _kind_or_none(scheduler: Any) -> str | None:
+    """Return the scheduler's kind, None for one that HSA cannot work with (and the config replaces)."""
+    try:
+        return kind_of(scheduler)
+    except ConfigError:
+        return None
 
 
 def forecast_for(config: HSAConfig, scheduler: Any) -> str:

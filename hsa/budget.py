@@ -61,9 +61,9 @@ def refuse_below(least: float, schedule: Schedule, config: HSAConfig, what: str)
     """Raise a ConfigError if ``config.compute`` is below `least`, which `what` costs."""
     if config.compute < least - 1e-9:
         raise ConfigError(
-            f"compute={config.compute:g} cannot be met with {schedule.num_steps} steps: {what} alone cost "
-            f"{least:.4f} of the dense work; ask for at least compute={round_up(least)}, more steps or "
-            "smaller windows."
+            f"compute={config.compute:g} cannot be met with {schedule.num_steps} step{'s' * (schedule.num_steps > 1)}: "
+            f"{what} alone cost {least:.4f} of the dense work; ask for at least compute={round_up(least):g}, "
+            "more steps or smaller windows."
         )
 
 

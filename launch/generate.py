@@ -15,6 +15,7 @@ from ..engine.facts import read_facts
 from ..engine.files import check_writable, replacing, write_json
 from ..engine.loading import pick_device, pick_dtype
 from ..engine.record import run_record
+from ..engine.rehearsal import rehearse
 from ..engine.request import (
     Decoding,
     EngineConfig,
@@ -25,6 +26,7 @@ from ..engine.request import (
     Started,
     StepDone,
     VideoOutput,
+    allocation,
     resolve,
 )
 from ..errors import ConfigError
@@ -67,6 +69,7 @@ def generate(command: Command, rank: Rank | None = None) -> int:
     resolved = resolve(request, facts)
     if max(resolved.width, resolved.height) * outputs.scale > MAX_SIDE:
         raise ConfigError(f"scale {outputs.scale} makes the video larger than the {MAX_SIDE} pixels H.264 allows")
+    rehearse(facts, allocation(config, resolved), resolved, None if job is None else job.checkpoint_every)
     quiet = outputs.quiet or (rank is not None and not rank.leads)
     say: Callable[[str], None] = (lambda text: None) if quiet else print
     if command.ranks.ray or command.ranks.ray_address is not None:

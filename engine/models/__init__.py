@@ -12,7 +12,7 @@ from .recipe import Recipe
 from .wan import WanAdapter
 from .wan_recipe import WanRecipe
 
-__all__ = ["Adapter", "LTX2Adapter", "Recipe", "Site", "WanAdapter", "adapter_for", "recipe_for"]
+__all__ = ["Adapter", "LTX2Adapter", "Recipe", "Site", "WanAdapter", "adapter_for", "adapter_named", "recipe_for"]
 
 _ADAPTERS: tuple[type[Adapter], ...] = (WanAdapter, LTX2Adapter)
 _RECIPES: tuple[tuple[type[Adapter], type[Recipe]], ...] = ((WanAdapter, WanRecipe), (LTX2Adapter, LTX2Recipe))
@@ -29,6 +29,11 @@ def adapter_for(pipe: Any) -> Adapter:
             return adapter()
     known = ", ".join(name for adapter in _ADAPTERS for name in adapter.pipelines)
     raise ConfigError(f"{type(pipe).__name__} is not supported: HSA works with {known} and their stock transformers.")
+
+
+def adapter_named(pipeline: str) -> Adapter:
+    """Return the adapter of a pipeline by its class name, one of `facts.SUPPORTED_PIPELINES`."""
+    return next(adapter() for adapter in _ADAPTERS if pipeline in adapter.pipelines)
 
 
 def recipe_for(pipeline: str) -> Recipe:

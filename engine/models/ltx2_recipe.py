@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
+from diffusers.pipelines.ltx2.pipeline_ltx2 import calculate_shift
 from torch import Tensor
 
 from ..audio import Audio
@@ -50,6 +53,19 @@ class LTX2Recipe(Recipe):
             "use_cross_timestep": guidance.cross_timestep,
             "max_sequence_length": LTX2Recipe.max_sequence_length,
         }
+
+    @staticmethod
+    def set_timesteps(scheduler: Any, facts: ModelFacts, request: ResolvedRequest) -> None:
+        """See `Recipe`: shifted by the number of tokens."""
+        steps, config = request.num_inference_steps, scheduler.config
+        mu = calculate_shift(
+            math.prod(facts.grid(request.width, request.height, request.num_frames)),
+            config.get("base_image_seq_len", 1024),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.95),
+            config.get("max_shift", 2.05),
+        )
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
 
     @staticmethod
     def start(facts: ModelFacts, image: Image.Image | None) -> dict[str, Any]:

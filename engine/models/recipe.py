@@ -44,6 +44,11 @@ class Recipe(Protocol):
         """Arguments of the pipeline's call besides embeddings, image, width, height, steps, seed and callback."""
 
     @staticmethod
+    def set_timesteps(scheduler: Any, facts: ModelFacts, request: ResolvedRequest) -> None:
+        """Set a scheduler's timesteps as the pipeline's call does it."""
+        scheduler.set_timesteps(request.num_inference_steps)
+
+    @staticmethod
     def start(facts: ModelFacts, image: Image.Image | None) -> dict[str, Any]:
         """Arguments about the image that a video starts from."""
 

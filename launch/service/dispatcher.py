@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...engine.request import Cancelled, ResolvedRequest, StepDone
-from ...errors import RequestError
+from ...errors import ConfigError, RequestError
 from ..workers.losses import reason_to_give_up, reason_to_give_up_restarts
 from .database import Job, StoreUnavailable
 from .events import Made, RunnerLost, Stopped
@@ -168,7 +168,7 @@ class Dispatcher:
         except Stopped:
             self._store.requeue(job, None)
             say("job saved", job=job.id, step=follower.step)
-        except RequestError as error:
+        except (RequestError, ConfigError) as error:  # no other attempt could do better
             self._end(job, "failed", {"code": "invalid_request", "message": str(error)})
         except RunnerLost as error:
             if self._stopping.is_set():  # it was closed, not lost

@@ -16,9 +16,9 @@ from starlette.requests import Request
 
 from ...engine.facts import ModelFacts
 from ...engine.image import png, read_image
-from ...engine.request import GenerateRequest, ResolvedRequest, prepare, resolve
-from ...errors import RequestError
-from ...hsa.budget import round_up
+from ...engine.rehearsal import rehearse
+from ...engine.request import EngineConfig, GenerateRequest, ResolvedRequest, allocation, prepare, resolve
+from ...errors import ConfigError, RequestError
 from .schemas import IGNORED, CreateVideo
 from .settings import Limits
 
@@ -198,7 +198,7 @@ def _settled(body: CreateVideo) -> CreateVideo:
 
 
 def to_request(
-    asked: Asked, *, model: str, facts: ModelFacts, limits: Limits, compute: float
+    asked: Asked, *, model: str, facts: ModelFacts, limits: Limits, compute: float, engine: EngineConfig, every: int
 ) -> tuple[ResolvedRequest, bytes | None]:
     """Turn what a client asked into a request that the model can serve, with every default filled in.
 
@@ -208,6 +208,8 @@ def to_request(
         facts: its sizes.
         limits: of the service.
         compute: where the client does not say.
+        engine: how the service computes.
+        every: steps between checkpoints.
 
     Returns:
         The request, and the image that it starts from, as PNG of the video's size.
@@ -244,6 +246,10 @@ def to_request(
     # Without the image first: it is not scaled to a size that is then refused.
     request = resolve(wanted, replace(facts, image="none"))
     _check_limits(request, limits)
+    try:
+        rehearse(facts, allocation(engine, request), request, every)
+    except ConfigError as error:
+        raise BadField("compute", str(error)) from error
     if asked.image is None:
         return request, None
     try:
@@ -299,11 +305,4 @@ def _check_limits(request: ResolvedRequest, limits: Limits) -> None:
             "size",
             f"{request.num_frames} frames of {request.width}x{request.height} are {pixels} pixels, and at most "
             f"{limits.pixels} are served; take a smaller size or fewer frames",
-        )
-    compute, steps = request.compute, request.num_inference_steps
-    if compute is not None and compute * steps < 1 - 1e-9:
-        raise BadField(
-            "compute",
-            f"compute={compute:g} cannot be met with {steps} step{'s' * (steps > 1)}: the first evaluates every token; "
-            f"ask for at least compute={round_up(1 / steps):g}, or for more steps",
         )

@@ -5,9 +5,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ...engine.facts import read_facts
+from ...engine.rehearsal import rehearse
+from ...engine.request import GenerateRequest, allocation, resolve
 from .database import Job
 from .dispatcher import Dispatcher
 from .intake import Asked, to_request
@@ -58,6 +61,8 @@ class VideoService:
         self._facts = read_facts(settings.engine.model)
         self._compute = 1.0 if settings.engine.hsa is None else settings.engine.hsa.compute
         self._limits = limits_for(settings, self._facts)
+        usual = resolve(GenerateRequest(prompt="-"), replace(self._facts, image="none"))
+        rehearse(self._facts, allocation(settings.engine, usual), usual, settings.checkpoint_every)
         self.model = public_name(settings.engine.model)
         self._store = JobStore(settings.database)
         self.tally = Tally()
@@ -118,7 +123,13 @@ class VideoService:
             QueueFull: too many wait.
         """
         request, image = to_request(
-            asked, model=self.model, facts=self._facts, limits=self._limits, compute=self._compute
+            asked,
+            model=self.model,
+            facts=self._facts,
+            limits=self._limits,
+            compute=self._compute,
+            engine=self.settings.engine,
+            every=self.settings.checkpoint_every,
         )
         try:
             job, new = self._store.create(

@@ -117,7 +117,7 @@ def test_a_frozen_rank_is_named_and_replaced(gang, unbroken, tmp_path):
 def test_what_is_wrong_for_all_ranks_alike_ends_the_request_only(gang, unbroken, tmp_path):
     pids, lives = gang.pids, gang.lives
     few = GenerateRequest(prompt="x", num_frames=5, num_inference_steps=1)
-    with pytest.raises(RequestError, match="cannot be met with 1 steps"):
+    with pytest.raises(RequestError, match="cannot be met with 1 step:"):
         Run(gang, None, few)
     # The folder of another job, which only rank 0 looks into.
     (tmp_path / "job").mkdir()

@@ -80,7 +80,7 @@ def test_from_a_task_to_files(runner, task):
 
 def test_a_request_that_the_engine_refuses_leaves_it_usable(runner, task):
     pid = runner.pid
-    with pytest.raises(RequestError, match=r"compute=0\.5 cannot be met with 1 steps"):
+    with pytest.raises(RequestError, match=r"compute=0\.5 cannot be met with 1 step:"):
         list(runner.run(task(num_inference_steps=1)))
     assert isinstance(list(runner.run(task(num_inference_steps=6)))[-1], Made) and runner.pid == pid
 

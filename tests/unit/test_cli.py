@@ -75,7 +75,7 @@ def test_quiet_prints_nothing(capsys, tiny_model, tmp_path):
     assert frames_of(tmp_path / "v.mp4") == 5
 
 
-def test_a_plan_that_cannot_be_met_is_said_before_the_dense_run(capsys, tiny_model, tmp_path, monkeypatch):
+def test_a_plan_that_cannot_be_met_is_said_before_the_model_is_loaded(capsys, tiny_model, tmp_path, monkeypatch):
     from heterostep.launch import generate
 
     labels = []
@@ -86,7 +86,7 @@ def test_a_plan_that_cannot_be_met_is_said_before_the_dense_run(capsys, tiny_mod
         "--output", tmp_path / "v.mp4", "--compare-dense", "--device", "cpu",
     )  # fmt: skip
     assert status == 2 and "ask for at least compute=0.2" in err
-    assert labels == ["denoising"]
+    assert labels == []
 
 
 def test_the_same_seed_gives_the_same_latents(capsys, tiny_model, tmp_path):
@@ -153,6 +153,9 @@ def test_policies_and_solvers(capsys, tiny_model, tmp_path, policy, solver):
         (["--resume", "maybe", "--job-dir", "j"], "--resume: must be one of auto, never, not 'maybe'"),
         (["--job-dir", "j", "--compare-dense"], "leave out --job-dir"),
         (["--job-dir", ""], "must be a path"),
+        (["--steps", "3", "--compute", "0.1"], "compute=0.1 cannot be met with 3 steps"),
+        (["--steps", "20", "--compute", "0.1", "--policy", "tokens", "--job-dir", "j"], "follow a checkpoint"),
+        (["--forecast", "ab2"], "would apply the second order twice"),
         (["--unknown"], "unrecognized arguments: --unknown"),
         (["--comp", "0.5"], "unrecognized arguments"),
     ],

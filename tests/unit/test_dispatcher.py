@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("prometheus_client", reason="the extra 'serve' is not instal
 from heterostep.engine.facts import read_facts
 from heterostep.engine.files import checkpoint_name
 from heterostep.engine.request import GenerateRequest, Started, StepDone, resolve
+from heterostep.errors import ConfigError, RequestError
 from heterostep.launch.service import dispatcher, results
 from heterostep.launch.service.dispatcher import Dispatcher
 from heterostep.launch.service.events import Made, RunnerLost, Stopped
@@ -138,3 +140,16 @@ def test_to_be_stopped_is_no_fault(ended):
     runner = Scripted(3, 4, 6, cause="stop")
     job, _ = ended(runner)
     assert job.status == "completed" and job.faults == () and runner.begun == [0, 0, 0, 5]
+
+
+@pytest.mark.parametrize("error", [RequestError, ConfigError])
+def test_what_cannot_work_is_not_tried_again(ended, error):
+    class Refusing(Scripted):
+        def run(self, task):
+            yield from itertools.islice(super().run(task), 3)
+            raise error("the VAE produced NaN")
+
+    runner = Refusing()
+    job, figures = ended(runner)
+    assert job.status == "failed" and job.error == {"code": "invalid_request", "message": "the VAE produced NaN"}
+    assert not job.faults and runner.begun == [0] and "heterostep_recoveries_total{" not in figures

@@ -22,7 +22,9 @@ from heterostep.engine.facts import DEFAULTS, read_facts
 from heterostep.engine.preview import Preview
 from heterostep.engine.quality import check_finite
 from heterostep.engine.record import compare, run_record
-from heterostep.engine.request import resolve
+from heterostep.engine.rehearsal import rehearse
+from heterostep.engine.request import allocation, resolve
+from heterostep.launch.cli import main
 from tiny import TEXT_WIDTH
 
 PROMPT = "a red disc moves right"
@@ -483,3 +485,59 @@ def test_one_value_that_is_not_finite_is_found(dtype, bad, remedy):
     values[1, 2, 0] = bad
     with pytest.raises(hs.RequestError, match=remedy):
         check_finite(values, "it", dtype)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "transformer", "vae", "rule"),
+    [
+        ("WanImageToVideoPipeline", {"pos_embed_seq_len": 514, "image_dim": 1280}, {}, "needs a last image beside the"),
+        ("WanPipeline", {"_class_name": "WanVACETransformer3DModel"}, {}, "its transformer is a WanVACETransformer3D"),
+        ("WanPipeline", {}, {"_class_name": "AutoencoderKLHunyuanVideo"}, "its vae is a AutoencoderKLHunyuanVideo"),
+        ("WanPipeline", {"motion_dim": 5, "odd": True}, {}, "transformer sets motion_dim=5, odd=True, which WanTransf"),
+        ("WanVACEPipeline", {}, {}, "is a WanVACEPipeline, but heterostep runs"),
+        ("WanAnimatePipeline", {}, {}, "is a WanAnimatePipeline, but heterostep runs"),
+        ("LTX2ConditionPipeline", {}, {}, "is a LTX2ConditionPipeline, but heterostep runs"),
+    ],
+)
+def test_variants_that_are_not_supported_are_told_by_their_configs(tmp_path, capsys, pipeline, transformer, vae, rule):
+    sizes = {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 2, "patch_size": [1, 2, 2]}
+    folder = folder_of(tmp_path, {**sizes, **transformer}, vae, _class_name=pipeline)
+    with pytest.raises(hs.ConfigError, match=rule):
+        read_facts(folder)
+    for command in (["info"], ["generate", "--prompt", "x"], ["serve", "--no-ray", "--data-dir", str(tmp_path / "d")]):
+        assert main([*command, "--model", folder]) == 2
+        said = capsys.readouterr().err
+        assert rule in said and said.count("\n") == 1
+
+
+def test_settings_that_are_off_may_be_unknown(tmp_path):
+    sizes = {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 2, "patch_size": [1, 2, 2]}
+    off = {"pos_embed_seq_len": None, "new": None, "newer": False, "_diffusers_version": "9.0", "_name_or_path": "x"}
+    assert read_facts(folder_of(tmp_path, {**sizes, **off})).family == "Wan 1.3B"
+
+
+@pytest.mark.parametrize("kind", ["unipc", "euler", "wan22"])
+@pytest.mark.parametrize("policy", ["joint", "tokens", "groups", "steps"])
+@pytest.mark.parametrize(("compute", "every"), [(0.5, None), (0.3, 2), (0.12, None), (0.05, 5)])
+def test_a_rehearsal_says_what_the_run_would_say(tmp_path_factory, kind, policy, compute, every):
+    """Refused without the model in the words of the planner, or not refused at all: the plan is the run's."""
+    pipe = complete_pipeline(kind)
+    folder = tmp_path_factory.mktemp("model")
+    pipe.save_pretrained(folder)
+    config = hs.EngineConfig(model=str(folder), device="cpu", hsa=hs.HSAConfig(policy=policy))
+    wanted = request(num_inference_steps=10, compute=compute, num_frames=5)
+    facts = read_facts(config.model)
+    resolved = resolve(wanted, facts)
+    said = attempt(lambda: rehearse(facts, allocation(config, resolved), resolved, every))
+    engine = hs.Engine(config)
+    job = None if every is None else hs.JobConfig(folder=folder / "job", checkpoint_every=every)
+    assert said == attempt(lambda: engine.generate(wanted, job))
+
+
+def attempt(make):
+    """The sentence with which something is refused, None if it is not."""
+    try:
+        make()
+    except hs.ConfigError as error:
+        return str(error)
+    return None

@@ -32,6 +32,7 @@ from heterostep.launch.service.service import VideoService
 from heterostep.launch.service.settings import ServiceSettings, limits_for
 from tiny import picture
 
+PLAN = {"compute": 0.5, "engine": hs.EngineConfig(), "every": 5}
 FACTS = dataclasses.replace(read_facts("demo"), image="optional")
 
 
@@ -55,7 +56,7 @@ def read(body, kind="multipart/form-data; boundary=b", takes_images=True):
 
 def wanted(asked, facts=FACTS, **limits):
     settings = limits_for(ServiceSettings(data_dir=limits.pop("data_dir")), facts)
-    return to_request(asked, model="demo", facts=facts, limits=dataclasses.replace(settings, **limits), compute=0.5)
+    return to_request(asked, model="demo", facts=facts, limits=dataclasses.replace(settings, **limits), **PLAN)
 
 
 def test_a_file_of_a_form_becomes_a_request_and_a_picture(tmp_path):
@@ -182,7 +183,7 @@ def test_the_worker_starts_from_the_image(tmp_path):
     body = CreateVideo(prompt="x", input_reference="file", num_frames=5, num_inference_steps=4, seed=1)
     limits = limits_for(ServiceSettings(data_dir=tmp_path / "data"), engine.facts)
     request, image = to_request(
-        Asked(body, "", png(picture())), model="demo", facts=engine.facts, limits=limits, compute=0.5
+        Asked(body, "", png(picture())), model="demo", facts=engine.facts, limits=limits, **PLAN
     )
     (tmp_path / "image.png").write_bytes(image)
     (tmp_path / "files").mkdir()

@@ -16,8 +16,9 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 
 from heterostep.engine.facts import read_facts
-from heterostep.engine.request import GenerateRequest, resolve
+from heterostep.engine.request import EngineConfig, GenerateRequest, resolve
 from heterostep.errors import ConfigError, RequestError
+from heterostep.hsa.config import HSAConfig
 from heterostep.launch.service.intake import Asked, BadField, to_request
 from heterostep.launch.service.jobs import JobStore
 from heterostep.launch.service.lease import Lease, is_held
@@ -29,15 +30,18 @@ from heterostep.launch.service.retention import sweep
 from heterostep.launch.service.runner import Pauses
 from heterostep.launch.service.schemas import CreateVideo
 from heterostep.launch.service.security import ApiKeys, stranger
+from heterostep.launch.service.service import VideoService
 from heterostep.launch.service.settings import ServiceSettings, limits_for, public_name
 
 FACTS = read_facts("demo")
 
 
-def wanted(tmp_path, settings=None, **fields):
+def wanted(tmp_path, settings=None, policy="joint", **fields):
     settings = settings or ServiceSettings(data_dir=tmp_path)
+    engine = EngineConfig(hsa=HSAConfig(policy=policy))
     asked = Asked(CreateVideo(prompt="x", **fields), "")
-    return to_request(asked, model="demo", facts=FACTS, limits=limits_for(settings, FACTS), compute=0.5)[0]
+    plan = {"compute": 0.5, "engine": engine, "every": 5}
+    return to_request(asked, model="demo", facts=FACTS, limits=limits_for(settings, FACTS), **plan)[0]
 
 
 # Requests.
@@ -322,3 +326,19 @@ def test_the_dashboard_asks_for_figures_that_there_are(tmp_path):
 
 def family(names):
     return {re.sub("_(total|bucket|sum|count)$", "", name) for name in names}
+
+
+# What is refused before it costs anything.
+
+
+def test_a_share_that_the_policy_cannot_meet_is_refused_when_it_is_sent(tmp_path):
+    # Steps after a checkpoint are full where tokens are left out: the planner's own words, before a model is loaded.
+    with pytest.raises(BadField, match=r"follow a checkpoint.*checkpoint_every than 5") as caught:
+        wanted(tmp_path, policy="tokens", compute=0.15, num_inference_steps=20)
+    assert caught.value.param == "compute"
+    assert wanted(tmp_path, compute=0.15, num_inference_steps=20).compute == 0.15
+
+
+def test_a_service_whose_usual_request_cannot_be_met_does_not_start(tmp_path):
+    with pytest.raises(ConfigError, match=r"compute=0\.01 cannot be met with 40 steps"):
+        VideoService(ServiceSettings(data_dir=tmp_path, engine=EngineConfig(hsa=HSAConfig(compute=0.01))))
