@@ -24,6 +24,11 @@ export function ago(unix) {
   return new Date(unix * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
 }
 
+// Text with `code` in it, as a list of nodes.
+export const rich = (text) => text.split("`").map((part, index) => (index % 2 ? el("code", {}, part) : part));
+
+export const isLive = (video) => ["queued", "in_progress"].includes(video.status);
+
 // A video's state in one line.
 export function words(video) {
   if (video.status === "queued") {
