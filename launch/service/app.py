@@ -25,7 +25,7 @@ from .streams import video_events, wait_for
 
 _PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = {
-    **dict.fromkeys(("api.js", "app.js", "docs.js", "text.js", "viewer.js"), "text/javascript"),
+    **dict.fromkeys(("api.js", "app.js", "docs.js", "form.js", "text.js", "videos.js", "viewer.js"), "text/javascript"),
     "style.css": "text/css",
     "icon.svg": "image/svg+xml",
 }

@@ -50,7 +50,7 @@ def test_submit_follow_play_and_delete(page):
     seen.append(page.run("return parseFloat(document.querySelector('#viewer .bar > div').style.width)"))
     assert 0 <= seen[0] < seen[1] < 100
     assert page.count("#viewer .steps > i") == 40
-    assert page.run("return document.querySelector('#list li .bar:not([hidden])') !== null")
+    assert page.run("return document.querySelector('#running li .bar:not([hidden])') !== null")
     # The video plays, and the map beside it at the same place.
     page.until("return document.querySelectorAll('.panes video').length === 2", timeout=60)
     page.until("return [...document.querySelectorAll('.panes video')].every((v) => v.currentTime > 0.3 && !v.paused)")
@@ -69,7 +69,7 @@ def test_submit_follow_play_and_delete(page):
     page.click("#viewer .actions button:not(.danger)")
     assert page.run("return document.querySelector('[name=seed]').value") == seed
     page.click("#viewer .danger")
-    page.until("return document.querySelectorAll('#list li').length === 0")
+    page.until("return document.querySelectorAll('#history li').length === 0")
     assert page.run("return document.activeElement.id") == "prompt"
 
 
@@ -104,9 +104,9 @@ def test_by_keyboard_alone(page):
         {"type": "keyDown", "value": CONTROL}, {"type": "keyDown", "value": ENTER},
         {"type": "keyUp", "value": ENTER}, {"type": "keyUp", "value": CONTROL},
     ]}]})  # fmt: skip
-    page.until("return document.querySelectorAll('#list li').length === 1")
-    assert page.text("#list .prompt") == "a green disc"
-    outline = "const b = document.querySelector('#list button'); b.focus(); return getComputedStyle(b).outlineStyle"
+    page.until("return document.querySelectorAll('#history li').length === 1")
+    assert page.text("#history .prompt") == "a green disc"
+    outline = "const b = document.querySelector('#history a'); b.focus(); return getComputedStyle(b).outlineStyle"
     assert page.run(outline) != "none"
 
 
@@ -117,14 +117,14 @@ def test_what_the_service_refuses_is_shown(page):
     page.type("#prompt", PROMPT)
     page.click("#create")
     page.until("return /pixels/.test(document.querySelector('#form-error').innerText)")
-    assert page.count("#list li") == 0
+    assert page.count("#history li") == 0
     page.complaints()  # the console notes every answer of 400 by itself
 
 
 def test_a_prompt_is_text_not_html(page, server):
     server.create(prompt="<img src=x onerror=\"document.title='owned'\"><script>1</script>")
-    page.until("return document.querySelectorAll('#list li').length === 1")
-    page.click("#list button")
+    page.until("return document.querySelectorAll('#history li').length === 1")
+    page.click("#history a")
     page.until("return /<img src=x/.test(document.querySelector('#viewer .title')?.innerText)")
     assert page.count("#viewer .title img") == 0 and "owned" not in page.run("return document.title")
 
@@ -133,8 +133,8 @@ def test_on_a_phone_and_in_the_dark(page, server, tmp_path):
     server.finished(server.create(num_frames=5))
     try:
         page.resize(360, 740)
-        page.until("return document.querySelectorAll('#list li').length === 1")
-        page.click("#list button")
+        page.until("return document.querySelectorAll('#history li').length === 1")
+        page.click("#history a")
         page.until("return document.querySelectorAll('.panes video').length === 2")
         assert page.run("return document.documentElement.scrollWidth") <= 360
         buttons = "[...document.querySelectorAll('button, .button')].filter((b) => b.offsetHeight)"

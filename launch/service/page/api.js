@@ -33,9 +33,15 @@ const json = async (path, options) => (await call(path, options)).json();
 const video = (id) => `v1/videos/${encodeURIComponent(id)}`;
 
 export const model = async () => (await json("v1/models")).data[0];
-export const list = (after) => json(`v1/videos?limit=24${after ? `&after=${encodeURIComponent(after)}` : ""}`);
+export const find = (id) => json(video(id));
 export const cancel = (id) => json(`${video(id)}/cancel`, { method: "POST" });
 export const remove = (id) => json(video(id), { method: "DELETE" });
+
+// A page of videos; `query`: status (a list), order, limit, after.
+export function list(query) {
+  const words = Object.entries(query).flatMap(([name, value]) => [value].flat().map((word) => [name, word]));
+  return json(`v1/videos?${new URLSearchParams(words)}`);
+}
 
 export async function health() {
   const answer = await fetch("health").catch(() => null);

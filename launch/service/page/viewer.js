@@ -1,7 +1,7 @@
 // The chosen video: waiting, being made, or made, beside the map of where the work went.
 
 import * as api from "./api.js";
-import { ago, duration, el, percent, plural, words } from "./text.js";
+import { ago, duration, el, isLive, percent, plural, words } from "./text.js";
 
 const SMALL = 256; // narrower videos are enlarged without smoothing
 
@@ -17,10 +17,11 @@ export class Viewer {
     this.blank();
   }
 
-  blank() {
+  blank(text = "Say what the video should show, and it appears here as it is made. Or choose one from the list.") {
     this.leave();
     this.video = null;
-    this.place.replaceChildren(el("p", { className: "blank" }, "Say what the video should show. It appears here, as it is made."));
+    delete this.place.dataset.live;
+    this.place.replaceChildren(el("p", { className: "blank" }, text));
   }
 
   leave() {
@@ -33,7 +34,7 @@ export class Viewer {
   async show(video) {
     this.leave();
     this.video = video;
-    if (["queued", "in_progress"].includes(video.status)) {
+    if (isLive(video)) {
       this.renderLive();
       await this.follow(video.id, this.stop.signal);
     } else {
@@ -47,14 +48,14 @@ export class Viewer {
         this.video = video;
         if (video.preview) this.preview = video.preview;
         this.actions.onChanged(video);
-        if (["queued", "in_progress"].includes(video.status)) this.renderLive();
+        if (isLive(video)) this.renderLive();
         else this.renderDone(signal);
       });
     } catch (error) {
       if (error.name !== "AbortError") this.note(error.message);
     }
     // The service was restarted, or the connection was lost: the job goes on, so does the page.
-    if (!signal.aborted && ["queued", "in_progress"].includes(this.video?.status)) {
+    if (!signal.aborted && this.video && isLive(this.video)) {
       setTimeout(() => !signal.aborted && this.follow(id, signal), 2000);
     }
   }
@@ -78,8 +79,7 @@ export class Viewer {
         cells,
         cancel: el("button", { type: "button", className: "danger", onclick: () => this.cancel() }, "Cancel"),
       };
-      this.live.wait.style.aspectRatio = video.size.replace("x", " / ");
-      this.live.picture.classList.toggle("small", parseInt(video.size, 10) < SMALL);
+      for (const element of [this.live.wait, this.live.picture]) shape(element, video);
       const bar = el("div", { className: "bar", role: "progressbar", ariaLabel: "Progress" }, this.live.bar);
       this.live.progress = bar;
       this.place.replaceChildren(
@@ -115,65 +115,47 @@ export class Viewer {
     }
   }
 
+  // Everything but the pictures is there at once, and they have their places.
   async renderDone(signal) {
     const video = this.video;
     delete this.place.dataset.live;
-    const heading = el("div", {}, el("p", { className: "title" }, video.prompt), el("p", { className: "state" }, words(video)));
-    const parts = [heading];
-    if (video.status === "completed") parts.push(...(await this.panes(video, signal)));
-    if (signal.aborted) return;
+    const done = video.status === "completed";
+    const parts = [el("div", {}, el("p", { className: "title" }, video.prompt), el("p", { className: "state" }, words(video)))];
+    const panes = done ? [pane(video, true), pane(video, false)] : [];
+    if (done) parts.push(...outcome(video, panes));
+    else parts.push(facts(asked(video)));
     if (video.faults.length) {
       const faults = video.faults.map((f) => el("li", {}, `Recovered at step ${f.step}: ${f.message}`));
       parts.push(el("ul", { className: "faults" }, ...faults));
     }
-    const actions = [el("button", { type: "button", onclick: () => this.actions.onReuse(video) }, "Use these settings")];
-    if (video.status === "completed") {
-      const name = `${video.prompt.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) || "video"}.mp4`;
-      actions.unshift(el("a", { className: "button primary", href: this.urls[0], download: name }, "Download"));
-    }
-    actions.push(el("button", { type: "button", className: "danger", onclick: () => this.remove() }, "Delete"));
-    this.place.replaceChildren(...parts, el("div", { className: "actions" }, ...actions));
-    for (const player of this.place.querySelectorAll("video")) player.play().catch(() => {});
+    const actions = el("div", { className: "actions" },
+      el("button", { type: "button", onclick: () => this.actions.onReuse(video) }, "Use these settings"),
+      el("button", { type: "button", className: "danger", onclick: () => this.remove() }, "Delete"),
+    );
+    this.place.replaceChildren(...parts, actions);
+    if (done) await this.play(video, panes, actions, signal);
   }
 
-  async panes(video, signal) {
+  async play(video, panes, actions, signal) {
     let urls;
     try {
       urls = await Promise.all(["video", "heatmap"].map((variant) => api.file(video.id, variant)));
     } catch (error) {
-      return [el("p", { className: "error" }, error.message)];
+      if (!signal.aborted) this.note(error.message);
+      return;
+    }
+    if (signal.aborted) {
+      urls.forEach((url) => URL.revokeObjectURL(url));
+      return;
     }
     this.urls.push(...urls);
-    if (signal.aborted) return [];
-    const small = parseInt(video.size, 10) < SMALL ? "small" : "";
-    const shared = { loop: true, muted: true, playsInline: true };
-    const player = el("video", { ...shared, controls: true, src: urls[0], className: small, ariaLabel: video.prompt });
-    const map = el("video", { ...shared, src: urls[1], ariaLabel: "Map of evaluations per token", tabIndex: -1 });
-    keepTogether(player, map);
-    const { min, max } = video.hsa.evaluations;
-    const low = min < max ? min : 0;
-    const legend = el("div", { className: "legend" }, el("span", {}, String(low)), el("span", { className: "scale" }), el("span", {}, String(max)));
-    const steps = video.hsa.steps;
-    const cells = steps.map((share) => el("i"));
-    cells.forEach((cell, step) => cell.style.setProperty("--share", percent(steps[step])));
-    const share = percent(video.hsa.achieved);
-    const spent = {
-      Denoising: duration(video.timing.denoise),
-      Decoding: duration(video.timing.decode),
-      Waited: duration(video.timing.queued),
-      Made: ago(video.completed_at),
-    };
-    return [
-      el("div", { className: "panes" },
-        el("figure", {}, player, el("figcaption", {}, `The video, ${duration(Number(video.seconds))}`)),
-        el("figure", {}, map, el("figcaption", {}, "How often each token was evaluated", legend)),
-      ),
-      el("figure", {},
-        el("div", { className: "steps", role: "img", ariaLabel: `${plural(steps.length, "step")}, ${share} of the dense work` }, ...cells),
-        el("figcaption", {}, `${plural(steps.length, "denoising step")}, first to last, by the share of tokens evaluated`),
-      ),
-      facts({ ...asked(video), ...spent }),
-    ];
+    keepTogether(...panes);
+    panes.forEach((player, index) => {
+      player.src = urls[index];
+      player.play().catch(() => {});
+    });
+    const name = `${video.prompt.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) || "video"}.mp4`;
+    actions.prepend(el("a", { className: "button primary", href: urls[0], download: name }, "Download"));
   }
 
   async remove() {
@@ -186,6 +168,52 @@ export class Viewer {
       this.note(error.message);
     }
   }
+}
+
+// An element that has a video's shape before it has the video.
+function shape(element, video) {
+  element.style.aspectRatio = video.size.replace("x", " / ");
+  element.classList.toggle("small", parseInt(video.size, 10) < SMALL);
+  return element;
+}
+
+function pane(video, controls) {
+  const shared = { loop: true, muted: true, playsInline: true };
+  if (controls) return shape(el("video", { ...shared, controls, ariaLabel: video.prompt }), video);
+  const map = el("video", { ...shared, ariaLabel: "Map of evaluations per token", tabIndex: -1 });
+  map.style.aspectRatio = video.size.replace("x", " / ");
+  return map;
+}
+
+// A completed video, the map of where the work went, its steps and its figures.
+function outcome(video, [player, map]) {
+  const { min, max } = video.hsa.evaluations;
+  const low = min < max ? min : 0;
+  const legend = el("div", { className: "legend" }, el("span", {}, String(low)), el("span", { className: "scale" }), el("span", {}, String(max)));
+  const steps = video.hsa.steps;
+  const cells = steps.map((share) => {
+    const cell = el("i");
+    cell.style.setProperty("--share", percent(share));
+    return cell;
+  });
+  const share = percent(video.hsa.achieved);
+  const spent = {
+    Denoising: duration(video.timing.denoise),
+    Decoding: duration(video.timing.decode),
+    Waited: duration(video.timing.queued),
+    Made: ago(video.completed_at),
+  };
+  return [
+    el("div", { className: "panes" },
+      el("figure", {}, player, el("figcaption", {}, `The video, ${duration(Number(video.seconds))}`)),
+      el("figure", {}, map, el("figcaption", {}, "How often each token was evaluated", legend)),
+    ),
+    el("figure", {},
+      el("div", { className: "steps", role: "img", ariaLabel: `${plural(steps.length, "step")}, ${share} of the dense work` }, ...cells),
+      el("figcaption", {}, `${plural(steps.length, "denoising step")}, first to last, by the share of tokens evaluated`),
+    ),
+    facts({ ...asked(video), ...spent }),
+  ];
 }
 
 function asked(video) {
