@@ -7,6 +7,7 @@ import dataclasses
 import ipaddress
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..engine.request import EngineConfig, GenerateRequest, JobConfig
@@ -249,6 +250,8 @@ def value_of(item: Setting) -> Callable[[str], Any]:
                 value = None
         elif item.kind == "bool":
             value = _WORDS.get(text.lower())
+        elif item.kind == "Path":
+            value = Path(text)
         if (value is None) or not item.allows(value):
             raise argparse.ArgumentTypeError(f"must be {item.rule}, not {text!r}")
         return value

@@ -32,6 +32,7 @@ class Sample:
     name: str = setting("a", choices=("a", "b"), flag="called", help="a name")
     fast: bool = setting(False, help="a switch")
     careful: bool | None = setting(None, help="a switch that is deduced")
+    file: Path | None = setting(None, help="a file")
     more: tuple[str, ...] = setting((), help="may be repeated")
     hidden: int = setting(0, flag="", help="has no flag")
 
@@ -45,7 +46,16 @@ def parse(*flags):
 def test_flags_become_values_and_what_is_left_out_keeps_its_default():
     assert parse() == {}
     flags = ["--count", "3", "--share", "1e-2", "--called", "b", "--fast", "--no-careful", "--more", "x", "--more", "y"]
-    values = {"count": 3, "share": 0.01, "name": "b", "fast": True, "careful": False, "more": ["x", "y"]}
+    flags += ["--file", "keys.txt"]
+    values = {
+        "file": Path("keys.txt"),
+        "count": 3,
+        "share": 0.01,
+        "name": "b",
+        "fast": True,
+        "careful": False,
+        "more": ["x", "y"],
+    }
     assert parse(*flags) == values
     assert Sample(**parse("--count", "3")) == Sample(count=3)
 
