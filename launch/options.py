@@ -63,6 +63,9 @@ class Serving:
         metavar="NAME",
         help="on a loopback address without keys: a further name that browsers may use; may be repeated",
     )
+    remove_unknown: bool = setting(
+        False, help="remove the folders in data-dir that belong to no video, say which, and end; a service keeps them"
+    )
     no_ray: bool = setting(False, help="one service process with its workers, without Ray")
     ray_address: str | None = setting(
         None, metavar="A", help="a running Ray cluster, such as auto; else one is started"

@@ -32,6 +32,8 @@ _MAX_ONGOING = 512
 def serve(settings: ServiceSettings, serving: Serving) -> int:
     """Run the command; returns the exit code."""
     _require("fastapi", "uvicorn", "prometheus_client", "python_multipart", extra="serve")
+    if serving.remove_unknown:
+        return _remove_unknown(settings)
     if serving.no_ray:
         if settings.ranks > 1:
             raise ConfigError(
@@ -41,6 +43,24 @@ def serve(settings: ServiceSettings, serving: Serving) -> int:
         return _serve_here(settings, serving.host, serving.port)
     _require("ray", extra="ray", otherwise=", or serve without Ray: --no-ray")
     return _serve_on_ray(settings, serving)
+
+
+def _remove_unknown(settings: ServiceSettings) -> int:
+    """Remove what a service keeps in its data directory though it belongs to no job."""
+    from .service.jobs import JobStore
+    from .service.retention import remove_unknown
+
+    store = JobStore(settings.database)
+    try:
+        removed = remove_unknown(settings, store)
+    finally:
+        store.close()
+    count = f"{len(removed)} folder{'s' * (len(removed) != 1)}"
+    if removed:
+        print(f"removed {count} that belonged to no video: {', '.join(map(str, removed))}")
+    else:
+        print(f"removed nothing: every folder in {settings.results} and {settings.state} belongs to a video")
+    return 0
 
 
 def _serve_here(settings: ServiceSettings, host: str, port: int) -> int:

@@ -13,12 +13,12 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from ...errors import RequestError
-from .database import StoreUnavailable
+from .condition import StoreUnavailable
 from .intake import BadField
 from .jobs import QueueFull
 from .logs import say
 from .schemas import CreateVideo
-from .service import VideoService
+from .service import FileGone, VideoService
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 # Calls of OpenAI's client by the end of their path, and what to do instead.
@@ -66,11 +66,15 @@ def add_error_answers(app: FastAPI, service: VideoService) -> None:
 
     @app.exception_handler(StoreUnavailable)
     async def unavailable(request: Request, error: StoreUnavailable) -> Response:
-        say("store unavailable", logging.ERROR, reason=str(error))
-        return error_answer(503, "the job store cannot be used now; try again later", headers={"retry-after": "5"})
+        # Not logged: the store has said it, once.
+        return error_answer(503, str(error), headers={"retry-after": "5"})
+
+    @app.exception_handler(FileGone)
+    async def gone(request: Request, error: FileGone) -> Response:
+        return error_answer(410, str(error), code="file_gone")
 
     @app.exception_handler(ClientDisconnect)
-    async def gone(request: Request, error: ClientDisconnect) -> Response:
+    async def left(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=499)  # to nobody
 
     @app.exception_handler(Exception)

@@ -175,11 +175,9 @@ def content(
 ) -> FileResponse:
     """Download a completed video, or a picture, map or report of it; Range requests are honoured."""
     video = _found(service.find(video_id, owner), video_id)
-    path, media_type = service.file(video_id, variant)
     if video.status != "completed":
         raise RequestError(f"video {video_id} is {video.status}; its content is there when it is completed")
-    if not path.is_file():
-        raise _missing(video_id)
+    path, media_type = service.file(video_id, variant)
     return FileResponse(
         path,
         media_type=media_type,
@@ -214,8 +212,8 @@ def health(service: Service, response: Response) -> Health:
 @router.get("/ready", responses={503: {"model": Health}})
 def ready(service: Service, response: Response) -> Health:
     """Say whether jobs are taken; they may have to wait until one can run."""
-    response.status_code = 503 if service.stopping else 200
-    reason = "the service is stopping" if service.stopping else None
+    reason = service.refusal
+    response.status_code = 200 if reason is None else 503
     return Health(status="healthy" if reason is None else "unhealthy", reason=reason)
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError, HeterostepError
+from ...errors import ConfigError
+from .condition import Condition, StoreUnavailable, damage, is_damage
+from .logs import say
+from .rows import COLUMNS, JSON_COLUMNS, BadRow, Job, mended, read_row
 
 SCHEMA = 2
 
@@ -52,96 +55,67 @@ CREATE TABLE figures (name TEXT, labels TEXT, value REAL NOT NULL, PRIMARY KEY (
 """
 # Since version 2: what unfinished jobs start from, as PNG.
 _IMAGES = "CREATE TABLE images (id TEXT PRIMARY KEY, image BLOB NOT NULL)"
-
-
-class StoreUnavailable(HeterostepError):
-    """The job store cannot be read or written: a full or failing disk, or a lock that is never released."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A row of the table `jobs`.
-
-    Attributes:
-        owner: name of the API key it was made with; empty where the service has none.
-        request: a `ResolvedRequest` as a mapping.
-        status: queued, in_progress, completed, failed or cancelled.
-        stage: what an in_progress job does: denoising, decoding.
-        progress: 0 to 100; 100 only when the files are there.
-        hsa: what was computed: for a running job the share of each step so far, `{"steps": [...]}`.
-        faults: what went wrong and was recovered from: cause, message, step, at.
-        attempt: how often it was begun.
-        lease: the process that runs it.
-        version: grows with every change.
-    """
-
-    seq: int
-    id: str
-    owner: str
-    model: str
-    request: Mapping[str, Any]
-    idempotency_key: str | None
-    fingerprint: str | None
-    status: str
-    stage: str
-    progress: int
-    step: int
-    num_steps: int
-    eta_seconds: float | None
-    created_at: float
-    started_at: float | None
-    completed_at: float | None
-    error: Mapping[str, Any] | None
-    faults: tuple[Mapping[str, Any], ...]
-    hsa: Mapping[str, Any] | None
-    timing: Mapping[str, float] | None
-    bytes: int
-    attempt: int
-    lease: str | None
-    cancel_requested: bool
-    deleted: bool
-    version: int
-
-
-_COLUMNS = [field.name for field in fields(Job)]
-_JSON = ("request", "error", "faults", "hsa", "timing")
-
-
-def _job(row: tuple[Any, ...]) -> Job:
-    values = dict(zip(_COLUMNS, row, strict=True))
-    for name in _JSON:
-        values[name] = json.loads(values[name]) if values[name] is not None else None
-    values["faults"] = tuple(values["faults"])
-    for name in ("cancel_requested", "deleted"):
-        values[name] = bool(values[name])
-    return Job(**values)
+# What the statements below and those of `jobs.py` count on.
+_EXPECTED = {
+    "jobs": COLUMNS,
+    "previews": ("id", "step", "image"),
+    "figures": ("name", "labels", "value"),
+    "images": ("id", "image"),
+}
+# Checking all indexes of a larger file would take many seconds.
+_LARGE = 1 << 28
 
 
 class Database:
-    """One connection, shared by the threads of a process; several processes on one machine may share the file."""
+    """One connection, shared by the threads of a process; several processes on one machine may share the file.
+
+    Attributes:
+        condition: whether the file can be written.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Open or make the file.
+        """Open or make the file, and check it.
 
         Raises:
-            ConfigError: it is not a job store, or of a newer version.
+            ConfigError: it is damaged, not a job store, or of a newer version.
         """
+        self.condition = Condition(path)
         self._lock = threading.RLock()
-        try:
-            self._connection = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
-            self.execute("PRAGMA journal_mode = WAL")
-            with self.writing():
-                found = self.execute("PRAGMA user_version").fetchone()[0]
-                if found == 0:
-                    for statement in _TABLES.split(";\n"):
-                        self.execute(statement)
-                if found < SCHEMA:
-                    self.execute(_IMAGES)
-                    self.execute(f"PRAGMA user_version = {SCHEMA}")
-        except (sqlite3.Error, StoreUnavailable) as error:
-            raise ConfigError(f"{str(path)!r} cannot be used as a job store ({error})") from error
-        if found > SCHEMA:
-            raise ConfigError(f"{str(path)!r} was made by a newer version of heterostep; use that one")
+        self._told: set[int] = set()
+        with contextlib.ExitStack() as undo:
+            try:
+                self._connection = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
+                undo.callback(self._connection.close)
+                # Whether text with a flipped bit can be used, `read_row` decides; here it would fail the whole query.
+                self._connection.text_factory = lambda data: data.decode("utf-8", "replace")
+                self.execute("PRAGMA journal_mode = WAL")
+                self._check(path)
+                found = self._make_tables()
+                for table, columns in _EXPECTED.items():
+                    self.execute(f"SELECT {', '.join(columns)} FROM {table} LIMIT 0")
+            except (sqlite3.Error, UnicodeDecodeError) as error:
+                raise ConfigError(_refusal(path, error)) from error
+            if found > SCHEMA:
+                raise ConfigError(f"{str(path)!r} was made by a newer version of heterostep; use that one")
+            undo.pop_all()
+
+    def _check(self, path: Path) -> None:
+        pragma = "integrity_check" if path.stat().st_size < _LARGE else "quick_check"
+        answer = self.execute(f"PRAGMA {pragma}(1)").fetchone()[0]
+        if answer != "ok":
+            raise ConfigError(damage(path, str(answer).removeprefix("*** in database main ***")))
+
+    def _make_tables(self) -> int:
+        """Make the tables that are missing; returns the version that was found."""
+        with self._transaction():
+            found = int(self.execute("PRAGMA user_version").fetchone()[0])
+            if found == 0:
+                for statement in _TABLES.split(";\n"):
+                    self.execute(statement)
+            if found < SCHEMA:
+                self.execute(_IMAGES)
+                self.execute(f"PRAGMA user_version = {SCHEMA}")
+        return found
 
     def close(self) -> None:
         """Close the file; later calls raise StoreUnavailable."""
@@ -153,12 +127,52 @@ class Database:
         return self._connection.execute(statement, values)
 
     def select(self, where: str, values: Sequence[Any] = ()) -> list[Job]:
-        """Return the jobs for which `where` holds."""
-        return [_job(row) for row in self.execute(f"SELECT {', '.join(_COLUMNS)} FROM jobs WHERE {where}", values)]
+        """Return the jobs for which `where` holds.
+
+        A row that cannot be read is made a failed job, here and in the file, so that it is in nobody's way again.
+        """
+        with contextlib.suppress(BadRow):
+            return [read_row(row) for row in self._rows(where, values)]
+        for row in self._rows(where, values):
+            try:
+                read_row(row)
+            except BadRow as error:
+                self._mend(row, str(error))
+        # What was mended may be asked for no more; what could not be written is mended for the caller alone.
+        return [_read_or_mend(row) for row in self._rows(where, values)]
+
+    def _rows(self, where: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        return self.execute(f"SELECT {', '.join(COLUMNS)} FROM jobs WHERE {where}", values).fetchall()
+
+    def _mend(self, row: tuple[Any, ...], reason: str) -> None:
+        new = mended(row, reason)
+        if new["seq"] not in self._told:  # where it cannot be written, it comes again
+            self._told.add(new["seq"])
+            say("job damaged", logging.ERROR, job=new["id"], reason=reason)
+        inside = self._connection.in_transaction
+        try:
+            with self.writing():
+                names = ", ".join(f"{name} = ?" for name in COLUMNS)
+                self.execute(f"UPDATE jobs SET {names} WHERE seq = ?", [*(new[name] for name in COLUMNS), new["seq"]])
+                for table in ("previews", "images"):
+                    self.execute(f"DELETE FROM {table} WHERE id = ?", (new["id"],))
+        except StoreUnavailable:
+            if inside:  # the transaction is no more
+                raise
+
+    def insert(self, values: Mapping[str, Any]) -> None:
+        """Add a row, or change what a row of this `id` holds; `values` has every column but `seq`."""
+        names = [name for name in COLUMNS if name != "seq"]
+        changes = ", ".join(f"{name} = excluded.{name}" for name in names if name != "id")
+        self.execute(
+            f"INSERT INTO jobs ({', '.join(names)}) VALUES ({', '.join('?' * len(names))}) "
+            f"ON CONFLICT (id) DO UPDATE SET {changes}",
+            [values[name] for name in names],
+        )
 
     def update(self, id: str, **columns: Any) -> None:
         """Change columns of a job; what is kept as JSON is given as it is."""
-        values = [json.dumps(value) if name in _JSON else value for name, value in columns.items()]
+        values = [json.dumps(value) if name in JSON_COLUMNS else value for name, value in columns.items()]
         names = ", ".join(f"{name} = ?" for name in columns)
         self.execute(f"UPDATE jobs SET {names}, version = version + 1 WHERE id = ?", [*values, id])
 
@@ -170,10 +184,18 @@ class Database:
                 (name, labels, value),
             )
 
+    def probe(self) -> None:
+        """See whether the file can be written."""
+        self.condition.probe(self._write_something)
+
+    def _write_something(self) -> None:
+        with self.writing():
+            self.execute(f"PRAGMA user_version = {SCHEMA}")  # a page is written even where nothing changes
+
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Keep other threads out."""
-        with self._lock, _translated():
+        with self._lock, self.condition.watched():
             yield
 
     @contextlib.contextmanager
@@ -184,24 +206,36 @@ class Database:
             durable: whether it is on the disk when it returns, safe from a power cut. A kill of the process never loses
                 a finished transaction.
         """
-        with self._lock, _translated():
+        with self._lock, self.condition.watched():
             if self._connection.in_transaction:
                 yield
                 return
             self.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            self.execute("BEGIN IMMEDIATE")
-            try:
+            with self._transaction():
                 yield
-                self.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:  # a full disk ends it by itself
-                    self.execute("ROLLBACK")
-                raise
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:  # a full disk ends it by itself
+                self.execute("ROLLBACK")
+            raise
 
 
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
+def _read_or_mend(row: tuple[Any, ...]) -> Job:
     try:
-        yield
-    except sqlite3.Error as error:
-        raise StoreUnavailable(f"the job store cannot be used now ({error})") from error
+        return read_row(row)
+    except BadRow as error:
+        new = mended(row, str(error))
+        return read_row([new[name] for name in COLUMNS])
+
+
+def _refusal(path: Path, error: BaseException) -> str:
+    # SQLITE_ERROR: the tables are not those that a job store has.
+    if is_damage(error) or getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_ERROR:
+        return damage(path, error)
+    return f"{str(path)!r} cannot be used as a job store ({error})"

@@ -7,21 +7,23 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from ...engine.request import Cancelled, ResolvedRequest, StepDone
 from ...errors import ConfigError, RequestError
 from ..workers.losses import reason_to_give_up, reason_to_give_up_restarts
-from .database import Job, StoreUnavailable
+from .condition import StoreUnavailable, no_room, when_there_is_room
 from .events import Made, RunnerLost, Stopped
 from .follower import Follower, num_pixels
 from .jobs import JobStore
 from .lease import Lease, is_held
 from .logs import say
 from .metrics import Tally
-from .results import complete, folder_bytes, is_complete, read_manifest, saved_step
-from .retention import forget, sweep
+from .results import complete, folder_bytes, is_complete, job_facts, read_manifest, saved_step
+from .retention import describe_results, forget, sweep
+from .rows import Job
 from .runner import Runner, Task
 from .settings import ServiceSettings
 
@@ -29,6 +31,10 @@ _IDLE_SECONDS = 0.25
 _WATCH_SECONDS = 0.2
 _FLUSH_SECONDS = 2.0
 _SWEEP_SECONDS = 60.0
+# While the disk is full.
+_RETRY_SECONDS = 1.0
+
+T = TypeVar("T")
 
 
 class Dispatcher:
@@ -52,6 +58,9 @@ class Dispatcher:
         self._threads: list[threading.Thread] = []
         # Jobs whose runner was lost: when, and why.
         self._lost: dict[str, tuple[float, str]] = {}
+        # Folders that belong to no job, and the last failures that nobody foresaw: each is said once.
+        self._unknown: list[Path] = []
+        self._said: dict[str, tuple[str, float]] = {}
         # Of the last video, seconds for a pixel: what is left to do when denoising ends.
         self._after_denoising = 0.0
         self.mean_seconds: float | None = None
@@ -59,7 +68,7 @@ class Dispatcher:
     @property
     def ready(self) -> bool:
         """Whether a job could run now, in this process."""
-        return not self.broken and any(runner.ready for runner in self.runners)
+        return self._store.trouble is None and not self.broken and any(runner.ready for runner in self.runners)
 
     @property
     def broken(self) -> bool:
@@ -73,6 +82,8 @@ class Dispatcher:
             return "the service is stopping"
         if self.broken:
             return "a thread of the dispatcher has died"
+        if self._store.trouble is not None:
+            return self._store.trouble
         return next((runner.trouble for runner in self.runners if runner.trouble), "the model is being loaded")
 
     @property
@@ -84,8 +95,15 @@ class Dispatcher:
     def start(self) -> None:
         """Take up what an earlier process left behind, and begin to work."""
         self._lease = Lease(self._settings.leases)
-        self._adopt()
-        sweep(self._settings, self._store)
+        try:
+            self._store.mend()
+            self._adopt()
+            describe_results(self._settings, self._store)
+            self._sweep()
+        except StoreUnavailable:  # the store has said why; the thread that watches tries again
+            pass
+        except OSError as error:
+            self._tell_failure("start failed", error)
         self._threads = [threading.Thread(target=self._drive, args=(runner,), daemon=True) for runner in self.runners]
         self._threads.append(threading.Thread(target=self._watch, daemon=True))
         for thread in self._threads:
@@ -107,7 +125,8 @@ class Dispatcher:
             thread.join(5.0)
         if self._lease is not None:
             self._lease.release()
-        self._tally.flush(self._store)
+        with contextlib.suppress(StoreUnavailable):
+            self._tally.flush(self._store)
 
     def wake(self) -> None:
         """Say that something was queued or is to be cancelled: it is seen at once instead of soon."""
@@ -130,19 +149,44 @@ class Dispatcher:
                     self._settle(unsettled, "error", "how it ended could not be recorded", unsettled.step)
                     unsettled = None
                 runner.tend()
-                job = self._store.claim(self._lease.name, self._model) if runner.ready else None
+                able = runner.ready and self._store.trouble is None
+                job = self._store.claim(self._lease.name, self._model) if able else None
                 if job is None:
                     self._pause(_IDLE_SECONDS)
                     continue
                 unsettled = job
                 self._serve(job, runner)
                 unsettled = None
-            except StoreUnavailable as error:
-                say("store unavailable", logging.ERROR, reason=str(error))
-                self._stopping.wait(1.0)
-            except Exception:  # a thread that ends would leave its runner idle for ever
-                say("dispatcher failed", logging.ERROR, exc_info=True)
-                self._stopping.wait(1.0)
+            except StoreUnavailable:  # the store has said why
+                self._stopping.wait(_RETRY_SECONDS)
+            except Exception as error:  # a thread that ends would leave its runner idle for ever
+                self._tell_failure("dispatcher failed", error)
+                self._stopping.wait(_RETRY_SECONDS)
+
+    def _tell_failure(self, event: str, error: Exception) -> None:
+        """Log what nobody foresaw; the same again and again is one record a minute."""
+        last, when = self._said.get(event, ("", 0.0))
+        if repr(error) != last or time.monotonic() - when > _SWEEP_SECONDS:
+            self._said[event] = repr(error), time.monotonic()
+            say(event, logging.ERROR, exc_info=True)
+
+    def _recorded(self, act: Callable[[], T]) -> T:
+        """Record how an attempt ended; as long as that cannot be written, wait, with the runner and its model kept.
+
+        Raises:
+            StoreUnavailable: the service stops meanwhile; its next start finds the attempt unfinished.
+        """
+        while True:
+            try:
+                return when_there_is_room(act, self._wait_for_room)
+            except StoreUnavailable:
+                if self._stopping.wait(_RETRY_SECONDS):
+                    raise
+
+    def _wait_for_room(self, error: OSError) -> None:
+        self._store.failed(error)
+        if self._stopping.wait(_RETRY_SECONDS):
+            raise StoreUnavailable("the disk is full, and the service stops") from error
 
     def _serve(self, job: Job, runner: Runner) -> None:
         """One attempt at a job."""
@@ -166,17 +210,21 @@ class Dispatcher:
         except Cancelled:
             self._end(job, "cancelled", {"code": "cancelled", "message": f"cancelled after step {follower.step}"})
         except Stopped:
-            self._store.requeue(job, None)
+            self._recorded(lambda: self._store.requeue(job, None))
             say("job saved", job=job.id, step=follower.step)
         except (RequestError, ConfigError) as error:  # no other attempt could do better
             self._end(job, "failed", {"code": "invalid_request", "message": str(error)})
         except RunnerLost as error:
             if self._stopping.is_set():  # it was closed, not lost
-                self._store.requeue(job, None)
+                self._recorded(lambda: self._store.requeue(job, None))
             else:
-                self._settle(job, error.cause, str(error), follower.step)
+                self._lose(job, error.cause, str(error), follower.step)
         except OSError as error:
-            self._settle(job, "error", f"the results could not be written ({error.strerror})", follower.step)
+            if no_room(error):  # nobody's fault: again, as soon as there is room
+                self._store.failed(error)
+                self._recorded(lambda: self._store.requeue(job, None))
+                return
+            self._lose(job, "error", f"the results could not be written ({error.strerror})", follower.step)
         finally:
             del self._running[job.id]
             shutil.rmtree(folder, ignore_errors=True)
@@ -202,14 +250,15 @@ class Dispatcher:
     def _complete(self, job: Job, made: Made | None, folder: Path) -> None:
         """Make the result visible: files first, then the row. After a kill between the two, the files are found."""
         assert made is not None, "a run ends with Made or an exception"
-        if self._store.cancelled([job.id]):  # too late for the runner, but not for the user
+        if self._recorded(lambda: self._store.cancelled([job.id])):  # too late for the runner, but not for the user
             raise Cancelled("cancelled")
         timing = {"queued": (job.started_at or 0.0) - job.created_at, **made.seconds}
-        complete(folder, self._settings.results / job.id, {"hsa": made.hsa, "timing": timing})
+        manifest = {"hsa": made.hsa, "timing": timing, "job": job_facts(job, time.time())}
+        self._recorded(lambda: complete(folder, self._settings.results / job.id, manifest))
         self._after_denoising = (made.seconds["decode"] + made.seconds["write"]) / num_pixels(job)
         total, mean = made.seconds["total"], self.mean_seconds
         self.mean_seconds = total if mean is None else 0.7 * mean + 0.3 * total
-        if self._finish(job):
+        if self._recorded(lambda: self._finish(job)):
             for stage, seconds in made.seconds.items():
                 self._tally.observe("heterostep_stage_seconds", seconds, stage=stage)
             for imbalance in made.imbalances:
@@ -235,9 +284,12 @@ class Dispatcher:
 
     def _end(self, job: Job, status: str, error: dict[str, str]) -> None:
         self._lost.pop(job.id, None)
-        if self._store.finish(job, status, error=error):
+        if self._recorded(lambda: self._store.finish(job, status, error=error)):
             shutil.rmtree(self._settings.state / job.id, ignore_errors=True)
             say(f"job {status}", job=job.id, reason=error["message"])
+
+    def _lose(self, job: Job, cause: str, message: str, step: int) -> None:
+        self._recorded(lambda: self._settle(job, cause, message, step))
 
     def _settle(self, job: Job, cause: str, message: str, step: int) -> None:
         """Decide about a job that no runner has any more: it is complete, begun again, or given up."""
@@ -274,15 +326,26 @@ class Dispatcher:
                 now = time.monotonic()
                 if now - flushed > _FLUSH_SECONDS:
                     flushed = now
+                    self._store.probe()
                     self._tally.flush(self._store)
                     self._adopt()
                 if now - swept > _SWEEP_SECONDS:
                     swept = now
-                    sweep(self._settings, self._store)
-            except Exception:  # as in _drive
-                say("watch failed", logging.ERROR, exc_info=True)
-                self._stopping.wait(1.0)
+                    self._sweep()
+            except StoreUnavailable:  # the store has said why
+                self._stopping.wait(_RETRY_SECONDS)
+            except Exception as error:  # as in _drive
+                self._tell_failure("watch failed", error)
+                self._stopping.wait(_RETRY_SECONDS)
             self._pause(_WATCH_SECONDS)
+
+    def _sweep(self) -> None:
+        unknown = sweep(self._settings, self._store)
+        if unknown and unknown != self._unknown:
+            folders = sorted({str(path.parent) for path in unknown})
+            names = [path.name for path in unknown[:5]]
+            say("folders belong to no job and stay", logging.WARNING, count=len(unknown), folders=folders, first=names)
+        self._unknown = unknown
 
     def _cancel_wanted(self) -> None:
         running = dict(self._running)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 from ...engine.request import Decoding, Started, StepDone
-from .database import Job
+from .condition import StoreUnavailable
 from .events import Event, Made
 from .jobs import JobStore
 from .metrics import Tally
+from .rows import Job
 
 # Progress of a quick model is written no more often than anybody can see it.
 _WRITE_SECONDS = 0.1
@@ -48,13 +51,11 @@ class Follower:
             self._shares = [0.0] * self.step
             if self._job.attempt == 1:
                 self._tally.observe("heterostep_queue_seconds", time.time() - self._job.created_at)
-            self._store.progress(self._job, stage="denoising", step=self.step, progress=self._progress())
+            self._tell(stage="denoising", step=self.step, progress=self._progress())
         elif isinstance(event, StepDone):
             self._step(event)
         elif isinstance(event, Decoding):
-            self._store.progress(
-                self._job, stage="decoding", step=self.step, progress=_DENOISED, eta_seconds=self._rest
-            )
+            self._tell(stage="decoding", step=self.step, progress=_DENOISED, eta_seconds=self._rest)
         elif isinstance(event, Made):
             self.made = event
 
@@ -67,8 +68,7 @@ class Follower:
         now = time.monotonic()
         if now - self._written < _WRITE_SECONDS and event.step < event.num_steps:
             return
-        self._store.progress(
-            self._job,
+        self._tell(
             preview=self._preview or None,
             stage="denoising",
             step=event.step,
@@ -77,6 +77,11 @@ class Follower:
             eta_seconds=event.eta_seconds + self._rest,
         )
         self._written, self._preview = now, b""
+
+    def _tell(self, **columns: Any) -> None:
+        # A video is worth more than the news of it: where they cannot be written, it is made nevertheless.
+        with contextlib.suppress(StoreUnavailable):
+            self._store.progress(self._job, **columns)
 
     def _progress(self) -> int:
         return int(_DENOISED * self.step // self._job.request["num_inference_steps"])

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ...engine.request import ResolvedRequest
 from ...errors import HeterostepError, RequestError
-from .database import Database, Job
+from .database import Database
+from .rows import COLUMNS, DAMAGED, JSON_COLUMNS, Job, read_row
 
 _CANCELLED = {"code": "cancelled", "message": "the video was cancelled"}
 _FINISHED = "status IN ('completed', 'failed', 'cancelled')"
+# Jobs that a whole result completes: the row is older than the files (a backup was put back), or was damaged.
+_OPEN = (
+    "NOT deleted AND (status = 'queued' OR (status = 'failed' AND "
+    f"coalesce(error, '') LIKE '{{\"code\": \"{DAMAGED}\"%'))"
+)
+
+
+# What is not known of a job that was found by its result.
+_ADOPTED: Mapping[str, Any] = {
+    **{"seq": 0, "idempotency_key": None, "fingerprint": None, "status": "completed", "stage": "", "progress": 100},
+    **{"eta_seconds": None, "error": None, "faults": [], "attempt": 1, "lease": None},
+    **{"cancel_requested": 0, "deleted": 0, "version": 1},
+}
 
 
 class QueueFull(HeterostepError):
@@ -33,8 +47,26 @@ class JobStore:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open or make the file; ConfigError if it is no job store."""
+        """Open or make the file; ConfigError if it is damaged, or no job store."""
         self._db = Database(path)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing can be written, in one sentence; None while all is well."""
+        return self._db.condition.trouble
+
+    def failed(self, error: OSError) -> None:
+        """Take note that a file beside the store could not be written."""
+        self._db.condition.failed(error)
+
+    def probe(self) -> None:
+        """See whether the disk has room, and after trouble whether all can be written again."""
+        self._db.probe()
+
+    def mend(self) -> None:
+        """Read every row, so that those that cannot be read are failed jobs from now on."""
+        with self._db.reading():
+            self._db.select("1")
 
     def close(self) -> None:
         """Close the file."""
@@ -72,7 +104,9 @@ class JobStore:
         Raises:
             QueueFull: `max_queue` jobs wait.
             KeyReused: `idempotency_key` was used for another request.
+            StoreUnavailable: the store, or the disk that it is on, cannot be written.
         """
+        self._db.condition.check()
         with self._db.writing():
             if idempotency_key is not None:
                 rows = self._db.select("owner = ? AND idempotency_key = ? AND NOT deleted", (owner, idempotency_key))
@@ -270,6 +304,50 @@ class JobStore:
         with self._db.reading():
             return {id for (id,) in self._db.execute("SELECT id FROM jobs")}
 
+    def settled(self) -> set[str]:
+        """Ids of all jobs, without those that a whole result would complete: see `adopt`."""
+        with self._db.reading():
+            return {id for (id,) in self._db.execute(f"SELECT id FROM jobs WHERE NOT ({_OPEN})")}
+
+    def adopt(self, found: Mapping[str, Any], still_there: Callable[[], bool]) -> bool:
+        """Complete a job whose whole result is there, while the store knows nothing of it or of its end.
+
+        Args:
+            found: the columns of the job that are known: all that have no default, `hsa` and `timing`.
+            still_there: whether the result is there; asked when nobody can remove it any more.
+
+        Returns:
+            Whether it was adopted; not, where the job has ended already, or is made just now.
+
+        Raises:
+            BadRow: the columns are no job.
+        """
+        columns = {**_ADOPTED, **found}
+        row = {
+            name: json.dumps(columns[name]) if name in JSON_COLUMNS and columns[name] is not None else columns[name]
+            for name in COLUMNS
+        }
+        id = read_row([row[name] for name in COLUMNS]).id
+        with self._db.writing():
+            if self._db.execute(f"SELECT 1 FROM jobs WHERE id = ? AND NOT ({_OPEN})", (id,)).fetchone():
+                return False
+            if not still_there():
+                return False
+            self._db.insert(row)
+            for table in ("previews", "images"):
+                self._db.execute(f"DELETE FROM {table} WHERE id = ?", (id,))
+            return True
+
+    def tell(self, id: str, error: Mapping[str, Any] | None) -> bool:
+        """Say at a completed job what is wrong with its files, None if nothing; returns whether that is news."""
+        with self._db.reading():
+            found = self._db.select("id = ? AND status = 'completed'", (id,))
+            if not found or found[0].error == error:
+                return False
+            with self._db.writing():
+                self._db.update(id, error=error)
+            return True
+
     def result_bytes(self) -> int:
         """Size of all results."""
         with self._db.reading():
@@ -291,7 +369,7 @@ class JobStore:
     def figures(self) -> dict[tuple[str, str], float]:
         """All figures by (name, labels as JSON)."""
         with self._db.reading():
-            found = self._db.execute("SELECT name, labels, value FROM figures")
+            found = self._db.execute("SELECT name, labels, value FROM figures WHERE typeof(value) = 'real'")
             return {(name, labels): value for name, labels, value in found}
 
     def _held(self, job: Job) -> bool:

@@ -28,6 +28,7 @@ from ...errors import TOO_LARGE, ConfigError, RequestError, is_out_of_memory
 from ...hsa.config import HSAConfig
 from ..logs import silence_libraries
 from ..resume import go_on
+from .condition import when_there_is_room
 from .render import webp, write_files
 from .worker import Line
 
@@ -88,7 +89,7 @@ def _make(line: Line, engine: Engine, preview: Preview, task: dict[str, Any], ev
         else:
             if line.wanted.get(task["id"]) == "cancel":
                 raise Cancelled("cancelled while decoding")
-            _write(line, engine, preview, event, Path(task["folder"]))
+            _write(line, engine, preview, event, task)
 
 
 def _end(engine: Engine, verb: str) -> None:
@@ -99,9 +100,14 @@ def _end(engine: Engine, verb: str) -> None:
         engine.save_and_stop()
 
 
-def _write(line: Line, engine: Engine, preview: Preview, output: VideoOutput, folder: Path) -> None:
+def _write(line: Line, engine: Engine, preview: Preview, output: VideoOutput, task: dict[str, Any]) -> None:
+    def wait(error: OSError) -> None:
+        if task["id"] in line.wanted:
+            raise Cancelled("ended while the disk was full") from error
+        time.sleep(1.0)
+
     start = time.perf_counter()
-    hsa = write_files(folder, engine, output)
+    hsa = when_there_is_room(lambda: write_files(Path(task["folder"]), engine, output), wait)
     preview.learn(output.latents, output.frames)
     seconds = time.perf_counter() - start
     timing = {**output.seconds, "write": seconds, "total": output.seconds["total"] + seconds}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections import defaultdict
@@ -11,6 +12,7 @@ from itertools import accumulate
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from .condition import StoreUnavailable
 from .jobs import JobStore
 from .runner import Runner
 
@@ -78,10 +80,13 @@ class _Figures:
         self._store, self._tally, self._runners = store, tally, runners
 
     def collect(self) -> Iterator[Metric]:
-        self._tally.flush(self._store)
+        with contextlib.suppress(StoreUnavailable):  # what cannot be written now is told later
+            self._tally.flush(self._store)
         figures: defaultdict[str, dict[tuple[tuple[str, str], ...], float]] = defaultdict(dict)
         for (name, labels), value in self._store.figures().items():
-            figures[name][tuple(json.loads(labels).items())] = value
+            pairs = _pairs(name, labels)
+            if pairs is not None:
+                figures[name][pairs] = value
         for name, (text, keys) in COUNTERS.items():
             counter = CounterMetricFamily(name, text, labels=keys)
             for pairs, value in figures[name].items():
@@ -103,6 +108,23 @@ class _Figures:
             age.add_metric([str(index)], runner.heartbeat_age)
         yield ready
         yield age
+
+
+def _pairs(name: str, labels: str) -> tuple[tuple[str, str], ...] | None:
+    """The labels of a figure; None for one that is damaged, or of another version."""
+    if name in COUNTERS:
+        wanted = {*COUNTERS[name][1]}
+    elif name in HISTOGRAMS:
+        wanted = {*HISTOGRAMS[name][1], "le"}
+    else:
+        return None
+    try:
+        found = json.loads(labels)
+    except (TypeError, ValueError):
+        return None
+    if not isinstance(found, dict) or found.keys() != wanted or not all(isinstance(v, str) for v in found.values()):
+        return None
+    return tuple(found.items())
 
 
 def _histogram(

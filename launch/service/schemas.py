@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from .database import Job
+from .rows import Job
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 

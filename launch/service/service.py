@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -11,14 +13,17 @@ from pathlib import Path
 from ...engine.facts import read_facts
 from ...engine.rehearsal import rehearse
 from ...engine.request import GenerateRequest, allocation, resolve
-from .database import Job
+from ...errors import HeterostepError
+from .condition import StoreUnavailable
 from .dispatcher import Dispatcher
 from .intake import Asked, to_request
 from .jobs import JobStore, QueueFull
+from .logs import say
 from .metrics import Metrics, Tally
 from .process_runner import ProcessRunner
-from .results import FILES
+from .results import FILES, gone
 from .retention import forget
+from .rows import Job
 from .runner import Runner
 from .schemas import ModelCard, Video, to_video
 from .security import ApiKeys
@@ -33,6 +38,10 @@ _DAY = 86400.0
 _MAX_RETRY_AFTER = 60
 # Nobody has made a video here yet.
 _UNKNOWN_SECONDS = 10.0
+
+
+class FileGone(HeterostepError):
+    """A file of a completed video is not there any more."""
 
 
 class VideoService:
@@ -94,6 +103,11 @@ class VideoService:
     def broken(self) -> bool:
         """Whether the service must be replaced: it cannot heal by itself."""
         return self._dispatcher.broken
+
+    @property
+    def refusal(self) -> str | None:
+        """Why no job is taken; None if jobs are, which may then have to wait."""
+        return "the service is stopping" if self._stopping else self._store.trouble
 
     @property
     def stopping(self) -> bool:
@@ -189,13 +203,26 @@ class VideoService:
             return False
         self._dispatcher.wake()
         if job.status != "in_progress":  # else the runner still writes; it is swept away afterwards
-            forget(self.settings, self._store, job)
+            with contextlib.suppress(OSError):  # it is tried again
+                forget(self.settings, self._store, job)
         return True
 
     def file(self, id: str, variant: str) -> tuple[Path, str]:
-        """Path and media type of a completed video's file."""
+        """Path and media type of a completed video's file.
+
+        Raises:
+            FileGone: somebody else removed or emptied it.
+        """
         name, media_type = FILES[variant]
-        return self.settings.results / id / name, media_type
+        folder = self.settings.results / id
+        absent = gone(folder)
+        message = f"gone from the service's disk: {', '.join(absent)}"
+        with contextlib.suppress(StoreUnavailable):
+            if self._store.tell(id, {"code": "files_gone", "message": message} if absent else None) and absent:
+                say("files gone", logging.ERROR, job=id, files=absent)
+        if name in absent:
+            raise FileGone(f"the file {name} of video {id} is gone from the service's disk; make the video again")
+        return folder / name, media_type
 
     def retry_after(self) -> int:
         """Seconds after which a place in the queue should be free."""

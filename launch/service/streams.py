@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 from collections.abc import AsyncIterator
 
 from fastapi.concurrency import run_in_threadpool
 from starlette.requests import Request
 
+from .condition import StoreUnavailable
 from .schemas import Video
 from .service import Version, VideoService
 
@@ -34,6 +36,8 @@ async def video_events(service: VideoService, id: str, owner: str) -> AsyncItera
             change = await run_in_threadpool(service.changed, id, owner, version)
         except KeyError:
             return
+        except StoreUnavailable:
+            change = None
         if change is None:
             quiet += _POLL_SECONDS
             if quiet >= _KEEP_ALIVE_SECONDS:
@@ -43,7 +47,10 @@ async def video_events(service: VideoService, id: str, owner: str) -> AsyncItera
             quiet = 0.0
             video, version = change
             data = video.model_dump()
-            picture = await run_in_threadpool(service.preview, id, shown) if video.status == "in_progress" else None
+            picture = None
+            with contextlib.suppress(StoreUnavailable):
+                if video.status == "in_progress":
+                    picture = await run_in_threadpool(service.preview, id, shown)
             if picture is not None:
                 shown = picture[0]
                 data["preview"] = f"data:image/webp;base64,{base64.b64encode(picture[1]).decode()}"
@@ -63,10 +70,11 @@ async def wait_for(service: VideoService, request: Request, id: str, owner: str)
     finished = False
     try:
         while not service.stopping:
-            video = await run_in_threadpool(service.find, id, owner)
-            if video is None or video.status in FINISHED:
-                finished = True
-                return video
+            with contextlib.suppress(StoreUnavailable):
+                video = await run_in_threadpool(service.find, id, owner)
+                if video is None or video.status in FINISHED:
+                    finished = True
+                    return video
             if await request.is_disconnected():
                 return None
             await asyncio.sleep(_POLL_SECONDS)
@@ -75,4 +83,5 @@ async def wait_for(service: VideoService, request: Request, id: str, owner: str)
     finally:
         if not finished:
             # Not awaited: where the server cancels this task there is no time left.
-            service.cancel(id, owner)
+            with contextlib.suppress(StoreUnavailable):
+                service.cancel(id, owner)

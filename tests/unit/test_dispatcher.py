@@ -22,7 +22,7 @@ from heterostep.launch.service.results import FILES
 from heterostep.launch.service.settings import ServiceSettings
 from heterostep.launch.workers import losses
 
-REQUEST = resolve(GenerateRequest(prompt="x", num_inference_steps=20), read_facts("demo"))
+REQUEST = resolve(GenerateRequest(prompt="x", num_inference_steps=20, compute=0.5), read_facts("demo"))
 
 
 class Scripted:

@@ -11,10 +11,10 @@ import pytest
 from heterostep.engine.facts import read_facts
 from heterostep.engine.request import GenerateRequest, resolve
 from heterostep.errors import ConfigError, RequestError
-from heterostep.launch.service.database import StoreUnavailable
+from heterostep.launch.service.condition import StoreUnavailable
 from heterostep.launch.service.jobs import JobStore, KeyReused, QueueFull
 
-REQUEST = resolve(GenerateRequest(prompt="x"), read_facts("demo"))
+REQUEST = resolve(GenerateRequest(prompt="x", compute=0.5), read_facts("demo"))
 
 
 @pytest.fixture
@@ -211,13 +211,20 @@ def test_a_full_disk_is_said_and_survived(store):
             add(store, f"b{n}", max_queue=1000)
     assert store.claim("me", "demo").id == "a"
     store._db.execute("PRAGMA max_page_count = 100000")
+    with pytest.raises(StoreUnavailable, match="full"):  # refused at once, until the disk was looked at again
+        add(store, "c", max_queue=1000)
+    assert "full" in store.trouble
+    store.probe()
+    assert store.trouble is None
     assert add(store, "c", max_queue=1000).status == "queued"
 
 
 def test_what_is_no_job_store_is_refused(tmp_path):
     (tmp_path / "text").write_text("not a database " * 100)
-    with pytest.raises(ConfigError, match="cannot be used as a job store"):
+    with pytest.raises(ConfigError, match=r"is damaged \(file is not a database\); stop the service, and put back"):
         JobStore(tmp_path / "text")
+    with pytest.raises(ConfigError, match="cannot be used as a job store"):
+        JobStore(tmp_path)
     store = JobStore(tmp_path / "newer")
     store._db.execute("PRAGMA user_version = 99")
     store.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -215,9 +216,11 @@ def attempt(folder, text="v"):
 def test_a_result_is_whole_or_not_there(tmp_path):
     target = tmp_path / "job"
     assert not is_complete(target)
-    complete(attempt(tmp_path / ".job.1"), target, {"hsa": {"a": 1}})
-    assert is_complete(target) and read_manifest(target) == {"hsa": {"a": 1}}
-    complete(attempt(tmp_path / ".job.2", "again"), target, {"hsa": {}})  # of an attempt that could not be recorded
+    complete(attempt(tmp_path / ".job.1"), target, {"hsa": {"a": 1}, "timing": {}})
+    assert is_complete(target) and read_manifest(target)["hsa"] == {"a": 1}
+    complete(
+        attempt(tmp_path / ".job.2", "again"), target, {"hsa": {}, "timing": {}}
+    )  # of an attempt that could not be recorded
     assert (target / "video.mp4").read_text() == "again" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(ValueError, match="JSON"):
         complete(attempt(tmp_path / ".job.3"), target, {"hsa": float("nan")})
@@ -225,12 +228,13 @@ def test_a_result_is_whole_or_not_there(tmp_path):
 
 
 def finished(store, settings, id, size, age):
-    request = resolve(GenerateRequest(prompt="x"), FACTS)
+    request = resolve(GenerateRequest(prompt="x", compute=0.5), FACTS)
     store.create(id=id, owner="", model="demo", request=request, max_queue=100)
     job = store.claim("me", "demo")
     store.finish(job, "completed", bytes=size)
     store._db.execute("UPDATE jobs SET completed_at = ? WHERE id = ?", (time.time() - age, id))
-    attempt(settings.results / id)
+    video = attempt(settings.results / id, "v" * size) / "video.mp4"
+    os.utime(video, (time.time() - age,) * 2)
     (settings.state / id).mkdir()
 
 
@@ -244,7 +248,6 @@ def test_old_and_too_many_results_are_removed(tmp_path):
     assert {path.name for path in settings.results.iterdir()} == {"c", "d"}
     assert list(settings.state.iterdir()) == []
     store.delete("c", "")
-    (settings.results / "stray").mkdir()
     (settings.results / ".video_x.1.deadbeef").mkdir()
     living = Lease(settings.leases)
     (settings.results / f".video_y.1.{living.name}").mkdir()

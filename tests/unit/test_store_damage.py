@@ -1,0 +1,487 @@
+"""A job store that was damaged, lost or put back, and a disk that is full: no video is lost, and the queue runs."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import sqlite3
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
+httpx2 = pytest.importorskip("httpx2", reason="the extra 'dev' is not installed")
+
+from heterostep.engine.request import ResolvedRequest, Started, StepDone
+from heterostep.errors import ConfigError
+from heterostep.launch.cli import main
+from heterostep.launch.service import dispatcher
+from heterostep.launch.service.app import create_app
+from heterostep.launch.service.condition import Condition, StoreUnavailable
+from heterostep.launch.service.database import Database
+from heterostep.launch.service.events import Made
+from heterostep.launch.service.intake import Asked
+from heterostep.launch.service.jobs import JobStore
+from heterostep.launch.service.logs import LOGGER
+from heterostep.launch.service.results import FILES, MANIFEST
+from heterostep.launch.service.retention import sweep
+from heterostep.launch.service.schemas import CreateVideo
+from heterostep.launch.service.service import VideoService
+from heterostep.launch.service.settings import ServiceSettings
+
+STEPS = 4
+SECONDS = {"decode": 0.1, "write": 0.1, "checkpoint": 0.0, "total": 1.0}
+
+
+class Quick:
+    """A runner that makes files at once, or step by step where `gate` holds it back."""
+
+    ready, trouble, hopeless, heartbeat_age = True, None, False, 0.0
+
+    def __init__(self, settings, index):
+        self.gate, self.abandoned = None, False
+
+    def tend(self):
+        pass
+
+    def run(self, task):
+        try:
+            yield Started(request=task.request, num_tokens=10)
+            for step in range(1, STEPS + 1):
+                if self.gate is not None:
+                    assert self.gate.acquire(timeout=20)
+                yield StepDone(step=step, num_steps=STEPS, sigma=0.5, active=5, total=10, seconds=0.01, eta_seconds=1.0)
+        except GeneratorExit:
+            self.abandoned = True
+            raise
+        for name, _ in FILES.values():
+            (task.folder / name).write_text(f"{name} of {task.id}")
+        yield Made(hsa={"steps": []}, seconds=SECONDS)
+
+    def cancel(self):
+        pass
+
+    stop = close = cancel
+
+
+def submit(service, prompt="x"):
+    asked = Asked(CreateVideo(prompt=prompt, num_inference_steps=STEPS, compute=0.5), "")
+    return service.submit(asked, "", None)[0].id
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def finished(service, id):
+    wait_until(lambda: service.find(id, "").status not in ("queued", "in_progress"))
+    return service.find(id, "")
+
+
+def listed(service):
+    """All videos, as the API lists them, by id."""
+    both = [service.list("", after=None, limit=100, newest_first=newest)[0] for newest in (True, False)]
+    assert [video.id for video in both[0]] == [video.id for video in both[1]][::-1]
+    return {video.id: video for video in both[0]}
+
+
+def files(data_dir):
+    folder = data_dir / "results"
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A data directory with four videos, one of an older version, and a job of each other status; and an old backup."""
+    folder = tmp_path_factory.mktemp("store") / "data"
+    settings = ServiceSettings(data_dir=folder)
+    service = VideoService(settings, Quick)
+    service.start()
+    done = []
+    for n in range(4):
+        done.append(submit(service, f"done {n} {'long ' * 300}"))
+        finished(service, done[-1])
+        if n == 1:
+            copy = sqlite3.connect(folder.with_name("backup"))
+            service._store._db._connection.backup(copy)
+            copy.close()
+    request = service._store.get(done[0], "").request
+    service.stop()
+    # As a version made it that wrote no job into the manifest.
+    target = settings.results / done[3]
+    manifest = json.loads((target / MANIFEST).read_text())
+    del manifest["job"]
+    (target / MANIFEST).write_text(json.dumps(manifest))
+    (target / "report.json").write_text(json.dumps({"model": "demo", "request": {**request, "prompt": "told"}}))
+    (settings.results / "holiday").mkdir()
+    (settings.results / "holiday" / "film.mp4").write_text("of somebody else")
+    store = JobStore(settings.database)
+    for id, status in (("running", "in_progress"), ("waiting", "queued"), ("failed", "failed")):
+        store.create(id=id, owner="", model="demo", request=ResolvedRequest(**request), max_queue=9)
+        if status != "queued":
+            job = store.claim("0123456789abcdef", "demo")
+        if status == "failed":
+            store.finish(job, "failed", error={"code": "invalid_request", "message": "m"})
+    store.close()
+    return folder, done
+
+
+@pytest.fixture
+def data(template, tmp_path):
+    shutil.copytree(template[0], tmp_path / "data")
+    return tmp_path / "data", template[1], template[0].with_name("backup")
+
+
+def missing(path, backup):
+    path.unlink()
+
+
+def empty(path, backup):
+    path.write_bytes(b"")
+
+
+def older(path, backup):
+    shutil.copy(backup, path)
+
+
+def truncated(path, backup):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def header(path, backup):
+    path.write_bytes(bytes(byte ^ 0xFF for byte in path.read_bytes()[:16]) + path.read_bytes()[16:])
+
+
+def flips(seed):
+    def damage(path, backup):
+        content, chance = bytearray(path.read_bytes()), random.Random(seed)
+        for _ in range(5):
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        path.write_bytes(bytes(content))
+
+    return damage
+
+
+def row(column, value, where):
+    def damage(path, backup):
+        with sqlite3.connect(path) as db:
+            assert db.execute(f"UPDATE jobs SET {column} = ? WHERE {where}", (value,)).rowcount >= 1
+        db.close()
+
+    return damage
+
+
+ONE = {
+    "queued": "id = 'waiting'",
+    "in_progress": "id = 'running'",
+    "completed": "seq = (SELECT min(seq) FROM jobs WHERE status = 'completed')",
+}
+JSON = ("request", "hsa", "faults", "error", "timing")
+DAMAGE = {
+    **{"missing": missing, "empty": empty, "older": older, "truncated": truncated, "header": header},
+    **{f"flips {seed}": flips(seed) for seed in range(5)},
+    **{f"{c} of {s}": row(c, '{"half": ', where) for c in JSON for s, where in ONE.items()},
+    **{f"status of {s}": row("status", "melting", where) for s, where in ONE.items()},
+    "null": row("request", "null", ONE["queued"]),
+    "list": row("request", "[1]", ONE["completed"]),
+    "field": row("request", '{"prompt": 3}', ONE["queued"]),
+    "infinite": row("timing", '{"total": 1e999}', ONE["completed"]),
+    "half a character": row("faults", '[{"cause": "a", "message": "\\ud800", "step": 1, "at": 1}]', ONE["queued"]),
+    "no text": row("request", b"\xff\xfe", ONE["in_progress"]),
+    "number": row("progress", "half", ONE["completed"]),
+    "date": row("completed_at", None, ONE["completed"]),
+    "far date": row("created_at", 1e300, ONE["completed"]),
+    "size": row("bytes", 2**60, ONE["completed"]),
+    "id": row("id", b"\xff", ONE["queued"]),
+    "path": row("id", "../results", ONE["completed"]),
+    "lease": row("lease", None, ONE["in_progress"]),
+    "file": row("lease", "a\0b", ONE["in_progress"]),
+}
+REFUSED = ("truncated", "header")
+
+
+def figures(path, backup):
+    with sqlite3.connect(path) as db:
+        db.execute("INSERT INTO figures VALUES ('heterostep_requests', '{', 1.0), ('x', NULL, 2.0)")
+        db.execute("INSERT INTO figures VALUES ('heterostep_step_seconds', '{\"le\": 3}', 1.0)")
+    db.close()
+
+
+DAMAGE["labels"] = figures
+
+
+def refusal(settings):
+    try:
+        JobStore(settings.database).close()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_no_damage_costs_a_video_or_stops_the_queue(damage, data, caplog):
+    folder, done, backup = data
+    caplog.set_level(logging.INFO, LOGGER)
+    before = files(folder)
+    settings = ServiceSettings(data_dir=folder)
+    DAMAGE[damage](settings.database, backup)
+    refused = refusal(settings)
+    if refused is not None:
+        assert (damage in REFUSED or "flips" in damage) and files(folder) == before
+        assert re.search(r"is damaged \(.*\); stop the service, and put back a backup of it or move it away", refused)
+        settings.database.rename(folder / "away")  # as it says
+    else:
+        assert damage not in REFUSED
+    service = VideoService(settings, Quick)
+    service.start()
+    try:
+        new = submit(service, "new")
+        assert finished(service, new).status == "completed"  # the queue runs
+        videos = listed(service)
+        assert {videos[id].status for id in done} == {"completed"}
+        assert all(service.file(id, "video")[0].read_text() == f"video.mp4 of {id}" for id in done)
+        ours = [id for id, video in videos.items() if video.model == "demo"]  # a flipped bit makes it another's
+        assert all(finished(service, id) for id in ours)
+        assert service.trouble is None and service.metrics.text()
+    finally:
+        service.stop()
+    after = files(folder)
+    for path, content in before.items():
+        assert after[path] == content or path.name == MANIFEST
+    events = [record.getMessage() for record in caplog.records]
+    assert events.count("job damaged") == len({r.fields["job"] for r in caplog.records if r.msg == "job damaged"}) <= 5
+    assert events.count("folders belong to no job and stay") <= 1
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_what_a_failed_row_says(data):
+    folder, _, _ = data
+    row("hsa", '{"half": ', ONE["queued"])(folder / "jobs.sqlite3", None)
+    service = VideoService(ServiceSettings(data_dir=folder), Quick)
+    video = service.find("waiting", "")
+    assert (video.status, video.error.code, video.step) == ("failed", "damaged", 0)
+    assert video.error.message == "the entry of this video in the job store is damaged: the column hsa is not JSON"
+    assert video.prompt.startswith("done 0 long")  # what is left of it stays
+    assert service._store.claim("me", "demo").id != "waiting"
+    service.close()
+
+
+def test_a_finished_video_of_other_rules_stays(data):
+    folder, done, _ = data
+    service = VideoService(ServiceSettings(data_dir=folder), Quick)
+    row("request", json.dumps({**service._store.get(done[0], "").request, "prompt": " ", "mood": 1}), ONE["completed"])(
+        folder / "jobs.sqlite3", None
+    )
+    assert service.find(done[0], "").status == "completed"
+    service.close()
+
+
+def test_a_bad_row_while_the_disk_is_full_is_shown_all_the_same(data, monkeypatch, caplog):
+    folder, _, _ = data
+    service = VideoService(ServiceSettings(data_dir=folder), Quick)
+    row("request", "{", ONE["queued"])(folder / "jobs.sqlite3", None)
+    monkeypatch.setattr(Database, "_transaction", full_database)
+    for _ in range(3):
+        assert listed(service)["waiting"].status == "failed"
+    assert [record.getMessage() for record in caplog.records].count("job damaged") == 1
+    service.close()
+
+
+def test_what_was_deleted_is_not_found_again(data):
+    folder, done, _ = data
+    settings = ServiceSettings(data_dir=folder)
+    service = VideoService(settings, Quick)
+    assert service.delete(done[0], "")
+    # A kill in the middle of it, before the row is gone.
+    service._store._db.execute("UPDATE jobs SET deleted = 1 WHERE id = ?", (done[1],))
+    (settings.results / done[2]).rename(settings.results / f".{done[2]}.forgotten")
+    for _ in range(2):
+        sweep(settings, service._store)
+    assert {*done[:2]}.isdisjoint(service._store.known())
+    assert {path.name for path in settings.results.iterdir()} == {done[3], "holiday"}
+    service.close()
+
+
+def test_only_a_command_removes_what_is_unknown(data, capsys):
+    folder, done, _ = data
+    (folder / "jobs.sqlite3").unlink()
+    (folder / "results" / "copy of a video").mkdir()
+    shutil.copytree(folder / "results" / done[0], folder / "results" / "copy of a video", dirs_exist_ok=True)
+    command = ["serve", "--no-ray", "--data-dir", str(folder), "--remove-unknown"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("removed 2 folders that belonged to no video: ") and "holiday" in said and "copy of" in said
+    assert {path.name for path in (folder / "results").iterdir()} == {*done}  # these were found again before
+    assert main(command) == 0 and capsys.readouterr().out.startswith("removed nothing: every folder in ")
+
+
+def test_results_of_an_older_version_are_described_while_the_store_knows_them(data):
+    folder, done, _ = data
+    settings = ServiceSettings(data_dir=folder)
+    (settings.results / done[3] / "report.json").unlink()
+    for _ in range(2):  # the second time without the store
+        service = VideoService(settings, Quick)
+        service.start()
+        video = listed(service)[done[3]]
+        assert video.status == "completed" and video.prompt.startswith("done 3") and video.timing["total"] == 1.0
+        service.stop()
+        settings.database.unlink()
+
+
+# A full disk.
+
+
+def full_database(self):
+    error = sqlite3.OperationalError("database or disk is full")
+    error.sqlite_errorcode = sqlite3.SQLITE_FULL
+    raise error
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """A disk that is full while this event is set."""
+    full = threading.Event()
+    transaction, fill, complete = Database._transaction, Condition._fill, dispatcher.complete
+
+    def no_space(act):
+        def checked(*values):
+            if full.is_set():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return act(*values)
+
+        return checked
+
+    monkeypatch.setattr(
+        Database, "_transaction", lambda self: full_database(self) if full.is_set() else transaction(self)
+    )
+    monkeypatch.setattr(Condition, "_fill", no_space(fill))
+    monkeypatch.setattr(dispatcher, "complete", no_space(complete))
+    monkeypatch.setattr(dispatcher, "_FLUSH_SECONDS", 0.1)
+    monkeypatch.setattr(dispatcher, "_RETRY_SECONDS", 0.05)
+    return full
+
+
+def answers(service, *requests):
+    """What the HTTP API answers, in order."""
+
+    async def ask():
+        transport = httpx2.ASGITransport(app=create_app(service))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return [await client.request(method, path, **options) for method, path, options in requests]
+
+    return asyncio.run(ask())
+
+
+def test_a_full_disk_costs_neither_the_job_nor_its_worker(tmp_path, disk, caplog):
+    caplog.set_level(logging.INFO, LOGGER)
+    service = VideoService(ServiceSettings(data_dir=tmp_path), Quick)
+    (runner,) = service._dispatcher.runners
+    runner.gate = threading.Semaphore(0)
+    service.start()
+    id, later = submit(service), submit(service)
+    runner.gate.release()
+    wait_until(lambda: service.find(id, "").step == 1)
+    disk.set()
+    runner.gate.release(STEPS)
+    wait_until(lambda: service.trouble is not None)
+    requests = [("GET", path, {}) for path in ("/health", "/ready", "/metrics", "/v1/videos", f"/v1/videos/{id}")]
+    requests += [("POST", "/v1/videos", {"json": {"prompt": "x"}})] * 3
+    health, ready, metrics, videos, video, *created = answers(service, *requests)
+    assert health.status_code == ready.status_code == 503
+    assert (
+        health.json()["reason"]
+        == ready.json()["reason"]
+        == ("the job store cannot be used now (database or disk is full); jobs wait until it can be written")
+    )
+    assert metrics.status_code == videos.status_code == 200 and video.json()["status"] == "in_progress"
+    assert all("disk is full" in answer.json()["error"]["message"] for answer in created)
+    assert [answer.status_code for answer in created] == [503] * 3
+    time.sleep(0.5)  # many times what it waits between two tries
+    disk.clear()
+    runner.gate.release(2 * STEPS)
+    for job in (id, later):
+        done = finished(service, job)
+        assert done.status == "completed" and done.faults == []
+    assert not runner.abandoned and service._store.get(id, "").attempt == 1
+    wait_until(lambda: answers(service, ("GET", "/ready", {}))[0].status_code == 200)
+    service.stop()
+    events = [record.getMessage() for record in caplog.records]
+    # Twice where a write that had failed before was told of when another had succeeded already.
+    assert 1 <= events.count("store unavailable") == events.count("store available again") <= 2
+    assert not any(record.exc_info for record in caplog.records) and len(events) < 20
+
+
+def test_a_service_that_stops_while_the_disk_is_full_ends(tmp_path, disk):
+    service = VideoService(ServiceSettings(data_dir=tmp_path), Quick)
+    service._dispatcher.runners[0].gate = gate = threading.Semaphore(0)
+    service.start()
+    id = submit(service)
+    wait_until(lambda: service.find(id, "").status == "in_progress")
+    disk.set()
+    gate.release(STEPS)
+    time.sleep(0.2)
+    begin = time.monotonic()
+    service._dispatcher.stop(grace_seconds=0.5)
+    assert time.monotonic() - begin < 8
+    service.close()
+    disk.clear()
+    again = VideoService(ServiceSettings(data_dir=tmp_path), Quick)
+    again.start()
+    assert finished(again, id).status == "completed"
+    again.stop()
+
+
+def test_damage_that_is_found_later_is_said(data, caplog):
+    folder, _, _ = data
+    service = VideoService(ServiceSettings(data_dir=folder), Quick)
+    size = (folder / "jobs.sqlite3").stat().st_size
+    with open(folder / "jobs.sqlite3", "r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (size - 4096))
+    service._store._db.execute("PRAGMA shrink_memory")  # of pages that it has read before
+    requests = [("GET", "/v1/videos", {}), ("POST", "/v1/videos", {"json": {"prompt": "x"}}), ("GET", "/health", {})]
+    for _ in range(3):
+        videos, created, health = answers(service, *requests)
+        assert [videos.status_code, created.status_code, health.status_code] == [503] * 3
+        assert "is damaged (" in videos.json()["error"]["message"] == created.json()["error"]["message"]
+        assert health.json()["reason"] == videos.json()["error"]["message"]
+    service._store.probe()
+    with pytest.raises(StoreUnavailable):
+        service._store.mend()
+    assert [record.getMessage() for record in caplog.records] == ["store unavailable"]
+    service.close()
+
+
+# Files that somebody removed.
+
+
+def test_a_file_that_is_gone_is_said_to_be(data, caplog):
+    folder, done, _ = data
+    service = VideoService(ServiceSettings(data_dir=folder), Quick)
+    video = folder / "results" / done[0] / "video.mp4"
+    content = video.read_bytes()
+    get = [("GET", f"/v1/videos/{done[0]}/content", {}), ("GET", f"/v1/videos/{done[0]}", {})]
+    for spoil in (video.unlink, video.touch):  # the second leaves an empty one
+        spoil()
+        for _ in range(2):
+            answer, shown = answers(service, *get)
+            assert answer.status_code == 410 and answer.json()["error"]["code"] == "file_gone"
+            assert f"video.mp4 of video {done[0]} is gone" in answer.json()["error"]["message"]
+            assert shown.json()["status"] == "completed"
+            assert shown.json()["error"] == {"code": "files_gone", "message": "gone from the service's disk: video.mp4"}
+    assert answers(service, ("GET", f"/v1/videos/{done[0]}/content?variant=report", {}))[0].status_code == 200
+    assert [record.getMessage() for record in caplog.records] == ["files gone"]
+    video.write_bytes(content)  # from a backup
+    answer, shown = answers(service, *get)
+    assert answer.status_code == 200 and shown.json()["error"] is None
+    service.close()
