@@ -23,8 +23,9 @@ def _one(value: int) -> int:
     return value
 
 
-Whole = Annotated[int, BeforeValidator(_whole_number)]
-One = Annotated[Whole, AfterValidator(_one), WithJsonSchema({"type": "integer", "const": 1})]
+# After the bounds: before them it would hide from the description that they are those of a number.
+_WHOLE = BeforeValidator(_whole_number)
+One = Annotated[int, _WHOLE, AfterValidator(_one), WithJsonSchema({"type": "integer", "const": 1})]
 
 IGNORED = ("user", "safety_identifier", "metadata", "response_format")
 """Fields of `CreateVideo` that cannot change a video. The answer names those that a request had."""
@@ -39,21 +40,23 @@ class CreateVideo(BaseModel):
     model: str | None = Field(None, description="The model that this service runs.", examples=["demo"])
     seconds: str | float | None = Field(None, description="Length; the nearest number of frames that the model makes.")
     size: str | None = Field(None, pattern=r"^[0-9]{1,5}x[0-9]{1,5}$", description="Width x height in pixels.")
-    width: Annotated[Whole, Field(ge=1, le=99999)] | None = Field(
+    width: Annotated[int, Field(ge=1, le=99999), _WHOLE] | None = Field(
         None, description="Pixels; together with `height`, instead of `size`."
     )
-    height: Annotated[Whole, Field(ge=1, le=99999)] | None = Field(None, description="Pixels; together with `width`.")
+    height: Annotated[int, Field(ge=1, le=99999), _WHOLE] | None = Field(
+        None, description="Pixels; together with `width`."
+    )
     negative_prompt: str | None = Field("", description="What it should not show.")
-    num_frames: Annotated[Whole, Field(ge=1)] | None = Field(None, description="Frames; instead of `seconds`.")
-    fps: Annotated[Whole, Field(ge=1, le=1000)] | None = Field(None, description="Frames per second of the file.")
-    num_inference_steps: Annotated[Whole, Field(ge=1)] | None = Field(None, description="Denoising steps.")
+    num_frames: Annotated[int, Field(ge=1), _WHOLE] | None = Field(None, description="Frames; instead of `seconds`.")
+    fps: Annotated[int, Field(ge=1, le=1000), _WHOLE] | None = Field(None, description="Frames per second of the file.")
+    num_inference_steps: Annotated[int, Field(ge=1), _WHOLE] | None = Field(None, description="Denoising steps.")
     guidance_scale: Annotated[float, Field(ge=0, le=1000)] | None = Field(
         None, description="Guidance; at most 1 is none."
     )
     guidance_scale_2: Annotated[float, Field(ge=0, le=1000)] | None = Field(
         None, description="The same for the second expert of a model with two."
     )
-    seed: Annotated[Whole, Field(ge=-1, lt=2**63)] | None = Field(
+    seed: Annotated[int, Field(ge=-1, lt=2**63), _WHOLE] | None = Field(
         None, description="Of the initial noise; left out or -1, the service draws one and tells it."
     )
     compute: Annotated[float, Field(gt=0, le=1)] | None = Field(

@@ -216,6 +216,19 @@ def test_a_video_can_be_made_again_from_its_answer(tmp_path, fields, guidance):
     service.close()
 
 
+@pytest.mark.parametrize(
+    ("name", "bounds"),
+    [("fps", {"minimum": 1, "maximum": 1000}), ("seed", {"minimum": -1, "exclusiveMaximum": 2**63}),
+     ("width", {"minimum": 1, "maximum": 99999}), ("guidance_scale", {"minimum": 0, "maximum": 1000})],
+)  # fmt: skip
+def test_the_description_has_the_bounds_of_a_number(client, name, bounds):
+    taken = client.get("/openapi.json").json()["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
+    for body in taken.values():
+        kinds = body["schema"]["properties"][name]["anyOf"]
+        number = next(kind for kind in kinds if kind["type"] in ("integer", "number"))
+        assert number == bounds | {"type": number["type"]}
+
+
 # HEAD, and what is not there.
 
 
