@@ -64,8 +64,6 @@ class ServiceSettings:
                 f"root_path must be a path such as /video, of letters, digits and . _ ~ -, not {self.root_path!r}"
             )
         object.__setattr__(self, "data_dir", Path(self.data_dir).expanduser().absolute())
-        if self.api_key_file is not None:
-            object.__setattr__(self, "api_key_file", Path(self.api_key_file).expanduser())
         try:
             for folder in (self.data_dir, self.results, self.state, self.leases):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -105,8 +105,9 @@ def test_by_keyboard_alone(page):
         {"type": "keyUp", "value": ENTER}, {"type": "keyUp", "value": CONTROL},
     ]}]})  # fmt: skip
     page.until("return document.querySelectorAll('#history li').length === 1")
-    assert page.text("#history .prompt") == "a green disc"
-    outline = "const b = document.querySelector('#history a'); b.focus(); return getComputedStyle(b).outlineStyle"
+    assert page.run("return document.querySelector('#history .prompt').textContent") == "a green disc"
+    page.run("document.querySelector('#waiting').open = true; document.querySelector('#history li a').focus()")
+    outline = "return getComputedStyle(document.activeElement).outlineStyle"
     assert page.run(outline) != "none"
 
 

@@ -65,7 +65,16 @@ class Page:
         """The request that the same fields make without a page."""
         asked = Asked(CreateVideo(prompt=PROMPT, **fields), "")
         compute = self.service.card().defaults["compute"]
-        request, _ = to_request(asked, model="demo", facts=self.facts, limits=self.limits, compute=compute)
+        settings = self.service.settings
+        request, _ = to_request(
+            asked,
+            model="demo",
+            facts=self.facts,
+            limits=self.limits,
+            compute=compute,
+            engine=settings.engine,
+            every=settings.checkpoint_every,
+        )
         return dataclasses.asdict(request)
 
 

@@ -108,11 +108,6 @@ def test_settings_are_checked(tmp_path, fields, says):
         ServiceSettings(data_dir=tmp_path, **fields)
 
 
-def test_paths_may_be_given_as_text(tmp_path):
-    settings = ServiceSettings(data_dir=str(tmp_path), api_key_file=str(tmp_path / "keys.txt"))
-    assert settings.data_dir == tmp_path and settings.api_key_file == tmp_path / "keys.txt"
-
-
 def test_a_data_directory_that_cannot_be_one(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"):
