@@ -160,9 +160,9 @@ class HSASession(registry.Uncopied):
             for attention, stock, ours in processors:
                 if attention.processor is not ours:  # the user has set another since
                     continue
-                # What was chosen since `apply` stays chosen.
-                stock._attention_backend = ours._attention_backend
-                stock._parallel_config = ours._parallel_config
+                for name in ("_attention_backend", "_parallel_config"):  # what was chosen since `apply` stays chosen
+                    if getattr(stock, name) is not getattr(ours, name):
+                        setattr(stock, name, getattr(ours, name))
                 attention.set_processor(stock)
             for module in modules:
                 if isinstance(hook := registry.registered(module), HSAHook):
@@ -187,14 +187,15 @@ class HSASession(registry.Uncopied):
         """Refuse to go on with a pipeline whose transformers are others by now, are compiled or never come to us."""
         refuse_compiled(self.pipe)
         models = [getattr(self.pipe, name, None) for name in TRANSFORMERS]
-        if any(now is not then for now, then in zip(models, self._models, strict=True)):
+        found = [model for model in models if model is not None]
+        replaced = any(now is not then for now, then in zip(models, self._models, strict=True))
+        if replaced or not all(isinstance(registry.registered(model), HSAHook) for model in found):
             raise ConfigError(
-                f"A transformer of {type(self.pipe).__name__} was replaced after hs.apply, and HSA is not on the new "
-                "one: call hs.apply(pipe) again, or hs.remove(pipe) to go without."
+                f"A transformer of {type(self.pipe).__name__} was replaced after hs.apply, or its hook taken off, and "
+                "HSA is not on the one that is there: call hs.apply(pipe) again, or hs.remove(pipe) to go without."
             )
-        for model in models:
-            if model is not None:
-                check_forward("The transformer", model)
+        for model in found:
+            check_forward("The transformer", model)
 
     def _check_run(self) -> None:
         """Check again what `apply` checked: users may have changed the pipeline since."""

@@ -1,5 +1,5 @@
 """What may happen to a pipeline between `apply` and `remove`: it goes with HSA, or a sentence refuses it; never both at
-once without a word. And `remove` gives the stock pipeline back."""
+once without a word."""
 
 import copy
 import pickle
@@ -13,7 +13,7 @@ from diffusers.hooks.context_parallel import ContextParallelSplitHook
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import heterostep as hs
-from tiny import generate, tiny_pipeline
+from tiny import embeddings, generate, tiny_pipeline, tiny_transformer
 
 BLOCKS = [r"blocks\.\d+\.attn[12]", r"blocks\.\d+\.ffn"]
 CONFIGS = {
@@ -188,3 +188,140 @@ def test_a_transformer_compiled_as_a_whole_is_refused_in_either_order(compiled):
         hs.apply(pipe)
     hs.remove(pipe)
     assert torch.allclose(generate(pipe, steps=2), stock, atol=1e-5)
+
+
+def test_a_compiled_transformer_called_outside_a_pipeline_is_the_stock_one():
+    pipe = tiny_pipeline()
+    arguments = torch.randn(1, 16, 3, 8, 8), torch.tensor([500.0]), torch.randn(1, 16, 32)
+    want = pipe.transformer(*arguments).sample
+    hs.apply(pipe)
+    compiled = torch.compile(pipe.transformer, backend="eager")
+    assert torch.allclose(compiled(*arguments).sample, want, atol=1e-5)
+    assert generate(pipe).isfinite().all()
+
+
+def prompt(dtype):
+    return {name: value.to(dtype) for name, value in embeddings().items()}
+
+
+def lora(model, rank=2):
+    g, state = torch.Generator().manual_seed(1), {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name.endswith(("to_q", "to_k", "to_v", "net.2")):
+            for part, shape in (("A", (rank, layer.in_features)), ("B", (layer.out_features, rank))):
+                state[f"transformer.{name}.lora_{part}.weight"] = 0.3 * torch.randn(shape, generator=g)
+    return state
+
+
+CPU = torch.device("cpu")
+CHANGES = {
+    "lora": lambda pipe: pipe.load_lora_weights(lora(pipe.transformer), adapter_name="style"),
+    "fused lora": lambda pipe: (
+        pipe.load_lora_weights(lora(pipe.transformer), adapter_name="style"),
+        pipe.fuse_lora(components=["transformer"]),
+    ),
+    "another type": lambda pipe: pipe.to(torch.bfloat16),
+    "model offload": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "group offload": lambda pipe: pipe.transformer.enable_group_offload(CPU, CPU, offload_type="leaf_level"),
+    "casting": lambda pipe: pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
+    "fused projections": lambda pipe: pipe.transformer.fuse_qkv_projections(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_goes_with_hsa_does_so_in_either_order(name):
+    if "lora" in name:
+        pytest.importorskip("peft", reason="the extra 'dev' is not installed")
+    inputs = prompt(torch.bfloat16 if name == "another type" else torch.float32)
+    config, results = hs.HSAConfig(compute=0.5, policy="tokens"), []
+    for after in (False, True):
+        pipe = tiny_pipeline()
+        if after:
+            hs.apply(pipe, config)
+            generate(pipe)
+            CHANGES[name](pipe)
+        else:
+            CHANGES[name](pipe)
+            hs.apply(pipe, config)
+        results.append(generate(pipe, **inputs))
+        hs.remove(pipe)
+        results.append(generate(pipe, **inputs))
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[3])
+    assert not torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("kind", ["unipc", "wan22"])
+@pytest.mark.parametrize("config", [hs.HSAConfig(), hs.HSAConfig(policy="tokens", compute=0.4)])
+def test_saved_weights_and_settings_are_the_stock_ones(tmp_path, kind, config):
+    pipe = tiny_pipeline(kind)
+    pipe.save_pretrained(tmp_path / "stock")
+    hs.apply(pipe, config)
+    generate(pipe)
+    pipe.save_pretrained(tmp_path / "saved")
+    files = [path.relative_to(tmp_path / "stock") for path in (tmp_path / "stock").rglob("*") if path.is_file()]
+    assert len(files) > 5
+    for file in files:
+        assert (tmp_path / "saved" / file).read_bytes() == (tmp_path / "stock" / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["transformer", "transformer_2"])
+def test_a_replaced_transformer_is_said_and_apply_works_on_the_new_one(name):
+    pipe = tiny_pipeline("wan22")
+    session, old = hs.apply(pipe), getattr(pipe, name)
+    generate(pipe)
+    setattr(pipe, name, tiny_transformer(7))
+    for ask in (lambda: generate(pipe), lambda: session.report):
+        with pytest.raises(hs.ConfigError, match=r"replaced after hs\.apply"):
+            ask()
+    again = hs.apply(pipe)
+    assert "forward" not in vars(old)  # not left behind with the first session on it
+    got = generate(pipe)
+    assert len(again.report.steps) == 8
+    fresh = tiny_pipeline("wan22")
+    setattr(fresh, name, tiny_transformer(7))
+    hs.apply(fresh)
+    assert torch.equal(got, generate(fresh))
+
+
+def test_the_report_of_a_pipeline_with_another_transformer_does_not_claim_its_runs():
+    pipe = tiny_pipeline()
+    session = hs.apply(pipe)
+    pipe.transformer = tiny_transformer(7)
+    generate(pipe)  # never comes to HSA
+    with pytest.raises(hs.ConfigError, match="HSA is not on the one that is there"):
+        session.report  # noqa: B018
+    hs.remove(pipe)
+    assert session.report.steps == []
+
+
+def test_the_report_does_not_claim_runs_without_our_hook():
+    pipe = tiny_pipeline()
+    stock = generate(pipe)
+    session = hs.apply(pipe)
+    pipe.transformer._diffusers_hook.remove_hook("heterostep")
+    assert torch.equal(generate(pipe), stock)
+    with pytest.raises(hs.ConfigError, match="its hook taken off"):
+        session.report  # noqa: B018
+
+
+def test_one_model_as_both_experts_is_refused():
+    pipe = tiny_pipeline("wan22")
+    pipe.transformer_2 = pipe.transformer
+    with pytest.raises(hs.ConfigError, match="one and the same model"):
+        hs.apply(pipe)
+    assert "forward" not in vars(pipe.transformer)
+
+
+def test_a_session_on_a_shared_transformer_ends_the_one_before():
+    first, second = tiny_pipeline(), tiny_pipeline()
+    second.transformer = first.transformer
+    stock = generate(first)
+    one = hs.apply(first, hs.HSAConfig(solver="unipc"))
+    assert first.scheduler is not second.scheduler
+    two = hs.apply(second, hs.HSAConfig(compute=0.4))
+    assert type(first.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    generate(second)
+    assert len(two.report.steps) == 8 and one.report.steps == []
+    hs.remove(second)
+    assert torch.equal(generate(first), stock) and torch.equal(generate(second), stock)
