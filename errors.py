@@ -5,6 +5,7 @@
     HeterostepError
     ├── ConfigError   (also a ValueError)    a setting is wrong; raised before any work or process starts
     ├── RequestError  (also a ValueError)    one request is wrong; the engine stays usable for the next one
+    ├── OutputElsewhere                      a finished file lies elsewhere than it was asked to be
     └── RankFailure   (also a RuntimeError)  a process of the fleet died or froze; the fleet is rebuilt
 
 A message is one sentence: what was given, the rule it broke, and what would do.
@@ -23,6 +24,10 @@ class ConfigError(HeterostepError, ValueError):
 
 class RequestError(HeterostepError, ValueError):
     """A request that cannot be served; found identically on every rank, so the fleet survives it."""
+
+
+class OutputElsewhere(HeterostepError):
+    """What was made could not be written where it was asked to be; the message says why, and where it lies."""
 
 
 class RankFailure(HeterostepError, RuntimeError):

@@ -29,7 +29,7 @@ VERSION = 1
 
 # A tensor in a tree of plain data, and a number that JSON has no word for.
 _TENSOR, _NUMBER = "$tensor", "$number"
-_OURS = re.compile(r"\.?(checkpoint-\d+|result)(-[0-9a-f]+)?(\.\d+)?\.(json|safetensors)")
+_OURS = re.compile(r"\.?(checkpoint-\d+|result)(-[0-9a-f]+)?(\.[0-9a-f]+)?\.(json|safetensors)")
 # A manifest has some hundred bytes a step; reading more than this is reading something else.
 _MAX_MANIFEST = 1 << 26
 

@@ -139,6 +139,13 @@ def heatmap_frames(
         yield page
 
 
+def heatmap_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width of the pages of `heatmap_frames` for a video of this size."""
+    scale = scale_for(height, width)
+    page = _canvas(width * scale, height * scale, 0, 1, [1.0]).image
+    return page.height, page.width
+
+
 class _Canvas:
     """What does not change: titles and legend. `top` and `margin` say where the panels go."""
 

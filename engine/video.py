@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import RequestError
+from ..errors import ConfigError, RequestError
 from .audio import Audio
-from .files import replacing
+from .facts import first_line
+from .files import check_writable, replacing, unfinished
+
+MAX_SIDE = 16384
+"""Greatest width and height, in pixels, that libx264 encodes."""
 
 # Visually lossless for libx264, at a size that still goes into a message.
 _CRF = "16"
@@ -60,18 +66,7 @@ def write_mp4(
     first = next(pictures, None)
     if first is None:
         raise RequestError("frames must be uint8 [F, H, W, 3], got none")
-    with (
-        replacing(path) as temporary,
-        av.open(str(temporary), "w", options={"movflags": "+faststart"}) as container,
-    ):
-        options = {"crf": _CRF, "preset": "medium", "bf": _B_FRAMES}
-        stream: Any = container.add_stream("libx264", rate=Fraction(fps), options=options)
-        stream.height, stream.width = first.shape[:2]
-        stream.pix_fmt = "yuv420p"
-        context = stream.codec_context
-        context.thread_count = _THREADS
-        context.color_primaries = context.color_trc = context.colorspace = _BT709
-        context.color_range = _LIMITED_RANGE
+    with replacing(path) as temporary, _opened(temporary, *first.shape[:2], fps) as (container, stream):
         track = None if audio is None else _track(container, audio)
         for k, pixels in enumerate(chain([first], pictures)):
             picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
@@ -82,6 +77,52 @@ def write_mp4(
         container.mux(stream.encode())
         if track is not None:
             container.mux(track.encode())
+
+
+@contextlib.contextmanager
+def _opened(path: Path, height: int, width: int, fps: int) -> Iterator[tuple[Any, Any]]:
+    """Open a file for a video of an even size: its container and its stream."""
+    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+        options = {"crf": _CRF, "preset": "medium", "bf": _B_FRAMES}
+        stream: Any = container.add_stream("libx264", rate=Fraction(fps), options=options)
+        stream.height, stream.width = height, width
+        stream.pix_fmt = "yuv420p"
+        context = stream.codec_context
+        context.thread_count = _THREADS
+        context.color_primaries = context.color_trc = context.colorspace = _BT709
+        context.color_range = _LIMITED_RANGE
+        yield container, stream
+
+
+def check_mp4(path: str | os.PathLike[str], height: int, width: int, fps: int) -> None:
+    """Check, before any work is done, that `write_mp4` can write a video: it is opened as there, and removed.
+
+    Args:
+        path: ends in .mp4.
+        height: in pixels of the file.
+        width: in pixels of the file.
+        fps: frames per second.
+
+    Raises:
+        ConfigError: the file cannot be written, or the encoder does not take the size or the rate.
+    """
+    target = check_writable(path, ".mp4")
+    if max(height, width) > MAX_SIDE:
+        raise ConfigError(
+            f"output {str(path)!r} would be {width}x{height}, larger than the {MAX_SIDE} pixels H.264 allows; "
+            "take a smaller size or scale"
+        )
+    try:
+        with (
+            unfinished(target) as temporary,
+            _opened(temporary, height + height % 2, width + width % 2, fps) as (container, _),
+        ):
+            container.start_encoding()
+    except (OSError, av.FFmpegError) as error:
+        raise ConfigError(
+            f"output {str(path)!r}: no video of {width}x{height} at {fps} frames per second can be written "
+            f"({first_line(error)})"
+        ) from error
 
 
 def _pictures(frames: Iterable[NDArray[np.uint8]], scale: int) -> Iterator[NDArray[np.uint8]]:

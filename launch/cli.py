@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..engine.request import EngineConfig, GenerateRequest, JobConfig
-from ..errors import TOO_LARGE, ConfigError, HeterostepError, RequestError, is_out_of_memory
+from ..errors import TOO_LARGE, ConfigError, HeterostepError, OutputElsewhere, RequestError, is_out_of_memory
 from ..hsa.config import HSAConfig
 from ..parallel.config import ParallelConfig
 from .options import Outputs, Ranks, Serving, add_flags, command_of, given, service_settings, size_of
@@ -18,6 +18,8 @@ from .signals import JobStopped
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_ELSEWHERE = 73
+"""EX_CANTCREAT of sysexits.h: the video is made, but lies elsewhere than it was asked to be."""
 EXIT_SAVED = 75
 """EX_TEMPFAIL of sysexits.h: the same command goes on later."""
 EXIT_INTERRUPTED = 130
@@ -184,7 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes those of the process.
 
     Returns:
-        0 on success, 2 for bad input, 75 for a job that was saved and can go on, 130 after Ctrl-C, 1 for any other
+        0 on success, 2 for bad input, 73 for a video that could not be written where it was asked to be, 75 for a job
+        that was saved and can go on, 130 after Ctrl-C, 1 for any other
         foreseen failure; each of these but 0 with one sentence on stderr.
     """
     # Read when PyTorch is imported, which no command has done yet. Threads that wait spinning take the processor from
@@ -207,6 +210,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     """Return the sentence and the exit code for a foreseen error; None for one that nobody foresaw."""
     if isinstance(error, ConfigError | RequestError):
         return str(error), EXIT_BAD_INPUT
+    if isinstance(error, OutputElsewhere):
+        return str(error), EXIT_ELSEWHERE
     if isinstance(error, JobStopped):
         return str(error), EXIT_SAVED
     if isinstance(error, KeyboardInterrupt):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.engine import Engine, find_finished
 from ..engine.facts import read_facts
-from ..engine.files import check_writable, replacing, write_json
 from ..engine.loading import pick_device, pick_dtype
 from ..engine.record import run_record
 from ..engine.rehearsal import rehearse
@@ -33,6 +31,7 @@ from ..errors import ConfigError
 from .degrees import own_flags, parallel_from
 from .local import run_ranks
 from .logs import silence_libraries
+from .outputs import OutputFiles, elsewhere
 from .signals import JobStopped, saving_signals
 
 if TYPE_CHECKING:
@@ -42,13 +41,8 @@ if TYPE_CHECKING:
     from ..engine.job import Finished
     from ..engine.request import ResolvedRequest
     from ..parallel.config import ParallelConfig
-    from .options import Command, Outputs
+    from .options import Command
     from .rank import Rank
-
-MAX_SIDE = 16384
-"""Greatest width and height, in pixels, that libx264 encodes."""
-
-_SUFFIXES = {"output": ".mp4", "heatmap": ".mp4", "latents": ".safetensors", "report": ".json"}
 
 
 def generate(command: Command, rank: Rank | None = None) -> int:
@@ -64,33 +58,34 @@ def generate(command: Command, rank: Rank | None = None) -> int:
     silence_libraries()
     # Everything that can be wrong is checked before a model is loaded, which may take minutes.
     outputs, config, request, job = command.outputs, command.engine, command.request, command.job
-    paths = _paths(outputs)
+    files = OutputFiles(outputs, None if job is None else Path(job.folder))
     facts = read_facts(config.model)
     resolved = resolve(request, facts)
-    if max(resolved.width, resolved.height) * outputs.scale > MAX_SIDE:
-        raise ConfigError(f"scale {outputs.scale} makes the video larger than the {MAX_SIDE} pixels H.264 allows")
+    files.check(resolved)
     rehearse(facts, allocation(config, resolved), resolved, None if job is None else job.checkpoint_every)
     quiet = outputs.quiet or (rank is not None and not rank.leads)
     say: Callable[[str], None] = (lambda text: None) if quiet else print
+    files.announce(say)
     if command.ranks.ray or command.ranks.ray_address is not None:
         output, record = _on_ray(command, rank, quiet, say)
-        return _done(output, record, paths, outputs.scale, say)
+        return _done(output, record, files, job, say)
     parallel, reason = _degrees(command, facts, resolved, rank)
     config = dataclasses.replace(config, parallel=parallel, shard_weights=command.shard_weights)
     if job is not None:
         found = _finished(config, request, job, rank)
         if found is not None:
             say(f"the job in {job.folder} is finished; nothing was computed")
-            return _done(found.output, found.record, paths, outputs.scale, say)
+            return _done(found.output, found.record, files, job, say)
     if parallel is not None and rank is None:
         say(reason)
         logs = None if job is None else Path(job.folder) / "logs"
-        return run_ranks(own_flags(command.flags), parallel.world_size, restarts=3 if job else 0, log_dir=logs)
+        flags = [*own_flags(command.flags), *([] if outputs.no_clobber else ["--overwrite"])]  # it was said here
+        return run_ranks(flags, parallel.world_size, restarts=3 if job else 0, log_dir=logs)
     if job is None:
         output, record = _compute(config, request, outputs.compare_dense, quiet)
     else:
         output, record = _work(config, request, job, quiet)
-    return _done(output, record, paths, outputs.scale, say) if rank is None or rank.leads else 0
+    return _done(output, record, files, job, say) if rank is None or rank.leads else 0
 
 
 def _degrees(
@@ -130,12 +125,18 @@ def _on_ray(
 
 
 def _done(
-    output: VideoOutput, record: dict[str, Any], paths: dict[str, Path], scale: int, say: Callable[[str], None]
+    output: VideoOutput, record: dict[str, Any], files: OutputFiles, job: JobConfig | None, say: Callable[[str], None]
 ) -> int:
-    """Write the files and say what they are."""
-    _write(output, record, paths, scale)
-    for line in _summary(output, record, paths):
+    """Write the files and say what they are.
+
+    Raises:
+        OutputElsewhere: one of them could not be written where it was asked to be.
+    """
+    moved = files.write(output, record)
+    for line in _summary(output, record, files.paths):
         say(line)
+    if moved:
+        raise elsewhere(moved, None if job is None else Path(job.folder))
     return 0
 
 
@@ -192,14 +193,6 @@ def _work(
     return output, run_record(engines[0], output)
 
 
-def _paths(outputs: Outputs) -> dict[str, Path]:
-    given = {name: getattr(outputs, name) for name in _SUFFIXES if getattr(outputs, name) is not None}
-    paths = {name: check_writable(path, _SUFFIXES[name]) for name, path in given.items()}
-    if len({path.resolve() for path in paths.values()}) < len(paths):
-        raise ConfigError("two outputs have the same name; give each its own")
-    return paths
-
-
 def _run(events: Iterator[Event], label: str, quiet: bool) -> VideoOutput:
     output = None
     bar: tqdm | None = None
@@ -240,33 +233,6 @@ def _bar(num_steps: int, done: int, label: str, quiet: bool) -> tqdm:
         leave=False,
         bar_format="{desc:9} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} steps{postfix}",
     )
-
-
-def _write(output: VideoOutput, record: dict[str, object], paths: dict[str, Path], scale: int) -> None:
-    # Imported late: a bad request should not wait for them.
-    from safetensors.torch import save
-
-    from ..engine.heatmap import heatmap_frames
-    from ..engine.video import write_mp4
-
-    with ThreadPoolExecutor() as pool:  # both at once: drawing and encoding leave the interpreter to each other
-        frames, fps = output.frames, output.fps
-        videos = [pool.submit(write_mp4, paths["output"], frames, fps, scale=scale, audio=output.audio)]
-        if "heatmap" in paths:
-            assert output.report.evaluations is not None, "a finished run has evaluations"
-            evaluations = output.report.evaluations.cpu().numpy()
-            shares = [step.active / step.total for step in output.report.steps]
-            pages = heatmap_frames(frames, evaluations, shares)
-            videos.append(pool.submit(write_mp4, paths["heatmap"], pages, fps))
-    for video in videos:
-        video.result()
-    if "latents" in paths:
-        with replacing(paths["latents"]) as temporary:
-            # Not save_file: that makes a file for its owner alone, and hides a full disk in an error of its own.
-            tensors = {"latents": output.latents, "audio_latents": output.audio_latents}
-            temporary.write_bytes(save({name: t.contiguous() for name, t in tensors.items() if t is not None}))
-    if "report" in paths:
-        write_json(paths["report"], record)
 
 
 def _summary(output: VideoOutput, record: dict[str, object], paths: dict[str, Path]) -> list[str]:

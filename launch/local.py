@@ -16,9 +16,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, Std, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED = 1, 130, 75
-FINAL = frozenset({2, EXIT_STOPPED, EXIT_INTERRUPTED})
-"""Exit codes that starting again would not change: bad input, saved and stopped, Ctrl-C."""
+EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_ELSEWHERE = 1, 130, 75, 73
+FINAL = frozenset({2, EXIT_ELSEWHERE, EXIT_STOPPED, EXIT_INTERRUPTED})
+"""Exit codes that starting again would not change: bad input, written elsewhere, saved and stopped, Ctrl-C."""
 STOP_SECONDS = 30
 _TAIL = 12
 

@@ -30,12 +30,16 @@ class Outputs:
     heatmap: str | None = setting(None, metavar="FILE", help="mp4: the video beside a map of evaluations per token")
     latents: str | None = setting(None, metavar="FILE", help="safetensors: the final latents")
     report: str | None = setting(None, metavar="FILE", help="json: settings, versions, times, steps, evaluations")
+    overwrite: bool = setting(False, help="replace files that exist, as without it, but without a word")
+    no_clobber: bool = setting(False, help="refuse, before any work, to replace a file that exists")
     scale: int = setting(1, least=1, help="enlarge the pixels of the video N times")
     compare_dense: bool = setting(False, help="make the dense video too; say what was saved and what it cost")
     quiet: bool = setting(False, help="print nothing but errors")
 
     def __post_init__(self) -> None:
         check(self)
+        if self.overwrite and self.no_clobber:
+            raise ConfigError("--overwrite and --no-clobber are opposites; give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
+import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...engine.engine import Engine
-from ...engine.files import write_json
+from ...engine.files import place, write_json
 from ...engine.heatmap import overlay_frames, scale_for
 from ...engine.record import run_record
 from ...engine.request import VideoOutput
 from ...engine.video import write_mp4
+from ...errors import RequestError
 from .results import FILES
 
 _THUMBNAIL_SIDE = 512
@@ -34,7 +38,25 @@ def write_files(folder: Path, engine: Engine, output: VideoOutput) -> dict[str, 
 
     Returns:
         The response's block `hsa`.
+
+    Raises:
+        RequestError: the files cannot be written; the video is then kept in the system's folder for temporary files,
+            and the log says where.
     """
+    try:
+        _write(folder, engine, output)
+    except OSError as error:
+        write = partial(write_mp4, frames=output.frames, fps=output.fps, audio=output.audio)
+        kept = place(Path(tempfile.gettempdir(), f"heterostep-{folder.name.strip('.')}.mp4"), write).path
+        logging.getLogger("heterostep").error("heterostep: a video whose results cannot be written is at %s", kept)
+        raise RequestError(
+            f"the video is made, but its files could not be written ({error.strerror or error}); whoever runs the "
+            "service finds the video by its log"
+        ) from error
+    return _summary(output)
+
+
+def _write(folder: Path, engine: Engine, output: VideoOutput) -> None:
     frames, report = output.frames, output.report
     assert report.evaluations is not None, "a finished run has evaluations"
     evaluations = report.evaluations.cpu().numpy()
@@ -45,7 +67,13 @@ def write_files(folder: Path, engine: Engine, output: VideoOutput) -> dict[str, 
     paths["thumbnail"].write_bytes(webp(frames[len(frames) // 2], _THUMBNAIL_SIDE, quality=85))
     paths["spritesheet"].write_bytes(webp(_spritesheet(frames), _SPRITE_SIDE * _SPRITE_COLUMNS, quality=80))
     write_json(paths["report"], run_record(engine, output))
-    hsa = output.hsa
+
+
+def _summary(output: VideoOutput) -> dict[str, Any]:
+    """The response's block `hsa`."""
+    hsa, report = output.hsa, output.report
+    assert report.evaluations is not None, "a finished run has evaluations"
+    evaluations = report.evaluations
     return {
         "compute": output.request.compute,
         "achieved": report.compute,
@@ -54,7 +82,7 @@ def write_files(folder: Path, engine: Engine, output: VideoOutput) -> dict[str, 
             "grid": list(evaluations.shape),
             "min": int(evaluations.min()),
             "max": int(evaluations.max()),
-            "mean": float(evaluations.mean()),
+            "mean": float(evaluations.float().mean()),
         },
         "steps": [round(step.active / step.total, 4) for step in report.steps],
     }

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import math
+import os
 import weakref
+from pathlib import Path
 
 import av
 import numpy as np
@@ -12,9 +15,9 @@ from scipy.ndimage import correlate1d
 
 from heterostep import ConfigError, RequestError
 from heterostep.engine.audio import Audio
-from heterostep.engine.files import check_writable, replacing, write_json
+from heterostep.engine.files import check_writable, place, replacing, write_json
 from heterostep.engine.quality import psnr, relative_l2, ssim
-from heterostep.engine.video import write_mp4
+from heterostep.engine.video import check_mp4, write_mp4
 
 
 def clip(num_frames=5, height=32, width=48):
@@ -154,18 +157,98 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_output_checks(tmp_path):
     assert check_writable(tmp_path / "v.MP4", ".mp4").name == "v.MP4"
     (tmp_path / "d.mp4").mkdir()
+    os.mkfifo(tmp_path / "fifo.mp4")
     for path, rule in [
         (tmp_path / "v.avi", "must end in .mp4"),
         (tmp_path / "absent" / "v.mp4", "does not exist"),
         (tmp_path / "d.mp4", "is a folder"),
         (tmp_path / f"{'v' * 300}.mp4", "cannot be written"),
         ("/proc/v.mp4", "cannot be written"),
+        (f"{tmp_path}/", "is a folder; name a file in it"),
+        (f"{tmp_path}/v.mp4/", "is a folder"),
+        (tmp_path / "v", "must end in .mp4, such as v.mp4"),
+        ("", "must end in .mp4"),
+        (tmp_path / "fifo.mp4", "is not a file"),
+        (tmp_path / "nul\0.mp4", "cannot be written"),
     ]:
         with pytest.raises(ConfigError, match=rule):
             check_writable(path, ".mp4")
     with replacing(tmp_path / f"{'v' * 248}.mp4") as temporary:  # as long as a name may be
         temporary.touch()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.mp4", f"{'v' * 248}.mp4"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.mp4", "fifo.mp4", f"{'v' * 248}.mp4"]
+
+
+def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
+    def full(self, data):
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\)"):
+        check_writable(tmp_path / "v.mp4", ".mp4")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["10:30.mp4", "a:b/c.mp4", "file:x.mp4", "50%d.mp4", "a|b.mp4", "\udcff.mp4"])
+def test_names_that_ffmpeg_reads_otherwise(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path("a:b").mkdir()
+    check_mp4(name, 32, 48, 8)
+    assert [path.name for path in tmp_path.rglob("*")] == ["a:b"]
+    write_mp4(name, clip(2), 8)
+    assert len(read(tmp_path / name)[0]) == 2
+
+
+def test_temporary_names_are_unique_among_machines(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # in every container
+    with replacing(tmp_path / "v.mp4") as one, replacing(tmp_path / "v.mp4") as other:
+        assert one != other and one.parent == other.parent == tmp_path
+        one.touch(), other.touch()
+
+
+@pytest.mark.parametrize(("height", "width", "rule"), [(16386, 32, "16384 pixels"), (32, 20000, "16384 pixels")])
+def test_videos_that_the_encoder_does_not_take(tmp_path, height, width, rule):
+    with pytest.raises(ConfigError, match=rule):
+        check_mp4(tmp_path / "v.mp4", height, width, 8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_that_does_not_open_is_found_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("heterostep.engine.video.MAX_SIDE", 1 << 20)
+    with pytest.raises(ConfigError, match="no video of 48x16386 at 8 frames per second can be written"):
+        check_mp4(tmp_path / "v.mp4", 16386, 48, 8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_placed_where_there_is_a_place(tmp_path, monkeypatch):
+    """At its name; else under another beside it, in the current folder, or in the one for temporary files."""
+    folders = [tmp_path / name for name in ("target", "current", "temporary")]
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.chdir(folders[1])
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(folders[2]))
+    target = folders[0] / "v.mp4"
+
+    def write(path, refused):
+        if path.parent in refused or (path.name.startswith(".v.") and None in refused):
+            raise OSError(errno.EROFS, "Read-only file system")
+        path.write_text("video")
+
+    assert place(target, lambda path: write(path, ())) == (target, None)
+    for refused, folder in (({None}, folders[0]), ({folders[0]}, folders[1]), (set(folders[:2]), folders[2])):
+        path, reason = place(target, lambda path, refused=refused: write(path, refused))
+        assert path.absolute().parent == folder and path != target and path.read_text() == "video"
+        assert reason == "Read-only file system" and path.suffix == ".mp4"
+    with pytest.raises(OSError, match=r"could not be written anywhere \(Read-only file system\)"):
+        place(target, lambda path: write(path, folders))
+    assert target.read_text() == "video" and not list(tmp_path.rglob(".*"))
+
+
+def test_a_file_that_appeared_meanwhile_is_kept(tmp_path):
+    target = tmp_path / "v.txt"
+    target.write_text("mine")
+    path, reason = place(target, lambda path: path.write_text("new"), overwrite=False)
+    assert target.read_text() == "mine" and path.read_text() == "new" and reason == "File exists"
 
 
 def test_psnr():
