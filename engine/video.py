@@ -66,7 +66,7 @@ def write_mp4(
     first = next(pictures, None)
     if first is None:
         raise RequestError("frames must be uint8 [F, H, W, 3], got none")
-    with replacing(path) as temporary, _opened(temporary, *first.shape[:2], fps) as (container, stream):
+    with replacing(path) as temporary, _opened(temporary, first.shape[0], first.shape[1], fps) as (container, stream):
         track = None if audio is None else _track(container, audio)
         for k, pixels in enumerate(chain([first], pictures)):
             picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -11,15 +12,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 
 from heterostep.engine.facts import read_facts
+from heterostep.engine.report import HSAReport
 from heterostep.engine.request import EngineConfig, GenerateRequest, resolve
 from heterostep.errors import ConfigError, RequestError
 from heterostep.hsa.config import HSAConfig
+from heterostep.launch.service import render
 from heterostep.launch.service.intake import Asked, BadField, to_request
 from heterostep.launch.service.jobs import JobStore
 from heterostep.launch.service.lease import Lease, is_held
@@ -345,3 +351,23 @@ def test_a_share_that_the_policy_cannot_meet_is_refused_when_it_is_sent(tmp_path
 def test_a_service_whose_usual_request_cannot_be_met_does_not_start(tmp_path):
     with pytest.raises(ConfigError, match=r"compute=0\.01 cannot be met with 40 steps"):
         VideoService(ServiceSettings(data_dir=tmp_path, engine=EngineConfig(hsa=HSAConfig(compute=0.01))))
+
+
+def test_a_video_whose_results_cannot_be_written_is_kept(tmp_path, monkeypatch, caplog):
+    folder, kept = tmp_path / ".video_1.2.lease", tmp_path / "kept"
+    folder.mkdir(), kept.mkdir()
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(kept))
+    report = HSAReport(
+        steps=[], compute=1.0, evaluations=torch.ones(1, 2, 2, dtype=torch.int32), kv_bytes=0, num_steps=1
+    )
+    video = SimpleNamespace(frames=np.zeros((1, 32, 32, 3), np.uint8), fps=8, audio=None, report=report, hsa=None)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(render, "run_record", full)
+    with pytest.raises(RequestError, match=r"is made, but .* could not be written \(No space left") as refused:
+        render.write_files(folder, None, video)
+    (path,) = kept.iterdir()
+    assert path.name == "heterostep-video_1.2.lease.mp4" and path.stat().st_size > 0
+    assert str(path) in caplog.text and str(path) not in str(refused.value)
