@@ -13,7 +13,7 @@ from browser import CHROMIUM, DRIVER, Browser
 from heterostep.engine.facts import DEFAULTS, read_facts
 from heterostep.launch.serve import _listen
 from heterostep.launch.service.app import create_app
-from heterostep.launch.service.intake import Asked, to_request
+from heterostep.launch.service.intake import Asked
 from heterostep.launch.service.schemas import CreateVideo
 from heterostep.launch.service.service import VideoService
 from heterostep.launch.service.settings import ServiceSettings, limits_for
@@ -63,19 +63,8 @@ class Page:
 
     def wanted(self, **fields):
         """The request that the same fields make without a page."""
-        asked = Asked(CreateVideo(prompt=PROMPT, **fields), "")
-        compute = self.service.card().defaults["compute"]
-        settings = self.service.settings
-        request, _ = to_request(
-            asked,
-            model="demo",
-            facts=self.facts,
-            limits=self.limits,
-            compute=compute,
-            engine=settings.engine,
-            every=settings.checkpoint_every,
-        )
-        return dataclasses.asdict(request)
+        video, _ = self.service.submit(Asked(CreateVideo(prompt=PROMPT, **fields), ""), "", None)
+        return self.service._store.get(video.id, "").request
 
 
 @pytest.fixture(scope="module")
