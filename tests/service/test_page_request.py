@@ -32,6 +32,7 @@ class Page:
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
         self.thread.start()
+        self.address = f"http://127.0.0.1:{self.listener.getsockname()[1]}/"
         self.browser = Browser(folder / "profile")
 
     def close(self):
@@ -45,7 +46,7 @@ class Page:
         self.facts = dataclasses.replace(facts, experts=1 + (facts.defaults.guidance_scale_2 is not None))
         self.limits = limits_for(self.service.settings, self.facts)
         self.service._facts, self.service._limits = self.facts, self.limits
-        self.browser.open(f"http://127.0.0.1:{self.listener.getsockname()[1]}/")
+        self.browser.open(self.address)
         self.browser.until(f"return document.querySelector('[name=width]').value === '{facts.defaults.width}'")
 
     def made(self, **typed):
@@ -98,3 +99,16 @@ def test_untouched_settings_are_the_models_own(page, family):
 def test_what_is_changed_is_asked_for(page, typed, fields):
     page.open("Wan 2.2 A14B")
     assert page.made(**typed) == page.wanted(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"guidance_scale": 6.0}, {"guidance_scale_2": 2.0}, {}])
+def test_the_settings_of_a_video_make_it_again(page, fields):
+    page.open("Wan 2.2 A14B")
+    made = page.wanted(seed=3, compute=0.25, size="640x480", **fields)
+    id = page.videos()[0].id
+    page.service.cancel(id, "")
+    page.browser.open(f"{page.address}#{id}")
+    page.browser.until("return document.querySelector('#viewer .danger')?.innerText === 'Delete'")
+    again = "[...document.querySelectorAll('#viewer button')].find((b) => b.innerText === 'Use these settings')"
+    page.browser.run(f"{again}.click()")
+    assert page.made() == made

@@ -222,7 +222,7 @@ function asked(video) {
     Frames: `${video.num_frames} at ${video.fps} per s`,
     Steps: String(video.num_inference_steps),
     Compute: percent(video.compute),
-    Guidance: String(video.guidance_scale),
+    Guidance: [video.guidance_scale, video.guidance_scale_2].filter((scale) => scale != null).join(" / "),
     Seed: String(video.seed),
   };
 }
