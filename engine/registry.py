@@ -103,7 +103,7 @@ def registered(module: Any) -> OwnHook | None:
 
 @contextlib.contextmanager
 def _beneath_offloading(module: Any) -> Iterator[None]:
-    """Lay bare the forward that accelerate's offloading wraps, for hooks to be put there or taken away.
+    """Lay bare the forward that accelerate's offloading wraps, for hooks to be put there.
 
     A pipeline sets its offloading up anew at the end of every call. Whatever stood around it would be lost then.
     """
