@@ -348,6 +348,72 @@ def test_other_weights_are_another_job(tiny_model, tmp_path):
         events_of(hs.Engine(hs.EngineConfig(model=str(model), device="cpu")), tmp_path / "job")
 
 
+def with_lora(folder):
+    """An engine whose transformer has a LoRA, the same each time."""
+    made = hs.Engine(hs.EngineConfig(model=str(folder), device="cpu"))
+    generator, state = torch.Generator().manual_seed(1), {}
+    for key, layer in made.pipeline.transformer.named_modules():
+        if isinstance(layer, torch.nn.Linear) and key.endswith("to_q"):
+            for part, shape in (("A", (2, layer.in_features)), ("B", (layer.out_features, 2))):
+                name = f"transformer.{key}.lora_{part}.weight"
+                state[name] = 0.3 * torch.randn(shape, generator=generator)
+    made.pipeline.load_lora_weights(state, adapter_name="style")
+    return made
+
+
+@pytest.mark.parametrize("state", ["broken off", "finished"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda pipe: pipe.set_adapters("style", 0.2), "adapters"),
+        (lambda pipe: pipe.disable_lora(), "adapters"),
+        (lambda pipe: pipe.fuse_lora(), "adapters .*the weights in memory"),
+        (lambda pipe: pipe.vae.decoder.conv_out.weight.data.mul_(0.5), "the weights of the vae"),
+        (lambda pipe: pipe.text_encoder.shared.weight.data.mul_(0.5), "the weights of the text_encoder"),
+        (lambda pipe: pipe.vae.register_to_config(latents_std=[2.0] * 16), "settings of the pipeline's parts"),
+        (lambda pipe: pipe.vae.enable_tiling(), "settings of the pipeline's parts"),
+        (lambda pipe: pipe.scheduler.register_to_config(flow_shift=9.0), "the pipeline's scheduler"),
+    ],
+)
+def test_a_changed_pipeline_makes_another_job(tiny_model, tmp_path, change, says, state):
+    engine = with_lora(tiny_model)
+    crash(engine, tmp_path, 5) if state == "broken off" else engine.generate(request(), job(tmp_path))
+    # The same work in another process goes on, or is done.
+    again = with_lora(tiny_model)
+    assert (
+        differences(
+            *(identity_of(e.facts, resolve(request(), e.facts), None, e.dtype, e.pipeline) for e in (engine, again))
+        )
+        == []
+    )
+    change(again.pipeline)
+    with pytest.raises(hs.ConfigError, match=rf"differs in (the |its )?.*{says}"):
+        again.generate(request(), job(tmp_path))
+
+
+def test_a_job_with_a_lora_is_not_that_of_the_model_alone(tiny_model, tmp_path):
+    engine = with_lora(tiny_model)
+    engine.generate(request(), job(tmp_path))
+    with pytest.raises(hs.ConfigError, match="its adapters"):
+        find_finished(engine.config, request(), job(tmp_path))  # as the command line does, before it loads the model
+
+
+def test_a_job_of_an_older_version_goes_on(engine, unbroken, tmp_path, monkeypatch):
+    def older(*args):
+        known = identity_of(*args)
+        del known["versions"]
+        if known["pipeline"] is not None:
+            known["pipeline"] = {name: known["pipeline"].get(name) for name in ("scheduler", "weights")}
+        return known
+
+    with monkeypatch.context() as patched:
+        patched.setattr("heterostep.engine.engine.identity_of", older)
+        crash(engine, tmp_path, 9)
+    started, *_, output = events_of(engine, tmp_path)
+    assert started.resumed_at
+    same(output, unbroken)
+
+
 def test_what_a_job_is(engine, tiny_model, tmp_path):
     def identity(model=tiny_model, pipeline=None, dtype=torch.float32, **changes):
         facts = dataclasses.replace(engine.facts, location=str(model))
