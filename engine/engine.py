@@ -25,6 +25,7 @@ from .identity import identity_of
 from .job import Finished, Job, look
 from .loading import as_pipeline, load_pipeline, pick_device, pick_dtype
 from .models import recipe_for
+from .progress import Progress as Shown
 from .quality import check_finite
 from .record import run_record
 from .request import (
@@ -128,9 +129,22 @@ class Engine:
         parallel = None if sharding is None else sharding.config
         self.config, self.sharding = dataclasses.replace(self.config, parallel=parallel), sharding
 
-    def generate(self, request: GenerateRequest, job: JobConfig | None = None) -> VideoOutput:
-        """Make a video and wait for it; arguments and errors as for `stream`."""
-        for event in self.stream(request, job):
+    def generate(
+        self, request: GenerateRequest, job: JobConfig | None = None, *, progress: bool | None = None
+    ) -> VideoOutput:
+        """Make a video and wait for it; errors as for `stream`.
+
+        Args:
+            request: as for `stream`.
+            job: as for `stream`.
+            progress: whether stderr shows how far it is, on rank 0: a bar in a terminal or notebook, elsewhere lines;
+                None: if it is a terminal or notebook.
+
+        Returns:
+            The video.
+        """
+        shown = Shown(progress if self.leads else False)
+        for event in shown.follow(self.stream(request, job)):
             if isinstance(event, VideoOutput):
                 return event
         raise AssertionError("a stream ends with a VideoOutput or an exception")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,12 @@ def load_pipeline(
         config = cls.load_config(folder)
         left_out = (*_UNUSED, *(() if text else _TEXT))
         index = {name: entry for name, entry in config.items() if name not in left_out}
-        networks = _load_networks(facts, Path(folder), index, dtype)
-        networks |= dict.fromkeys(name for name in left_out if name in config)
-        # Of parts with code of the pipeline's own diffusers warns that it cannot tell their type: they come afterwards.
-        own = {name: part for name, part in networks.items() if ".pipelines." in type(part).__module__}
-        pipeline = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **networks | dict.fromkeys(own))
+        with _without_bars():
+            networks = _load_networks(facts, Path(folder), index, dtype)
+            networks |= dict.fromkeys(name for name in left_out if name in config)
+            # Of parts with code of the pipeline's own diffusers warns that it cannot tell their type: they come later.
+            own = {name: part for name, part in networks.items() if ".pipelines." in type(part).__module__}
+            pipeline = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **networks | dict.fromkeys(own))
         pipeline.register_modules(**own)
     except Exception as error:  # a foreign or torn folder can raise anything: OSError, KeyError, SafetensorError ...
         if isinstance(error, ConfigError) or is_out_of_memory(error):
@@ -115,6 +117,31 @@ def load_pipeline(
         for _, transformer in adapter.transformers(pipeline):
             shard_weights(transformer, adapter.blocks(transformer), shards)
     return pipeline.to(device)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the libraries' loading bars off the screen; afterwards these are as users of the libraries had set them."""
+    import diffusers
+    import transformers
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+    )
+
+    switches = [library.utils.logging for library in (diffusers, transformers)]
+    shown = [switch for switch in switches if switch.is_progress_bar_enabled()]
+    # The switch of transformers is also that of the hub's downloads.
+    hub_disabled = are_progress_bars_disabled()
+    for switch in shown:
+        switch.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for switch in shown:
+            switch.enable_progress_bar()
+        if hub_disabled:
+            disable_progress_bars()
 
 
 def as_pipeline(pipeline: Any, name: str) -> Any:

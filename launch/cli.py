@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ..engine.progress import Progress
 from ..engine.request import EngineConfig, GenerateRequest, JobConfig
 from ..errors import TOO_LARGE, ConfigError, HeterostepError, OutputElsewhere, RequestError, is_out_of_memory
 from ..hsa.config import HSAConfig
@@ -161,9 +162,13 @@ def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from .generate import generate
+    command = command_of(arguments, tuple(arguments.given))
+    with Progress(not command.outputs.quiet) as progress:
+        if "torch" not in sys.modules:
+            progress.stage("loading PyTorch")
+        from .generate import generate
 
-    return generate(command_of(arguments, tuple(arguments.given)))
+        return generate(command, progress)
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any
 from ..engine.engine import Engine, find_finished
 from ..engine.facts import read_facts
 from ..engine.loading import pick_device, pick_dtype
+from ..engine.progress import Progress
 from ..engine.record import run_record
 from ..engine.rehearsal import rehearse
 from ..engine.request import (
-    Decoding,
     EngineConfig,
     Event,
     GenerateRequest,
     Interrupted,
     JobConfig,
     Started,
-    StepDone,
     VideoOutput,
     allocation,
     resolve,
@@ -35,8 +34,6 @@ from .outputs import OutputFiles, elsewhere
 from .signals import JobStopped, saving_signals
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from ..engine.facts import ModelFacts
     from ..engine.job import Finished
     from ..engine.request import ResolvedRequest
@@ -45,11 +42,12 @@ if TYPE_CHECKING:
     from .rank import Rank
 
 
-def generate(command: Command, rank: Rank | None = None) -> int:
+def generate(command: Command, progress: Progress, rank: Rank | None = None) -> int:
     """Run the command; returns the exit code.
 
     Args:
         command: what was asked for.
+        progress: shows how far it is, if anything is shown; on rank 0 alone.
         rank: this process's place among others that run the same command; None: it starts them, if there shall be any.
 
     Raises:
@@ -63,29 +61,28 @@ def generate(command: Command, rank: Rank | None = None) -> int:
     resolved = resolve(request, facts)
     files.check(resolved)
     rehearse(facts, allocation(config, resolved), resolved, None if job is None else job.checkpoint_every)
-    quiet = outputs.quiet or (rank is not None and not rank.leads)
-    say: Callable[[str], None] = (lambda text: None) if quiet else print
-    files.announce(say)
+    files.announce(progress.say)
     if command.ranks.ray or command.ranks.ray_address is not None:
-        output, record = _on_ray(command, rank, quiet, say)
-        return _done(output, record, files, job, say)
+        output, record = _on_ray(command, rank, progress)
+        return _done(output, record, files, job, progress)
     parallel, reason = _degrees(command, facts, resolved, rank)
     config = dataclasses.replace(config, parallel=parallel, shard_weights=command.shard_weights)
     if job is not None:
         found = _finished(config, request, job, rank)
         if found is not None:
-            say(f"the job in {job.folder} is finished; nothing was computed")
-            return _done(found.output, found.record, files, job, say)
+            progress.say(f"the job in {job.folder} is finished; nothing was computed")
+            return _done(found.output, found.record, files, job, progress)
     if parallel is not None and rank is None:
-        say(reason)
+        progress.say(reason)
+        progress.stage(f"starting {parallel.world_size} ranks")
         logs = None if job is None else Path(job.folder) / "logs"
         flags = [*own_flags(command.flags), *([] if outputs.no_clobber else ["--overwrite"])]  # it was said here
         return run_ranks(flags, parallel.world_size, restarts=3 if job else 0, log_dir=logs)
     if job is None:
-        output, record = _compute(config, request, outputs.compare_dense, quiet)
+        output, record = _compute(config, request, outputs.compare_dense, progress)
     else:
-        output, record = _work(config, request, job, quiet)
-    return _done(output, record, files, job, say) if rank is None or rank.leads else 0
+        output, record = _work(config, request, job, progress)
+    return _done(output, record, files, job, progress) if rank is None or rank.leads else 0
 
 
 def _degrees(
@@ -112,52 +109,53 @@ def _finished(config: EngineConfig, request: GenerateRequest, job: JobConfig, ra
     return None
 
 
-def _on_ray(
-    command: Command, rank: Rank | None, quiet: bool, say: Callable[[str], None]
-) -> tuple[VideoOutput, dict[str, Any]]:
+def _on_ray(command: Command, rank: Rank | None, progress: Progress) -> tuple[VideoOutput, dict[str, Any]]:
     if rank is not None:
         raise ConfigError("--ray is for `heterostep generate`: under torchrun the ranks are there already")
     if find_spec("ray") is None:
         raise ConfigError("ray is not installed; pip install '.[ray]' in heterostep's folder, or leave out --ray")
     from .gang.generate import generate_on_ray
 
-    return generate_on_ray(command, lambda events, label: _run(events, label, quiet), say)
+    return generate_on_ray(command, lambda events, label: _run(events, label, progress), progress.say, progress.stage)
 
 
 def _done(
-    output: VideoOutput, record: dict[str, Any], files: OutputFiles, job: JobConfig | None, say: Callable[[str], None]
+    output: VideoOutput, record: dict[str, Any], files: OutputFiles, job: JobConfig | None, progress: Progress
 ) -> int:
     """Write the files and say what they are.
 
     Raises:
         OutputElsewhere: one of them could not be written where it was asked to be.
     """
+    progress.stage(f"writing {', '.join(map(str, files.paths.values()))}")
     moved = files.write(output, record)
     for line in _summary(output, record, files.paths):
-        say(line)
+        progress.say(line)
     if moved:
         raise elsewhere(moved, None if job is None else Path(job.folder))
     return 0
 
 
 def _compute(
-    config: EngineConfig, request: GenerateRequest, compare_dense: bool, quiet: bool
+    config: EngineConfig, request: GenerateRequest, compare_dense: bool, progress: Progress
 ) -> tuple[VideoOutput, dict[str, Any]]:
     """Load the model and make the video, and a dense one after it where that is asked for."""
+    progress.stage(f"loading model {config.model}")
     engine = Engine(config)
     if compare_dense:
+        progress.stage("warming up")
         # The first steps of a process pay for allocations and kernel choices; neither side should.
-        engine.generate(dataclasses.replace(request, compute=1.0, num_inference_steps=2))
+        engine.generate(dataclasses.replace(request, compute=1.0, num_inference_steps=2), progress=False)
     # Before the dense run, which can take an hour: the plan may be one that cannot be met.
-    output = _run(engine.stream(request), "denoising", quiet)
+    output = _run(engine.stream(request), "denoising", progress)
     dense = None
     if compare_dense:
-        dense = _run(engine.stream(dataclasses.replace(request, compute=1.0)), "dense", quiet)
+        dense = _run(engine.stream(dataclasses.replace(request, compute=1.0)), "dense", progress)
     return output, run_record(engine, output, dense)
 
 
 def _work(
-    config: EngineConfig, request: GenerateRequest, job: JobConfig, quiet: bool
+    config: EngineConfig, request: GenerateRequest, job: JobConfig, progress: Progress
 ) -> tuple[VideoOutput, dict[str, Any]]:
     """Load the model and go on with a job.
 
@@ -177,6 +175,7 @@ def _work(
 
     try:
         with saving_signals(stop):
+            progress.stage(f"loading model {config.model}")
             engines.append(Engine(config))
 
             def events() -> Iterator[Event]:
@@ -185,7 +184,7 @@ def _work(
                         engines[0].save_and_stop()
                     yield event
 
-            output = _run(events(), "denoising", quiet)
+            output = _run(events(), "denoising", progress)
     except Interrupted as interrupted:
         raise JobStopped(str(interrupted)) from interrupted
     except KeyboardInterrupt as interrupt:
@@ -193,46 +192,16 @@ def _work(
     return output, run_record(engines[0], output)
 
 
-def _run(events: Iterator[Event], label: str, quiet: bool) -> VideoOutput:
+def _run(events: Iterator[Event], label: str, progress: Progress) -> VideoOutput:
+    """Show the events of a run; its video."""
     output = None
-    bar: tqdm | None = None
-    try:
-        for event in events:
-            if isinstance(event, Started):
-                if bar is not None:  # ranks were lost, and it begins again
-                    bar.close()
-                bar = _bar(event.request.num_inference_steps, event.resumed_at or 0, label, quiet)
-                if event.resumed_at is not None and not quiet:
-                    print(f"going on after step {event.resumed_at} of {event.request.num_inference_steps}")
-            elif isinstance(event, StepDone):
-                assert bar is not None
-                share = event.active / event.total
-                bar.set_postfix_str(f"active {share:4.0%}, {event.eta_seconds:.0f} s left", refresh=False)
-                bar.update()
-            elif isinstance(event, Decoding):
-                assert bar is not None
-                bar.set_postfix_str("decoding")
-            else:
-                output = event
-    finally:
-        if bar is not None:
-            bar.close()
+    for event in progress.follow(events, label):
+        if isinstance(event, Started) and event.resumed_at is not None:
+            progress.say(f"going on after step {event.resumed_at} of {event.request.num_inference_steps}")
+        elif isinstance(event, VideoOutput):
+            output = event
     assert output is not None
     return output
-
-
-def _bar(num_steps: int, done: int, label: str, quiet: bool) -> tqdm:
-    from tqdm import tqdm
-
-    # disable=None: no bar where stderr is a file or a pipe.
-    return tqdm(
-        total=num_steps,
-        initial=done,
-        desc=label,
-        disable=True if quiet else None,
-        leave=False,
-        bar_format="{desc:9} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} steps{postfix}",
-    )
 
 
 def _summary(output: VideoOutput, record: dict[str, object], paths: dict[str, Path]) -> list[str]:

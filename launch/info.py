@@ -22,7 +22,7 @@ def info(model: str, size: tuple[int, int] | None, num_frames: int | None) -> in
         size: width and height for which tokens are counted; None: the model's default.
         num_frames: frames likewise.
     """
-    silence_libraries()
+    silence_libraries("huggingface_hub")
     facts = read_facts(model)
     width, height = size or (None, None)
     # A size can be checked without the image that a video of it would start from.

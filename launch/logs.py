@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
 
 
-def silence_libraries() -> None:
-    """Turn off the hints and loading bars of the model libraries; the hub's download bars stay."""
-    import diffusers
-    import huggingface_hub
-    import transformers
-
+def silence_libraries(*names: str) -> None:
+    """Turn off the hints of the model libraries; of all of them, or of those that are named and so imported."""
     warnings.simplefilter("ignore")
-    for library in (diffusers, huggingface_hub, transformers):
-        library.utils.logging.set_verbosity_error()
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
+    for name in names or ("diffusers", "huggingface_hub", "transformers"):
+        import_module(f"{name}.utils.logging").set_verbosity_error()

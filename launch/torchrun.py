@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ..engine.progress import Progress
 from ..errors import ConfigError, RequestError
 from .cli import EXIT_BAD_INPUT, EXIT_FAILED, build_parser, explain
 from .options import command_of
@@ -26,13 +27,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(str(error), EXIT_BAD_INPUT) if os.environ.get("RANK", "0") == "0" else EXIT_BAD_INPUT
     if command.ranks.nproc is not None:
         return _say("--nproc is for `heterostep generate`; torchrun itself starts the ranks", EXIT_BAD_INPUT)
-    from .generate import generate
-    from .rank import joined, wait_for_failure
+    progress = Progress(os.environ.get("RANK", "0") == "0" and not command.outputs.quiet)
+    with progress:
+        progress.stage("loading PyTorch")
+        from .generate import generate
+        from .rank import joined, wait_for_failure
 
     try:
         with joined(command.engine.device) as rank:
             try:
-                return generate(command, rank)
+                with progress:
+                    return generate(command, progress, rank)
             except BaseException as error:
                 said = explain(error)
                 if isinstance(error, ConfigError | RequestError):

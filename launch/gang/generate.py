@@ -34,7 +34,9 @@ Show = Callable[[Iterator[Event], str], VideoOutput]
 """Shows a run's events under a label, and returns its video."""
 
 
-def generate_on_ray(command: Command, show: Show, say: Callable[[str], None]) -> tuple[VideoOutput, dict[str, Any]]:
+def generate_on_ray(
+    command: Command, show: Show, say: Callable[[str], None], stage: Callable[[str], None]
+) -> tuple[VideoOutput, dict[str, Any]]:
     """Make the video that the flags ask for.
 
     Args:
@@ -42,6 +44,7 @@ def generate_on_ray(command: Command, show: Show, say: Callable[[str], None]) ->
             this process lives.
         show: shows the events.
         say: prints a line.
+        stage: says what is being done now.
 
     Returns:
         The video and the record of its making.
@@ -62,6 +65,7 @@ def generate_on_ray(command: Command, show: Show, say: Callable[[str], None]) ->
     found = _finished(here[0], request, job, say) if here is not None else None
     if found is not None:
         return found
+    stage("starting Ray")
     with connected(address, size, config.device), contextlib.ExitStack() as stack:
         if here is None:
             gpus = config.device != "cpu" and has_gpus()
@@ -75,6 +79,7 @@ def generate_on_ray(command: Command, show: Show, say: Callable[[str], None]) ->
         gpus = config.device == "cuda"
         check_room(size, gpus)
         say(reason or "1 rank")
+        stage(f"loading model {config.model} on {size} ranks")
         spare = not gpus and size > 1 and not config.shard_weights
         gang = Gang(GangConfig(size=size, gpus=gpus, spare=spare, threads=threads_asked()), config)
         stack.callback(gang.close)

@@ -14,6 +14,7 @@ import pytest
 
 import forked
 from heterostep.engine.facts import DEMO_MODEL
+from said import errors
 
 FLAGS = ["--prompt", "a red disc moves right", "--frames", 5, "--seed", 3, "--policy", "tokens"]
 STEPS = 48
@@ -68,7 +69,7 @@ def test_killed_twice_gives_the_same_bits_and_is_found_again(tmp_path):
         assert finish(process)[0] == -signal.SIGKILL
     assert not (tmp_path / "v.mp4").exists()
     status, out, err = finish(start(tmp_path, *files))
-    assert (status, err) == (0, "") and "going on after step" in out
+    assert (status, errors(err)) == (0, "") and "going on after step" in out
     for name in ("l.safetensors", "v.mp4"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
     assert [json.loads(line)["step"] for line in progress(tmp_path)] == list(range(1, STEPS + 1))
@@ -78,7 +79,7 @@ def test_killed_twice_gives_the_same_bits_and_is_found_again(tmp_path):
     for name in names:
         (tmp_path / name).unlink()
     status, out, err = finish(start(tmp_path, *files))
-    assert (status, err) == (0, "") and "the job in job is finished; nothing was computed" in out
+    assert (status, errors(err)) == (0, "") and "the job in job is finished; nothing was computed" in out
     for name in names:
         assert (tmp_path / name).read_bytes() == made[name], name
 
@@ -91,9 +92,8 @@ def test_told_to_go(tmp_path, number):
     process.send_signal(number)
     status, _, err = finish(process)
     assert status == 75
-    assert re.fullmatch(r"heterostep: stopped after step (\d+) of 500; it was saved at step \1 in 'job', .*\n", err), (
-        err
-    )
+    sentence = r"heterostep: stopped after step (\d+) of 500; it was saved at step \1 in 'job', .*\n"
+    assert re.fullmatch(sentence, errors(err)), err
     step = len(progress(tmp_path))
     assert (tmp_path / "job" / f"checkpoint-{step:06d}.json").exists()
 
@@ -105,7 +105,7 @@ def test_ctrl_c_saves_a_job(tmp_path):
     process.send_signal(signal.SIGINT)
     status, _, err = finish(process)
     assert status == 130
-    assert err == "heterostep: interrupted; the same command goes on with the job in job\n"
+    assert errors(err) == "heterostep: interrupted; the same command goes on with the job in job\n"
     saved = [path.name for path in (tmp_path / "job").glob("checkpoint-*.json")]
     assert saved and max(saved) >= "checkpoint-000003.json"
 
