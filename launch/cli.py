@@ -174,7 +174,8 @@ def _generate(arguments: argparse.Namespace) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     from .info import info
 
-    return info(arguments.model, getattr(arguments, "size", None), arguments.frames)
+    config = EngineConfig(**given(EngineConfig, vars(arguments)))
+    return info(config.model, getattr(arguments, "size", None), arguments.frames)
 
 
 def _serve(arguments: argparse.Namespace) -> int:

@@ -277,6 +277,11 @@ def test_info(capsys, tiny_model):
     assert run(capsys, "info", "--model", tiny_model, "--size", "60x48")[0] == 2
 
 
+def test_info_of_the_demo_model_needs_no_flag(capsys):
+    status, out, err = run(capsys, "info")
+    assert (status, err) == (0, "") and "demo (Wan small" in out
+
+
 def test_help_reads_well(capsys):
     for argv, words in (
         (["--help"], ["examples:", "generate", "info"]),
