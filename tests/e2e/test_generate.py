@@ -94,7 +94,7 @@ _UNUSED = {"matplotlib", "ray", "fastapi", "uvicorn", "pydantic_core"}
     ("what", "unwanted"),
     [
         ("from heterostep.launch.cli import main", _HEAVY | _UNUSED),
-        ("from heterostep.launch.cli import main; main(['info'])", {"diffusers", "transformers", "av"} | _UNUSED),
+        ("from heterostep.launch.cli import main; main(['info'])", {"av"} | _UNUSED),
         ("import heterostep.launch.generate, heterostep.engine.heatmap, heterostep.engine.video", _UNUSED),
     ],
 )

@@ -26,6 +26,7 @@ from heterostep.launch.gang.gang import Gang
 from heterostep.launch.gang.member import Member
 from heterostep.launch.gang.messages import Closed, RankLost, Work
 from heterostep.launch.gang.video import make_video
+from said import errors
 
 ENGINE = EngineConfig(model="demo", device="cpu", dtype="float32", hsa=HSAConfig(compute=0.5, policy="tokens"))
 REQUEST = GenerateRequest(prompt="a red disc moves right", seed=7, num_frames=5, num_inference_steps=16)
@@ -277,7 +278,7 @@ def test_bad_input_is_one_sentence_before_ray_starts(tmp_path, monkeypatch, caps
     monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was started"))
     assert main(["generate", "--prompt", "x", *flags]) == 2
     err = capsys.readouterr().err
-    assert says in err and err.count("\n") == 1
+    assert says in err and errors(err).count("\n") == 1
 
 
 @pytest.mark.parametrize(
