@@ -53,6 +53,11 @@ class Setting:
     unit: str
 
     @property
+    def label(self) -> str:
+        """Its name for people, as in a form."""
+        return (self.flag or self.name).replace("-", " ").replace("_", " ").capitalize()
+
+    @property
     def rule(self) -> str:
         """What a value must be, to stand after "must be"."""
         if self.choices:

@@ -16,10 +16,10 @@ from starlette.requests import Request
 
 from ...engine.facts import ModelFacts
 from ...engine.image import png, read_image
-from ...engine.rehearsal import rehearse
 from ...engine.request import EngineConfig, GenerateRequest, ResolvedRequest, allocation, prepare, resolve
 from ...errors import ConfigError, RequestError
-from .schemas import IGNORED, CreateVideo
+from ...hsa.config import HSAConfig
+from .schemas import IGNORED, SETTINGS, CreateVideo
 from .settings import Limits
 
 _PLAIN_FORM = "application/x-www-form-urlencoded"
@@ -223,31 +223,23 @@ def to_request(
         raise BadField("model", f"model {body.model[:80]!r} is not served here; this service has {model!r}")
     _check_reference(asked, model, facts)
     for name in ("prompt", "negative_prompt"):
-        text = getattr(body, name)
+        text = getattr(body, name) or ""
         if len(text) > limits.prompt:
             raise BadField(name, f"{name} has {len(text)} characters, and at most {limits.prompt} are taken")
         if _UNPRINTABLE.search(text):
             raise BadField(name, f"{name} holds control characters; send plain text")
+    given = {name: value for name in SETTINGS if (value := getattr(body, name)) is not None}
     width, height = (int(side) for side in body.size.split("x")) if body.size is not None else (None, None)
-    wanted = GenerateRequest(
-        prompt=body.prompt,
-        negative_prompt=body.negative_prompt or "",
-        width=width,
-        height=height,
-        num_frames=_frames(body, facts),
-        fps=body.fps,
-        num_inference_steps=body.num_inference_steps,
-        guidance_scale=body.guidance_scale,
-        guidance_scale_2=body.guidance_scale_2,
-        # Drawn here, so that every attempt at the job makes the same video.
-        seed=body.seed if body.seed is not None else secrets.randbelow(2**31),
-        compute=body.compute if body.compute is not None else compute,
-    )
+    given |= {"width": width, "height": height, "num_frames": _frames(body, facts)}
+    # Drawn here, so that every attempt at the job makes the same video.
+    given.setdefault("seed", secrets.randbelow(2**31))
+    given.setdefault("compute", compute)
+    wanted = GenerateRequest(**given)
     # Without the image first: it is not scaled to a size that is then refused.
     request = resolve(wanted, replace(facts, image="none"))
     _check_limits(request, limits)
     try:
-        rehearse(facts, allocation(engine, request), request, every)
+        check_plan(facts, allocation(engine, request), request, every)
     except ConfigError as error:
         raise BadField("compute", str(error)) from error
     if asked.image is None:
@@ -260,6 +252,33 @@ def to_request(
     _check_limits(request, limits)
     assert image is not None, "there was one"
     return request, png(image)
+
+
+def check_plan(facts: ModelFacts, hsa: HSAConfig | None, request: ResolvedRequest, every: int) -> None:
+    """Refuse a share that so few steps cannot meet; the planner has the last word, but is seldom asked.
+
+    It needs PyTorch, and the service's own process starts at once and stays small because it does without.
+
+    Raises:
+        ConfigError: in the planner's words.
+    """
+    if hsa is None or surely_met(hsa, request.num_inference_steps, every):
+        return
+    from ...engine.rehearsal import rehearse
+
+    rehearse(facts, hsa, request, every)
+
+
+def surely_met(hsa: HSAConfig, num_steps: int, every: int) -> bool:
+    """Whether a share leaves room for all full steps of any plan: the first, a change of experts, and the windows.
+
+    Policies that leave out tokens have one more after each checkpoint, and groups evaluate every token at one step in
+    eight at least.
+    """
+    full = 4 + (hsa.warmup or 0) + (hsa.cooldown or 0)
+    if hsa.policy in ("tokens", "groups"):
+        full += num_steps // every + num_steps // 8
+    return hsa.compute * num_steps >= full
 
 
 def _check_reference(asked: Asked, model: str, facts: ModelFacts) -> None:

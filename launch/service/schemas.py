@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model
 from pydantic_core import PydanticCustomError
 
+from ...engine.request import GenerateRequest
+from ...settings import Setting, settings_of
 from .rows import Job
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
@@ -31,36 +33,51 @@ IGNORED = ("user", "safety_identifier", "metadata", "response_format")
 """Fields of `CreateVideo` that cannot change a video. The answer names those that a request had."""
 
 
-class CreateVideo(BaseModel):
-    """A video to make. Whatever is left out, or null, takes the model's own default (`GET /v1/models`)."""
+def _asked(item: Setting) -> tuple[Any, Any]:
+    """A setting of `GenerateRequest` as a field of a request's body: left out or null, it takes its default."""
+    kind = Annotated[_KINDS[item.kind], Field(ge=item.least, gt=item.above, le=item.most)]
+    if item.kind == "int":  # the bounds first, so that the schema knows them
+        kind = Annotated[kind, _WHOLE]
+    return kind | None, _described(item, {"x-setting": True})
+
+
+def _answered(item: Setting) -> tuple[Any, Any]:
+    """The same in an answer: null where a video was made before there was the setting."""
+    return _KINDS[item.kind] | None, _described(item)
+
+
+def _described(item: Setting, extra: dict[str, Any] | None = None) -> Any:
+    text = f"{item.help[0].upper()}{item.help[1:]}."
+    # x-setting: the page shows it as an input of its form.
+    return Field(None, title=item.label, description=text, json_schema_extra=extra)
+
+
+_KINDS: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool}
+# An image comes as a file.
+SETTINGS = {item.name: item for item in settings_of(GenerateRequest) if item.kind in _KINDS}
+"""The settings of a request that are fields of its body."""
+_Asked = create_model("_Asked", **{name: _asked(item) for name, item in SETTINGS.items()})  # type: ignore[call-overload]
+
+
+class CreateVideo(_Asked):  # type: ignore[valid-type, misc]
+    """A video to make. Whatever is left out, or null, takes the model's own default (`GET /v1/models`).
+
+    The settings are those of `GenerateRequest`; only what HTTP adds to them stands here.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     prompt: str = Field(min_length=1, description="What the video shows.", examples=["a red disc moves right"])
+    seed: Annotated[int, Field(ge=-1, lt=2**63), _WHOLE] | None = Field(
+        None,
+        title="Seed",
+        description="Of the initial noise; left out or -1, the service draws one and tells it.",
+        json_schema_extra={"x-setting": True},
+    )
     model: str | None = Field(None, description="The model that this service runs.", examples=["demo"])
     seconds: str | float | None = Field(None, description="Length; the nearest number of frames that the model makes.")
-    size: str | None = Field(None, pattern=r"^[0-9]{1,5}x[0-9]{1,5}$", description="Width x height in pixels.")
-    width: Annotated[int, Field(ge=1, le=99999), _WHOLE] | None = Field(
-        None, description="Pixels; together with `height`, instead of `size`."
-    )
-    height: Annotated[int, Field(ge=1, le=99999), _WHOLE] | None = Field(
-        None, description="Pixels; together with `width`."
-    )
-    negative_prompt: str | None = Field("", description="What it should not show.")
-    num_frames: Annotated[int, Field(ge=1), _WHOLE] | None = Field(None, description="Frames; instead of `seconds`.")
-    fps: Annotated[int, Field(ge=1, le=1000), _WHOLE] | None = Field(None, description="Frames per second of the file.")
-    num_inference_steps: Annotated[int, Field(ge=1), _WHOLE] | None = Field(None, description="Denoising steps.")
-    guidance_scale: Annotated[float, Field(ge=0, le=1000)] | None = Field(
-        None, description="Guidance; at most 1 is none."
-    )
-    guidance_scale_2: Annotated[float, Field(ge=0, le=1000)] | None = Field(
-        None, description="The same for the second expert of a model with two."
-    )
-    seed: Annotated[int, Field(ge=-1, lt=2**63), _WHOLE] | None = Field(
-        None, description="Of the initial noise; left out or -1, the service draws one and tells it."
-    )
-    compute: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="Share of the dense denoising work to spend; 1 is the stock pipeline."
+    size: str | None = Field(
+        None, pattern=r"^[0-9]{1,5}x[0-9]{1,5}$", description="Width x height in pixels; instead of both."
     )
     input_reference: Any = Field(
         None, description="An image to start from, for models that take one: a PNG, JPEG or WebP file in a form."
@@ -93,8 +110,8 @@ class Fault(BaseModel):
     at: int = Field(description="Unix time.")
 
 
-class Video(BaseModel):
-    """A job and, when it is completed, its video."""
+class _State(BaseModel):
+    """A job."""
 
     id: str
     object: Literal["video"] = "video"
@@ -106,20 +123,17 @@ class Video(BaseModel):
     completed_at: int | None
     expires_at: int | None
     error: Problem | None
-    prompt: str
-    negative_prompt: str
-    size: str
+
+
+_Made = create_model("_Made", __base__=_State, **{name: _answered(item) for name, item in SETTINGS.items()})  # type: ignore[call-overload]
+
+
+class Video(_Made):  # type: ignore[valid-type, misc]
+    """A job and, when it is completed, its video. With the same settings it can be made again."""
+
+    size: str = Field(description="Width x height in pixels.")
     seconds: str
     remixed_from_video_id: None = None
-    num_frames: int
-    fps: int
-    num_inference_steps: int
-    guidance_scale: float
-    guidance_scale_2: float | None = Field(
-        description="Guidance of the second expert; null for a model with one, or where it is that of the first."
-    )
-    seed: int
-    compute: float
     queue_position: int | None = Field(description="Jobs that come before this one, while it is queued.")
     stage: str | None = Field(description="starting, denoising or decoding, while it is in progress.")
     step: int = Field(description="Denoising steps that are done.")
@@ -208,24 +222,16 @@ def to_video(job: Job, *, position: int | None, keep_seconds: float) -> Video:
     return Video(
         id=job.id,
         model=job.model,
-        status=job.status,  # type: ignore[arg-type]  # the database holds no other
+        status=job.status,
         progress=job.progress,
         created_at=int(job.created_at),
         started_at=_whole(job.started_at),
         completed_at=_whole(job.completed_at),
         expires_at=int(job.completed_at + keep_seconds) if job.completed_at is not None else None,
         error=Problem.model_validate(job.error) if job.error is not None else None,
-        prompt=request["prompt"],
-        negative_prompt=request["negative_prompt"],
+        **{name: request.get(name) for name in SETTINGS},
         size=f"{request['width']}x{request['height']}",
         seconds=f"{seconds:.3f}".rstrip("0").rstrip("."),
-        num_frames=request["num_frames"],
-        fps=request["fps"],
-        num_inference_steps=request["num_inference_steps"],
-        guidance_scale=request["guidance_scale"],
-        guidance_scale_2=request["guidance_scale_2"],
-        seed=request["seed"],
-        compute=request["compute"],
         queue_position=position,
         stage=job.stage or None,
         step=job.step,

@@ -11,12 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...engine.facts import read_facts
-from ...engine.rehearsal import rehearse
 from ...engine.request import GenerateRequest, allocation, resolve
 from ...errors import HeterostepError
 from .condition import StoreUnavailable
 from .dispatcher import Dispatcher
-from .intake import Asked, to_request
+from .intake import Asked, check_plan, to_request
 from .jobs import JobStore, QueueFull
 from .logs import say
 from .metrics import Metrics, Tally
@@ -71,7 +70,7 @@ class VideoService:
         self._compute = 1.0 if settings.engine.hsa is None else settings.engine.hsa.compute
         self._limits = limits_for(settings, self._facts)
         usual = resolve(GenerateRequest(prompt="-"), replace(self._facts, image="none"))
-        rehearse(self._facts, allocation(settings.engine, usual), usual, settings.checkpoint_every)
+        check_plan(self._facts, allocation(settings.engine, usual), usual, settings.checkpoint_every)
         self.model = public_name(settings.engine.model)
         self._store = JobStore(settings.database)
         self.tally = Tally()

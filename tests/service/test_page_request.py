@@ -47,7 +47,7 @@ class Page:
         self.limits = limits_for(self.service.settings, self.facts)
         self.service._facts, self.service._limits = self.facts, self.limits
         self.browser.open(self.address)
-        self.browser.until(f"return document.querySelector('[name=width]').value === '{facts.defaults.width}'")
+        self.browser.until(f"return document.querySelector('[name=width]')?.value === '{facts.defaults.width}'")
 
     def made(self, **typed):
         """The request of the video that the page asks for."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,8 +20,7 @@ from heterostep.launch.options import Serving, add_flags, command_of, given, rea
 from heterostep.launch.service.settings import ServiceSettings
 from heterostep.parallel.config import ParallelConfig
 from heterostep.settings import check, like, setting, settings_of
-
-ROOT = Path(settings_page.__file__).parents[1]
+from new_fields import with_new_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,30 +153,13 @@ def test_the_page_of_settings_is_up_to_date():
     assert settings_page.PAGE.read_text() == settings_page.page(), "run `python tests/settings_page.py`"
 
 
-@pytest.fixture
-def edited(tmp_path):
-    """A copy of the package with a line more in each of two classes; nothing else differs."""
-    package = tmp_path / "heterostep"
-    package.mkdir()
-    for name in ("__init__.py", "__main__.py", "errors.py", "settings.py"):
-        shutil.copy(ROOT / name, package)
-    for name in ("engine", "hsa", "launch", "parallel"):
-        shutil.copytree(ROOT / name, package / name, ignore=shutil.ignore_patterns("demo_model", "__pycache__"))
-    (package / "engine" / "demo_model").symlink_to(ROOT / "engine" / "demo_model")
-    field = '    dummy: int | None = setting(None, least=3, help="a setting for this test")\n'
-    for path, before in (("engine/request.py", "    prompt: str = setting("), ("hsa/config.py", "    warmup: int")):
-        text = (package / path).read_text()
-        assert text.count(before) == 1
-        (package / path).write_text(text.replace(before, field.replace("dummy", path[:3] + "_dummy") + before))
-    return tmp_path
+def test_a_new_field_needs_no_other_edit(tmp_path):
+    environment = with_new_fields(tmp_path)
 
-
-def test_a_new_field_needs_no_other_edit(edited):
     def run(*arguments):
-        environment = {**os.environ, "PYTHONPATH": str(edited), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, *arguments],
-            cwd=edited,
+            cwd=tmp_path,
             env=environment,
             capture_output=True,
             text=True,
@@ -192,3 +173,21 @@ def test_a_new_field_needs_no_other_edit(edited):
         assert status == 0 and all(flag in said for flag in flags) and "a setting for this test" in said
     status, said = run("-m", "heterostep", "generate", "--prompt", "x", "--eng-dummy", "2")
     assert status == 2 and "--eng-dummy: must be a whole number of at least 3, not '2'" in said
+
+
+def test_a_new_field_is_in_the_http_api_both_ways(tmp_path):
+    script = (
+        "from heterostep.launch.service.app import create_app\n"
+        "from heterostep.launch.service.service import VideoService\n"
+        "from heterostep.launch.service.settings import ServiceSettings\n"
+        "import json\n"
+        "service = VideoService(ServiceSettings())\n"
+        "print(json.dumps(create_app(service).openapi()))\n"
+        "service.close()\n"
+    )
+    environment, command = with_new_fields(tmp_path), [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=True)
+    api = json.loads(done.stdout)
+    body = api["paths"]["/v1/videos"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["properties"]["eng_dummy"]["anyOf"][0] == {"type": "integer", "minimum": 3}
+    assert api["components"]["schemas"]["Video"]["properties"]["eng_dummy"]["description"] == "A setting for this test."

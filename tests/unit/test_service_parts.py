@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -21,12 +22,13 @@ import torch
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 
 from heterostep.engine.facts import read_facts
+from heterostep.engine.rehearsal import rehearse
 from heterostep.engine.report import HSAReport
 from heterostep.engine.request import EngineConfig, GenerateRequest, resolve
 from heterostep.errors import ConfigError, RequestError
 from heterostep.hsa.config import HSAConfig
 from heterostep.launch.service import render
-from heterostep.launch.service.intake import Asked, BadField, to_request
+from heterostep.launch.service.intake import Asked, BadField, surely_met, to_request
 from heterostep.launch.service.jobs import JobStore
 from heterostep.launch.service.lease import Lease, is_held
 from heterostep.launch.service.logs import LOGGER, JsonLines, say
@@ -346,6 +348,21 @@ def test_a_share_that_the_policy_cannot_meet_is_refused_when_it_is_sent(tmp_path
         wanted(tmp_path, policy="tokens", compute=0.15, num_inference_steps=20)
     assert caught.value.param == "compute"
     assert wanted(tmp_path, compute=0.15, num_inference_steps=20).compute == 0.15
+
+
+@pytest.mark.parametrize("policy", ["joint", "tokens", "groups", "steps"])
+def test_the_planner_takes_what_is_surely_met(policy):
+    """Without asking it, most requests are known to be met: PyTorch is not loaded for them."""
+    known = 0
+    for steps, compute, every in itertools.product((8, 21, 40), (0.25, 0.33, 0.5, 1.0), (1, 2, 5, 50)):
+        for windows in ({}, {"warmup": 2, "cooldown": 1}):
+            hsa = HSAConfig(policy=policy, compute=compute, **windows)
+            if surely_met(hsa, steps, every):
+                known += 1
+                request = resolve(GenerateRequest(prompt="-", num_inference_steps=steps), FACTS)
+                rehearse(FACTS, hsa, request, every)
+    assert known > 20
+    assert surely_met(HSAConfig(policy=policy), 40, 5)
 
 
 def test_a_service_whose_usual_request_cannot_be_met_does_not_start(tmp_path):

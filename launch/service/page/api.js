@@ -33,6 +33,14 @@ const json = async (path, options) => (await call(path, options)).json();
 const video = (id) => `v1/videos/${encodeURIComponent(id)}`;
 
 export const model = async () => (await json("v1/models")).data[0];
+
+// The settings of a video by name, as the API's description has them.
+export async function settings() {
+  const api = await json("openapi.json");
+  const { schema } = api.paths["/v1/videos"].post.requestBody.content["application/json"];
+  return Object.entries(schema.properties).filter(([, property]) => property["x-setting"]);
+}
+
 export const find = (id) => json(video(id));
 export const cancel = (id) => json(`${video(id)}/cancel`, { method: "POST" });
 export const remove = (id) => json(video(id), { method: "DELETE" });

@@ -130,7 +130,7 @@ async function look() {
   $("health").textContent = status === "healthy" ? "ready" : reason;
   let pause = 10000;
   try {
-    if (!model) describe(await api.model());
+    if (!model) describe(await api.model(), await api.settings());
     await videos.load();
     if (videos.live.size) pause = 1500;
   } catch (error) {
@@ -141,11 +141,11 @@ async function look() {
   timer = setTimeout(look, document.hidden ? 15000 : pause);
 }
 
-function describe(found) {
+function describe(found, settings) {
   model = found;
   $("model").textContent = `${model.id} · ${model.family}`;
   document.title = `heterostep · ${model.id}`;
-  form.describe(model);
+  form.describe(model, settings);
   // Pictures of the usual shape fill their cards; others are shown whole, with room beside them.
   const shape = model.defaults.width / model.defaults.height;
   if (shape) $("list").style.setProperty("--shape", Math.min(Math.max(shape, 0.75), 16 / 9));

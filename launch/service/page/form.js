@@ -1,6 +1,7 @@
 // The form: what the model takes, what was asked, and what the service refuses.
 
 import * as api from "./api.js";
+import { el } from "./text.js";
 
 // Settings that are asked for together: a guidance scale that is sent alone counts for both experts.
 const TOGETHER = [["width", "height"], ["guidance_scale", "guidance_scale_2"]];
@@ -26,7 +27,19 @@ export class Form {
     this.describeCompute();
   }
 
-  describe(model) {
+  // An input for each setting that the page has none for.
+  build(settings) {
+    const known = new Set([...this.place.elements].map(({ name }) => name));
+    const inputs = settings.filter(([name]) => !known.has(name)).map(([name, property]) => {
+      const input = entry(name, property);
+      const wide = !["number", "select-one"].includes(input.type);
+      return el("label", { title: property.description, className: wide ? "wide" : "" }, property.title, input);
+    });
+    this.place.querySelector(".fields").append(...inputs);
+  }
+
+  describe(model, settings) {
+    this.build(settings);
     const { elements } = this.place;
     const [wide, high] = model.size_step;
     for (const [name, step] of [["width", wide], ["height", high]]) Object.assign(elements[name], { min: step, step });
@@ -35,6 +48,7 @@ export class Form {
     elements.prompt.maxLength = model.limits.prompt;
     this.place.querySelector("#image-field").hidden = !model.inputs.includes("image");
     elements.guidance_scale_2.closest("label").hidden = model.defaults.guidance_scale_2 == null;
+    for (const [name, value] of Object.entries(model.defaults)) if (elements[name] && value != null) elements[name].required = true;
     this.set(model.defaults);
     this.untouched = Object.fromEntries([...elements].map(({ name, value }) => [name, value]));
   }
@@ -71,7 +85,7 @@ export class Form {
       [...elements]
         .filter(({ name, type, value }) => name && type !== "file" && value !== "")
         .filter(({ name }) => name === "prompt" || (TOGETHER.find((names) => names.includes(name)) ?? [name]).some(changed))
-        .map(({ name, type, value }) => [name, ["number", "range"].includes(type) ? Number(value) : value]),
+        .map((input) => [input.name, valueOf(input)]),
     );
     if (width) asked.size = `${width}x${height}`;
     if (compute) asked.compute = compute / 100;
@@ -95,4 +109,21 @@ export class Form {
     this.error.textContent = text;
     this.error.hidden = !text;
   }
+}
+
+const typeOf = (property) => (property.anyOf ?? [property]).find(({ type }) => type !== "null");
+
+// The input of a setting. A switch that is left alone is deduced, so it has three states.
+function entry(name, property) {
+  const { type, minimum, exclusiveMinimum, maximum } = typeOf(property);
+  const choices = type === "boolean" ? ["true", "false"] : typeOf(property).enum;
+  if (choices) return el("select", { name }, ...["", ...choices].map((value) => el("option", { value }, value || "chosen for you")));
+  if (type === "string") return el("input", { name, type: "text" });
+  const step = type === "integer" ? 1 : "any";
+  return el("input", { name, type: "number", min: minimum ?? exclusiveMinimum ?? "", max: maximum ?? "", step, placeholder: "chosen for you" });
+}
+
+function valueOf({ type, value }) {
+  if (["number", "range"].includes(type)) return Number(value);
+  return type === "select-one" && ["true", "false"].includes(value) ? value === "true" : value;
 }
