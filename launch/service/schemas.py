@@ -35,9 +35,10 @@ IGNORED = ("user", "safety_identifier", "metadata", "response_format")
 
 def _asked(item: Setting) -> tuple[Any, Any]:
     """A setting of `GenerateRequest` as a field of a request's body: left out or null, it takes its default."""
-    kind = Annotated[_KINDS[item.kind], Field(ge=item.least, gt=item.above, le=item.most)]
+    annotated: Any = Annotated  # made from values, which type checkers do not follow
+    kind = annotated[_KINDS[item.kind], Field(ge=item.least, gt=item.above, le=item.most)]
     if item.kind == "int":  # the bounds first, so that the schema knows them
-        kind = Annotated[kind, _WHOLE]
+        kind = annotated[kind, _WHOLE]
     return kind | None, _described(item, {"x-setting": True})
 
 

@@ -48,7 +48,8 @@ export class Form {
     elements.prompt.maxLength = model.limits.prompt;
     this.place.querySelector("#image-field").hidden = !model.inputs.includes("image");
     elements.guidance_scale_2.closest("label").hidden = model.defaults.guidance_scale_2 == null;
-    for (const [name, value] of Object.entries(model.defaults)) if (elements[name] && value != null) elements[name].required = true;
+    // Any other setting that is emptied is left out, and so the model's own.
+    elements.width.required = elements.height.required = true;
     this.set(model.defaults);
     this.untouched = Object.fromEntries([...elements].map(({ name, value }) => [name, value]));
   }
