@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .acting import acting, acting_hsa, acting_request
 from .quality import psnr, relative_l2, ssim
 from .report import plain_step
 from .request import VideoOutput
@@ -69,10 +70,11 @@ def run_record(engine: Engine, output: VideoOutput, dense: VideoOutput | None = 
         dense: the dense run of the same request, if one was made to compare.
 
     Returns:
-        `model`, `family`, `device`, `dtype`, `versions`, `request`, `hsa`, `compute` (achieved), `seconds` by
-        stage, `parallel` (degrees) and `ranks` (traffic and memory of each), `steps`, `kv_bytes`, `conditioned` (tokens
-        that were given), `audio` (None without sound), `evaluations` (a summary and the histogram over tokens), and
-        perhaps `against_dense`.
+        `model`, `family`, `device`, `dtype`, `versions`, `request` and `hsa` (with the values that acted where some
+        were left out), `acting` (what else acted: scheduler, guidance, kernel, degrees, types), `compute` (achieved),
+        `seconds` by stage, `parallel` (degrees) and `ranks` (traffic and memory of each), `steps`, `kv_bytes`,
+        `conditioned` (tokens that were given), `audio` (None without sound), `evaluations` (a summary and the histogram
+        over tokens), and perhaps `against_dense`.
     """
     report = output.report
     assert report.evaluations is not None, "a finished run has evaluations"
@@ -84,8 +86,9 @@ def run_record(engine: Engine, output: VideoOutput, dense: VideoOutput | None = 
         "device": device_name(engine.device),
         "dtype": str(engine.dtype).removeprefix("torch."),
         "versions": versions(),
-        "request": dataclasses.asdict(output.request),
-        "hsa": None if output.hsa is None else dataclasses.asdict(output.hsa),
+        "request": acting_request(output, engine.facts.experts),
+        "hsa": acting_hsa(engine, output),
+        "acting": acting(engine, output),
         "compute": report.compute,
         "seconds": {"load": engine.load_seconds, **output.seconds},
         "parallel": None if engine.config.parallel is None else dataclasses.asdict(engine.config.parallel),

@@ -229,6 +229,7 @@ def test_record_and_comparison(engine):
     assert sum(record["evaluations"]["histogram"].values()) == math.prod(record["evaluations"]["grid"]) == 36
     assert record["versions"]["torch"] == torch.__version__
     assert record["request"]["seed"] == 3 and record["hsa"]["compute"] == 0.5
+    assert record["request"]["compute"] == 0.5 and run_record(engine, dense)["hsa"] is None
     against = record["against_dense"]
     assert against["psnr"] > 10 and 0 < against["ssim"] <= 1 and against["speedup"] > 0
     assert compare(dense, dense)["psnr"] is None
@@ -541,3 +542,41 @@ def attempt(make):
     except hs.ConfigError as error:
         return str(error)
     return None
+
+
+@pytest.mark.parametrize(
+    ("settings", "acted"),
+    [
+        ({}, {"policy": "joint", "solver": "unipc", "forecast": "taylor", "correct": False, "max_age": 8}),
+        ({"solver": "euler"}, {"solver": "euler", "forecast": "taylor", "correct": True, "profile": None}),
+        ({"policy": "tokens", "max_age": 3}, {"profile": -0.5, "max_age": 3, "cooldown": 1, "kv_dtype": "float32"}),
+        ({"policy": "groups"}, {"max_age": None, "kv_forecast": 0.0, "correct": False}),
+        (
+            {"policy": "tokens", "forecast": "hold", "kv_dtype": "bfloat16"},
+            {"forecast": "hold", "kv_dtype": "bfloat16"},
+        ),
+    ],
+)
+def test_the_record_has_what_acted(tiny_model, settings, acted):
+    hsa = hs.HSAConfig(compute=0.5, **settings)
+    engine = hs.Engine(hs.EngineConfig(model=str(tiny_model), device="cpu", hsa=hsa))
+    output = engine.generate(request(num_inference_steps=20))  # whose compute is the engine's
+    record = json.loads(json.dumps(run_record(engine, output)))
+    assert record["request"]["compute"] == 0.5 and output.request.compute is None
+    assert acted.items() <= record["hsa"].items()
+    assert record["hsa"]["warmup"] >= 1
+    unset = {name for name, value in record["hsa"].items() if value is None}
+    assert unset <= {"profile", "kv_dtype", "max_age"}
+    more = record["acting"]
+    assert more["degrees"] == {"cfg": 1, "ring": 1, "ulysses": 1} and more["kernel"] == "diffusers"
+    assert more["guidance"] == [output.request.guidance_scale] and more["dtypes"]["vae"] == "float32"
+    scheduler = "FlowMatchEulerDiscreteScheduler" if settings.get("solver") else "UniPCMultistepScheduler"
+    assert more["scheduler"] == scheduler and more["policy"] == hsa.policy
+
+
+def test_the_record_of_two_experts_has_the_guidance_of_each(tmp_path):
+    complete_pipeline("wan22").save_pretrained(tmp_path)
+    engine = hs.Engine(hs.EngineConfig(model=str(tmp_path), device="cpu"))
+    record = run_record(engine, engine.generate(request(compute=1.0, guidance_scale=4.0)))
+    assert record["acting"]["guidance"] == [4.0, 4.0] and record["request"]["guidance_scale_2"] == 4.0
+    assert record["hsa"] is None and record["request"]["compute"] == 1.0 and record["acting"]["policy"] == "dense"
