@@ -10,11 +10,13 @@ THREADS   := OMP_NUM_THREADS=1
 # Two workers, as many as small machines have cores; a file's tests share what is slow to start.
 PYTEST    := $(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
+DEMO      := --prompt "a red disc moves right" --seed 3 --compute 0.5 --scale 5 --overwrite
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve-demo test check format clean
 
 help:
-	@echo "make demo        make a video of the demo model, its heat map and a report in out/, against a dense run"
+	@echo "make demo        make a video of the demo model against a dense run, a report, and a heat map of single tokens, in out/"
 	@echo "make serve-demo  serve the demo model at http://127.0.0.1:8000/, with a web page; jobs and videos in out/service"
 	@echo "make test        run the whole test suite"
 	@echo "make check       lint, formatting, types, import rules"
@@ -47,8 +49,11 @@ install: $(VENV)/.dev
 
 demo: $(VENV)/.runtime
 	@mkdir -p out
-	@$(THREADS) $(BIN)/heterostep generate --prompt "a red disc moves right" --seed 3 --compute 0.5 \
-	    --output out/demo.mp4 --scale 5 --heatmap out/demo-steps.mp4 --report out/demo.json --compare-dense
+	@$(THREADS) $(BIN)/heterostep generate $(DEMO) --output out/demo.mp4 --report out/demo.json --compare-dense
+	@# The default policy computes all tokens equally often; this one has a map to show.
+	@echo "the same with --policy tokens, which leaves out single tokens, and a map of how often each was computed:"
+	@$(THREADS) $(BIN)/heterostep generate $(DEMO) --policy tokens --output out/demo-tokens.mp4 \
+	    --heatmap out/demo-steps.mp4
 
 # By tokens, so that the map has something to show.
 serve-demo: $(VENV)/.serve
