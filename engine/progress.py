@@ -60,6 +60,11 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def shown(self) -> bool:
+        """Whether anything is."""
+        return self._kind != "nothing"
+
     def stage(self, text: str) -> None:
         """Say what is being done now; in a terminal until the next stage."""
         self.close()

@@ -53,7 +53,7 @@ def generate(command: Command, progress: Progress, rank: Rank | None = None) -> 
     Raises:
         HeterostepError: a setting, the model or the request is wrong, or the work failed.
     """
-    silence_libraries()
+    silence_libraries(downloads=progress.shown)
     # Everything that can be wrong is checked before a model is loaded, which may take minutes.
     outputs, config, request, job = command.outputs, command.engine, command.request, command.job
     files = OutputFiles(outputs, None if job is None else Path(job.folder))

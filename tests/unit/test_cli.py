@@ -10,6 +10,7 @@ import sys
 import av
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from safetensors.torch import load_file
 
 from heterostep.engine.engine import Engine
@@ -74,6 +75,8 @@ def test_quiet_prints_nothing(capsys, tiny_model, tmp_path):
     )  # fmt: skip
     assert (status, out, err) == (0, "", "")
     assert frames_of(tmp_path / "v.mp4") == 5
+    assert are_progress_bars_disabled()  # of downloads, too
+    enable_progress_bars()
 
 
 def test_a_plan_that_cannot_be_met_is_said_before_the_model_is_loaded(capsys, tiny_model, tmp_path, monkeypatch):
