@@ -130,7 +130,7 @@ class Progress:
                 self.stage(f"encoding the prompt, then {label} in {num_steps - done} steps")
             return
         self._bar = _bar(self._stream, num_steps, done, label, notebook=self._kind == "notebook")
-        self._bar.set_postfix_str("encoding the prompt, then the first step")
+        self._bar.set_postfix_str(f"encoding, then step {done + 1}")
 
     def _step(self, event: StepDone, label: str) -> None:
         now = self._clock()

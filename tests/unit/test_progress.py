@@ -67,7 +67,7 @@ def test_what_a_line_says():
 def test_a_terminal_shows_a_bar_that_passes():
     line = shown(5, 60.0, Terminal())
     assert "\n" not in line
-    assert "0/5 steps, encoding the prompt" in line and "5/5 steps, decoding" in line
+    assert "0/5 steps, encoding, then step 1" in line and "5/5 steps, decoding" in line
     assert line.endswith("\r")
 
 
