@@ -74,7 +74,7 @@ class Job:
         self._whole: list[int] = []
         self._lock: BinaryIO | None = None
         self._progress: BinaryIO | None = None
-        self._progress_works = True
+        self._progress_works, self._failing = True, False
 
     def __enter__(self) -> Job:
         """Make the folder and keep others out.
@@ -154,12 +154,14 @@ class Job:
             if self._progress is not None:  # what it says of the steps so far must outlast the machine too
                 os.fsync(self._progress.fileno())
             write_saved(self.folder, checkpoint_name(step), saved)
-            self.saved = step
+            self.saved, self._failing = step, False
             self._whole = [*self._whole, step][-KEPT:]
             remove_others(self.folder, [checkpoint_name(whole) for whole in self._whole])
         except OSError as error:
             left = f"that of step {self.saved} is" if self.saved else "none is"
-            _warn("the checkpoint of step %d could not be written (%s); %s there", step, _reason(error), left)
+            if not self._failing:  # once, not at every step until there is room
+                _warn("the checkpoint of step %d could not be written (%s); %s there", step, _reason(error), left)
+            self._failing = True
             with contextlib.suppress(OSError):  # what was written of it fills the disk
                 remove_others(self.folder, [checkpoint_name(whole) for whole in self._whole])
         self.seconds += time.perf_counter() - start

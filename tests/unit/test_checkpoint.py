@@ -273,8 +273,9 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, monkeypatch, caplog, 
         assert job.save(5, 0.5, {"x": torch.ones(1)})
         monkeypatch.setattr("heterostep.engine.checkpoint.write_durably", FullDisk(after))
         assert not job.save(10, 0.5, {"x": torch.zeros(1000)})
+        assert not job.save(15, 0.5, {"x": torch.zeros(1000)})
         assert job.saved == 5
-        (line,) = caplog.messages
+        (line,) = caplog.messages  # the second says nothing new
         assert (
             "the checkpoint of step 10 could not be written (No space left on device); that of step 5 is there" in line
         )

@@ -1,9 +1,7 @@
-"""A job store that was damaged, lost or put back, and a disk that is full: no video is lost, and the queue runs."""
+"""A job store that was damaged, lost or put back: no video is lost, and the queue runs; and files that are gone."""
 
 from __future__ import annotations
 
-import asyncio
-import errno
 import json
 import logging
 import os
@@ -11,88 +9,23 @@ import random
 import re
 import shutil
 import sqlite3
-import threading
-import time
 
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
-httpx2 = pytest.importorskip("httpx2", reason="the extra 'dev' is not installed")
 
-from heterostep.engine.request import ResolvedRequest, Started, StepDone
+from heterostep.engine.request import ResolvedRequest
 from heterostep.errors import ConfigError
 from heterostep.launch.cli import main
-from heterostep.launch.service import dispatcher
-from heterostep.launch.service.app import create_app
-from heterostep.launch.service.condition import Condition, StoreUnavailable
+from heterostep.launch.service.condition import StoreUnavailable
 from heterostep.launch.service.database import Database
-from heterostep.launch.service.events import Made
-from heterostep.launch.service.intake import Asked
 from heterostep.launch.service.jobs import JobStore
 from heterostep.launch.service.logs import LOGGER
-from heterostep.launch.service.results import FILES, MANIFEST
+from heterostep.launch.service.results import MANIFEST
 from heterostep.launch.service.retention import sweep
-from heterostep.launch.service.schemas import CreateVideo
 from heterostep.launch.service.service import VideoService
 from heterostep.launch.service.settings import ServiceSettings
-
-STEPS = 4
-SECONDS = {"decode": 0.1, "write": 0.1, "checkpoint": 0.0, "total": 1.0}
-
-
-class Quick:
-    """A runner that makes files at once, or step by step where `gate` holds it back."""
-
-    ready, trouble, hopeless, heartbeat_age = True, None, False, 0.0
-
-    def __init__(self, settings, index):
-        self.gate, self.abandoned = None, False
-
-    def tend(self):
-        pass
-
-    def run(self, task):
-        try:
-            yield Started(request=task.request, num_tokens=10)
-            for step in range(1, STEPS + 1):
-                if self.gate is not None:
-                    assert self.gate.acquire(timeout=20)
-                yield StepDone(step=step, num_steps=STEPS, sigma=0.5, active=5, total=10, seconds=0.01, eta_seconds=1.0)
-        except GeneratorExit:
-            self.abandoned = True
-            raise
-        for name, _ in FILES.values():
-            (task.folder / name).write_text(f"{name} of {task.id}")
-        yield Made(hsa={"steps": []}, seconds=SECONDS)
-
-    def cancel(self):
-        pass
-
-    stop = close = cancel
-
-
-def submit(service, prompt="x"):
-    asked = Asked(CreateVideo(prompt=prompt, num_inference_steps=STEPS, compute=0.5), "")
-    return service.submit(asked, "", None)[0].id
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
-def finished(service, id):
-    wait_until(lambda: service.find(id, "").status not in ("queued", "in_progress"))
-    return service.find(id, "")
-
-
-def listed(service):
-    """All videos, as the API lists them, by id."""
-    both = [service.list("", after=None, limit=100, newest_first=newest)[0] for newest in (True, False)]
-    assert [video.id for video in both[0]] == [video.id for video in both[1]][::-1]
-    return {video.id: video for video in both[0]}
+from quick import Quick, answers, finished, full_database, listed, submit
 
 
 def files(data_dir):
@@ -336,109 +269,6 @@ def test_results_of_an_older_version_are_described_while_the_store_knows_them(da
         assert video.status == "completed" and video.prompt.startswith("done 3") and video.timing["total"] == 1.0
         service.stop()
         settings.database.unlink()
-
-
-# A full disk.
-
-
-def full_database(self):
-    error = sqlite3.OperationalError("database or disk is full")
-    error.sqlite_errorcode = sqlite3.SQLITE_FULL
-    raise error
-
-
-@pytest.fixture
-def disk(monkeypatch):
-    """A disk that is full while this event is set."""
-    full = threading.Event()
-    transaction, fill, complete = Database._transaction, Condition._fill, dispatcher.complete
-
-    def no_space(act):
-        def checked(*values):
-            if full.is_set():
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return act(*values)
-
-        return checked
-
-    monkeypatch.setattr(
-        Database, "_transaction", lambda self: full_database(self) if full.is_set() else transaction(self)
-    )
-    monkeypatch.setattr(Condition, "_fill", no_space(fill))
-    monkeypatch.setattr(dispatcher, "complete", no_space(complete))
-    monkeypatch.setattr(dispatcher, "_FLUSH_SECONDS", 0.1)
-    monkeypatch.setattr(dispatcher, "_RETRY_SECONDS", 0.05)
-    return full
-
-
-def answers(service, *requests):
-    """What the HTTP API answers, in order."""
-
-    async def ask():
-        transport = httpx2.ASGITransport(app=create_app(service))
-        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
-            return [await client.request(method, path, **options) for method, path, options in requests]
-
-    return asyncio.run(ask())
-
-
-def test_a_full_disk_costs_neither_the_job_nor_its_worker(tmp_path, disk, caplog):
-    caplog.set_level(logging.INFO, LOGGER)
-    service = VideoService(ServiceSettings(data_dir=tmp_path), Quick)
-    (runner,) = service._dispatcher.runners
-    runner.gate = threading.Semaphore(0)
-    service.start()
-    id, later = submit(service), submit(service)
-    runner.gate.release()
-    wait_until(lambda: service.find(id, "").step == 1)
-    disk.set()
-    runner.gate.release(STEPS)
-    wait_until(lambda: service.trouble is not None)
-    requests = [("GET", path, {}) for path in ("/health", "/ready", "/metrics", "/v1/videos", f"/v1/videos/{id}")]
-    requests += [("POST", "/v1/videos", {"json": {"prompt": "x"}})] * 3
-    health, ready, metrics, videos, video, *created = answers(service, *requests)
-    assert health.status_code == ready.status_code == 503
-    assert (
-        health.json()["reason"]
-        == ready.json()["reason"]
-        == ("the job store cannot be used now (database or disk is full); jobs wait until it can be written")
-    )
-    assert metrics.status_code == videos.status_code == 200 and video.json()["status"] == "in_progress"
-    assert all("disk is full" in answer.json()["error"]["message"] for answer in created)
-    assert [answer.status_code for answer in created] == [503] * 3
-    time.sleep(0.5)  # many times what it waits between two tries
-    disk.clear()
-    runner.gate.release(2 * STEPS)
-    for job in (id, later):
-        done = finished(service, job)
-        assert done.status == "completed" and done.faults == []
-    assert not runner.abandoned and service._store.get(id, "").attempt == 1
-    wait_until(lambda: answers(service, ("GET", "/ready", {}))[0].status_code == 200)
-    service.stop()
-    events = [record.getMessage() for record in caplog.records]
-    # Twice where a write that had failed before was told of when another had succeeded already.
-    assert 1 <= events.count("store unavailable") == events.count("store available again") <= 2
-    assert not any(record.exc_info for record in caplog.records) and len(events) < 20
-
-
-def test_a_service_that_stops_while_the_disk_is_full_ends(tmp_path, disk):
-    service = VideoService(ServiceSettings(data_dir=tmp_path), Quick)
-    service._dispatcher.runners[0].gate = gate = threading.Semaphore(0)
-    service.start()
-    id = submit(service)
-    wait_until(lambda: service.find(id, "").status == "in_progress")
-    disk.set()
-    gate.release(STEPS)
-    time.sleep(0.2)
-    begin = time.monotonic()
-    service._dispatcher.stop(grace_seconds=0.5)
-    assert time.monotonic() - begin < 8
-    service.close()
-    disk.clear()
-    again = VideoService(ServiceSettings(data_dir=tmp_path), Quick)
-    again.start()
-    assert finished(again, id).status == "completed"
-    again.stop()
 
 
 def test_damage_that_is_found_later_is_said(data, caplog):
