@@ -39,10 +39,15 @@ def is_damage(error: BaseException | None) -> bool:
     return isinstance(error, UnicodeDecodeError) or getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
 
 
-def damage(path: Path, reason: object) -> str:
-    """The sentence about a damaged store, with what would do."""
+def damage(name: str, reason: object) -> str:
+    """The sentence about a damaged store, with what would do.
+
+    Args:
+        name: what to call it: to strangers without its folder.
+        reason: what SQLite says.
+    """
     short = textwrap.shorten(str(reason), 100, placeholder=" ...")  # SQLite may quote half a schema
-    return f"the job store {str(path)!r} is damaged ({short}); {_HELP}"
+    return f"the job store {name!r} is damaged ({short}); {_HELP}"
 
 
 def no_room(error: OSError) -> bool:
@@ -101,7 +106,7 @@ class Condition:
         damaged = isinstance(error, Exception) and is_damage(error)
         reason = getattr(error, "strerror", None) or error
         if damaged:
-            sentence = damage(self._store, reason)
+            sentence = damage(self._store.name, reason)
         else:
             sentence = f"the job store cannot be used now ({reason}); jobs wait until it can be written"
         with self._lock:

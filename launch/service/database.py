@@ -103,7 +103,7 @@ class Database:
         pragma = "integrity_check" if path.stat().st_size < _LARGE else "quick_check"
         answer = self.execute(f"PRAGMA {pragma}(1)").fetchone()[0]
         if answer != "ok":
-            raise ConfigError(damage(path, str(answer).removeprefix("*** in database main ***")))
+            raise ConfigError(damage(str(path), str(answer).removeprefix("*** in database main ***")))
 
     def _make_tables(self) -> int:
         """Make the tables that are missing; returns the version that was found."""
@@ -237,5 +237,5 @@ def _read_or_mend(row: tuple[Any, ...]) -> Job:
 def _refusal(path: Path, error: BaseException) -> str:
     # SQLITE_ERROR: the tables are not those that a job store has.
     if is_damage(error) or getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_ERROR:
-        return damage(path, error)
+        return damage(str(path), error)
     return f"{str(path)!r} cannot be used as a job store ({error})"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ...engine.image import read_image
 from ...engine.request import Cancelled, GenerateRequest
 from ...errors import ConfigError, RankFailure
+from .condition import no_room, when_there_is_room
 from .events import Event, Made, RunnerLost, Stopped
 from .logs import say
 from .runner import Pauses, Task
@@ -101,7 +102,7 @@ class GangRunner:
         try:
             with contextlib.closing(gang.run(self._work(task, gang))) as run:
                 outcome = yield from _events(run, task)
-            yield _made(task, outcome)
+            yield when_there_is_room(lambda: _made(task, outcome), self._wait_for_room)
         except RankLost as error:
             self._tell_loss(error)
             raise RunnerLost(error.cause, str(error)) from error
@@ -126,9 +127,16 @@ class GangRunner:
         if self._gang is not None:
             self._gang.close()
 
+    def _wait_for_room(self, error: OSError) -> None:
+        if self._closed:
+            raise RunnerLost("died", "the ranks were ended while the disk was full") from error
+        if self._wanted is not None:
+            raise Cancelled("ended while the disk was full") from error
+        time.sleep(1.0)
+
     def _wish(self, verb: str) -> None:
+        self._wanted = verb
         if self._gang is not None and self._gang.working:
-            self._wanted = verb
             self._gang.wish(verb)
 
     def _make_gang(self) -> Gang:
@@ -201,7 +209,12 @@ def _events(run: Generator[Progress, None, Outcome], task: Task) -> Generator[Ev
             outcome: Outcome = end.value
             return outcome
         if progress.copies:
-            kept = write_copies(task.state, progress.copies, kept)
+            try:
+                kept = write_copies(task.state, progress.copies, kept)
+            except OSError as error:
+                if not no_room(error):
+                    raise
+                # The video goes on without being saved.
         if progress.event is not None:
             yield progress.event
 

@@ -283,6 +283,7 @@ def test_damage_that_is_found_later_is_said(data, caplog):
     for _ in range(3):
         videos, created, health = answers(service, *requests)
         assert [videos.status_code, created.status_code, health.status_code] == [503] * 3
+        assert str(folder) not in videos.text
         assert "is damaged (" in videos.json()["error"]["message"] == created.json()["error"]["message"]
         assert health.json()["reason"] == videos.json()["error"]["message"]
     service._store.probe()
