@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from ..hsa.cache import KVCache
 from ..hsa.rows import fill_rows
 from ..hsa.velocity import TokenClock, VelocityCache
 from .attention import TextKV
+from .models import Adapter
 
 
 class Branch:
@@ -21,6 +23,7 @@ class Branch:
         velocity: of the video's tokens.
         layers: keys and values, by site.
         others: velocities of whatever else the model returns, such as sound: fresh at every step with active tokens.
+        begun: whether the velocities have their shapes: from the first evaluation of a run, or after a restart, on.
         text: the prompt's keys and values, by expert.
     """
 
@@ -48,6 +51,7 @@ class Branch:
         self.velocity = self._made()
         self.layers = [KVCache(dtype, history=history) for _ in range(num_sites)]
         self.others: list[VelocityCache] = []
+        self.begun = False
         self.text: dict[int, list[TextKV]] = {}
 
     def velocities(self, num_others: int | None = None) -> list[VelocityCache]:
@@ -59,12 +63,17 @@ class Branch:
     def begin(self, sigmas: Sequence[float]) -> None:
         """Start a run: forget what an earlier one left behind, and keep the buffers."""
         self._sigmas = sigmas
-        self.text.clear()
         for velocity in self.velocities():
             velocity.follow(sigmas)
-        self.forget()
+        self.restart()
         for cache in self.layers:
             cache.reset()
+
+    def restart(self) -> None:
+        """Forget what depends on the prompt, the guidance and the weights; a full step comes next."""
+        self.begun = False
+        self.text.clear()
+        self.forget()
 
     def forget(self) -> None:
         """Forget when tokens were evaluated, as at a switch of experts."""
@@ -107,3 +116,23 @@ def fresh_weight(
     if conditioned is not None:
         fill_rows(weight, conditioned, 0.0)
     return weight
+
+
+def guided_velocity(adapter: Adapter, pipe: Any, expert: int, entered: Mapping[str, Branch]) -> Tensor:
+    """Mix the fresh velocities of a step's branches as the pipeline's guidance does: [B, N, D].
+
+    Not taken from the difference of two latents: those reach the model in its own type, and in bfloat16 a step of sigma
+    is no larger than their rounding.
+    """
+    fresh: dict[str, Tensor] = {}
+    for name, branch in entered.items():
+        units, rows = adapter.units(pipe, name), branch.velocity.last
+        assert rows is not None
+        fresh |= zip(units, rows.chunk(len(units)), strict=True)
+    weights = adapter.guidance(pipe, sorted(fresh), expert)
+    guided: Tensor | None = None
+    for unit in sorted(fresh):
+        rows, weight = fresh[unit], weights[unit]
+        guided = rows * weight if guided is None else guided.add_(rows, alpha=weight)
+    assert guided is not None
+    return guided

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +11,14 @@ from diffusers.hooks.hooks import StateManager
 from torch import Tensor
 
 from ..errors import ConfigError
+from . import registry
 from .attention import AttentionCall, TextKV
 from .branch import Branch, fresh_weight, tiled
+from .caller import calling_pipeline
 from .models import Site
-from .registry import LastingHook
-from .run import Run, Step
-from .tokens import Grid
+from .plans import Call, Step
+from .run import Run
+from .solvers import kind_of
 
 
 def named(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,46 +50,11 @@ class _Contexts(StateManager):
         return self._context
 
 
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """One call of the transformer by its pipeline.
-
-    Attributes:
-        module: the transformer.
-        name: the branch.
-        arguments: by name.
-        units: the guidance units that are stacked in the batch.
-        grid: tokens of the video.
-    """
-
-    module: Any
-    name: str
-    arguments: Mapping[str, Any]
-    units: tuple[str, ...]
-    grid: Grid
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the latents, and so of velocities."""
-        dtype: torch.dtype = self.arguments["hidden_states"].dtype
-        return dtype
-
-    def unit(self, index: int) -> dict[str, Any]:
-        """The arguments of one of the units alone."""
-        count, batch = len(self.units), self.arguments["hidden_states"].shape[0]
-        if count == 1:
-            return dict(self.arguments)
-        return {
-            name: value.chunk(count)[index] if isinstance(value, Tensor) and value.shape[:1] == (batch,) else value
-            for name, value in self.arguments.items()
-        }
-
-
 Answer = tuple[Tensor, tuple[Tensor, ...]]
 """Velocity rows [batch, A, D] of video tokens, and whatever else a transformer returns."""
 
 
-class HSAHook(LastingHook):
+class HSAHook(registry.LastingHook):
     """Returns the velocity of all tokens while the model runs on the active ones: fresh rows over cached.
 
     The stock scheduler's step on that velocity is then the cached Euler update. A step at which everything is
@@ -125,19 +91,57 @@ class HSAHook(LastingHook):
         if context is None:  # not a denoising call of a pipeline
             return self.fn_ref.original_forward(*args, **kwargs)
         run, adapter = self.run, self.run.adapter
+        expert = self._follow_caller(module)
         arguments = named(module, args, kwargs)
         return_dict = arguments.pop("return_dict", True)
         units, grid = adapter.units(run.pipe, context.name), adapter.grid(module, arguments)
-        call = Call(module=module, name=context.name, arguments=arguments, units=units, grid=grid)
+        call = Call(module=module, name=context.name, expert=expert, arguments=arguments, units=units, grid=grid)
         index, first = run.index_of(context.step_index), call.unit(0)
         latents, run.timestep = first["hidden_states"], first["timestep"]
-        if run.passed(context.name, index, latents, grid, len(self.processors)):
+        if run.passed(call, index, latents, len(self.processors)):
             out = adapter.nothing(module, arguments)
         else:
-            step = run.enter(self.expert, context.name, index, latents, grid)
-            out = self._evaluate(step, call)
-            run.leave(step)
+            out = self._evaluate(run.enter(call, index, latents), call)
+            run.leave()
         return adapter.output(*out) if return_dict else out
+
+    def _follow_caller(self, module: Any) -> int:
+        """Let the run follow the pipeline that calls, and return which expert `module` is there.
+
+        Raises:
+            ConfigError: another pipeline than HSA was applied to, for which it would not do the same.
+        """
+        run, caller = self.run, calling_pipeline()
+        if caller is None:
+            raise ConfigError(
+                "The transformer was called under cache_context outside of a pipeline's call, so that noise levels and "
+                "guidance are unknown: call the pipeline, or hs.remove it first."
+            )
+        if caller is run.own:
+            run.follow(caller)
+            return self.expert
+        name, known = type(caller).__name__, run.adapter.recognises(caller)
+        experts = {id(model): expert for expert, model in run.adapter.transformers(caller)} if known else {}
+        if caller is not run.pipe:
+            if not known:
+                raise ConfigError(
+                    f"{name} called the transformer of a pipeline with HSA, and is not supported: HSA works with "
+                    f"{', '.join(run.adapter.pipelines)}. hs.remove that pipeline first, or give {name} a transformer "
+                    "of its own."
+                )
+            hooks = [registry.registered(model) for _, model in run.adapter.transformers(caller)]
+            if id(module) not in experts or any(getattr(hook, "run", None) is not run for hook in hooks):
+                raise ConfigError(
+                    f"{name} shares only some of its transformers with the pipeline that has HSA: hs.apply to this "
+                    f"{name} itself."
+                )
+            if run.config.solver is not None and kind_of(caller.scheduler) != run.config.solver:
+                raise ConfigError(
+                    f"solver={run.config.solver!r} was applied to another pipeline with the same transformer, and this "
+                    f"{name} has {type(caller.scheduler).__name__}: hs.apply to this {name} itself."
+                )
+            run.follow(caller)
+        return experts[id(module)]
 
     def _evaluate(self, step: Step, call: Call) -> tuple[Tensor, ...]:
         """What the transformer is to answer to a call."""
@@ -155,7 +159,7 @@ class HSAHook(LastingHook):
     def _full(self, step: Step, call: Call) -> tuple[Tensor, ...]:
         """All tokens: the stock pass, of which only what later steps need is kept."""
         branch = self._branch(call.name)
-        self._bind_text(branch)
+        self._bind_text(branch, call.expert)
         if self.run.needs_kv(step.index):
             self._bind(branch, step, call, None, len(call.units))
         out: tuple[Tensor, ...] = self.fn_ref.original_forward(**call.arguments, return_dict=False)
@@ -197,7 +201,8 @@ class HSAHook(LastingHook):
         run, sharding = self.run, self.run.sharding
         assert sharding is not None
         order = [unit for name in run.adapter.branches(run.pipe) for unit in run.adapter.units(run.pipe, name)]
-        todo = order if all(unit in run.told for unit in order) else list(call.units)
+        ahead = not step.alone and all(unit in run.told for unit in order)
+        todo = order if ahead else list(call.units)
         groups, share = sharding.mesh.cfg.size, self._share(step, call, 1)
         moving = {name: value for name, value in call.unit(0).items() if name in run.adapter.moving}
         for start in range(0, len(todo), groups):
@@ -262,10 +267,11 @@ class HSAHook(LastingHook):
         return self.run.adapter.answer(call.module, call.grid, rows, tuple(others))
 
     def _write(self, step: Step, call: Call, answer: Answer) -> None:
-        """Store fresh rows [batch, A, D] and all else; the run's first ones fix the shapes."""
+        """Store fresh rows [batch, A, D] and all else; a branch's first ones fix the shapes."""
         branch, (rows, others) = self._branch(call.name), answer
         caches = branch.velocities(len(others))
-        if step.index == self.run.first:
+        if not branch.begun:
+            branch.begun = True
             sizes = (call.grid.num_tokens, *(other.shape[1] for other in others))
             for cache, values, size in zip(caches, (rows, *others), sizes, strict=True):
                 cache.start(values.shape[0], size, values.shape[2], values.dtype, values.device)
@@ -291,7 +297,7 @@ class HSAHook(LastingHook):
                     'policy="steps".'
                 )
             processor.cache = cache
-        self._bind_text(branch)
+        self._bind_text(branch, call.expert)
         self.call.cached, self.call.active, self.call.grid = True, active, call.grid
         if step.active is not None:
             # Tokens were evaluated at the same times in all units, of this and of every other branch.
@@ -299,9 +305,9 @@ class HSAHook(LastingHook):
             rows = tiled(step.active, units), units * run.batch_size
             self.call.weight = fresh_weight(clock, step.sigma, *rows, run.kv_damping, run.kv_since, run.conditioned)
 
-    def _bind_text(self, branch: Branch) -> None:
+    def _bind_text(self, branch: Branch, expert: int) -> None:
         """Point the processors of the cross-attention to what the branch knows of its prompt."""
-        stores = branch.text.setdefault(self.expert, [TextKV() for _ in self.texts])
+        stores = branch.text.setdefault(expert, [TextKV() for _ in self.texts])
         for processor, store in zip(self.texts, stores, strict=True):
             processor.store = store
 

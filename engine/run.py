@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,38 +16,16 @@ from ..hsa.config import HSAConfig
 from ..hsa.planner import StepPlanner
 from ..hsa.policies import JointPolicy
 from ..hsa.rows import gather_rows, write_rows
-from .branch import Branch
+from .branch import Branch, guided_velocity
+from .inputs import Change, Inputs
 from .models import Adapter
-from .plans import checked
-from .report import HSAReport, ParallelRecord, StepRecord
-from .sharding import Sharding, Share
-from .solvers import correct_for, forecast_for
+from .plans import CHANGED, Call, Step, checked
+from .ranks import check_degrees, check_ranks
+from .report import HSAReport, StepRecord
+from .sharding import Sharding
+from .solvers import check_levels, check_noise, correct_for, forecast_for
 from .state import check_resumable, restore_run
 from .tokens import Grid
-
-
-@dataclass(kw_only=True)
-class Step:
-    """One step while it runs: `active` is None (all), an empty tensor (none), [A] or [B, A].
-
-    On many ranks also this rank's `shares` of it, by the number of guidance units in the batch, and the `answers` by
-    unit (rows of velocity, and all else) that are known before their branch asks.
-    """
-
-    index: int
-    sigma: float
-    sigma_next: float
-    expert: int
-    active: Tensor | None
-    count: int
-    reason: str
-    started: float
-    entered: set[str] = field(default_factory=set)
-    shares: dict[int, Share] = field(default_factory=dict)
-    answers: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)
-    left: int = 0
-    seconds: float = 0.0
-    recorded: bool = False
 
 
 class Run:
@@ -68,7 +46,9 @@ class Run:
         of every run, if the pipeline is no longer as it should be.
         """
         self.check = check
-        self.pipe, self.adapter, self.config, self.sharding = pipe, adapter, config, sharding
+        self.own, self.adapter, self.config, self.sharding = pipe, adapter, config, sharding
+        # The pipeline that runs: others may share the transformers.
+        self.pipe, self.inputs = pipe, Inputs()
         # What each guidance unit asks of the transformer at all steps alike: as far as seen, or told beforehand.
         self.told: dict[str, dict[str, Any]] = {}
         self.told_ahead: dict[str, dict[str, Any]] = {}
@@ -80,7 +60,6 @@ class Run:
         self.sigmas: list[float] = []
         self.experts: list[int] = []
         self.forced: dict[int, str] = {}
-        self.first = 0
         # Resuming: see save_every, resume and passed.
         self.every: int | None = None
         self.restarts: frozenset[int] = frozenset()
@@ -124,14 +103,21 @@ class Run:
         check_resumable(self.planner)
         self._saved = saved
 
-    def passed(self, name: str, index: int, latents: Tensor, grid: Grid, num_sites: int) -> bool:
-        """Whether branch `name` calls for a step that was done before a break: any answer will do, none is used.
+    def follow(self, pipe: Any) -> None:
+        """Say which pipeline calls; another one than before ends the run that is going on."""
+        if pipe is not self.pipe:
+            self.end()
+            self.pipe = pipe
+
+    def passed(self, call: Call, index: int, latents: Tensor, num_sites: int) -> bool:
+        """Whether a branch calls for a step that was done before a break: any answer will do, none is used.
 
         The first call of a resumed run begins it, and puts back what was saved. Arguments as in `enter`.
         """
+        name = call.name
         if self._saved is not None:
             saved, self._saved = self._saved, None
-            self._begin(0, latents, grid, saved)
+            self._begin(0, latents, call.grid, saved)
             self.step = restore_run(self, saved, num_sites, latents.device)
         if index >= self.resumed_at:
             return False
@@ -140,31 +126,69 @@ class Run:
             step.index, step.entered = index, set()
         elif step is None or index != step.index or name in step.entered:
             return False  # another run begins
+        # What changed in a step that is passed over was answered then, what changes after the last is answered next.
+        self._noticed(call, begins=not step.entered)
         step.entered.add(name)
         return True
 
-    def enter(self, expert: int, name: str, index: int, latents: Tensor, grid: Grid) -> Step:
-        """Say that branch `name` calls the transformer; its first call begins the step, or the run.
+    def enter(self, call: Call, index: int, latents: Tensor) -> Step:
+        """Say that a branch calls the transformer with `latents` of B videos; its first call begins the step, or the run.
 
-        Args:
-            expert: which transformer is called.
-            name: the guidance branch.
-            index: the pipeline's step.
-            latents: the model's input, of each of the B videos.
-            grid: its tokens.
+        Returns:
+            The step; that of a branch alone, if it is given something else than at its call before and other branches
+            have already been answered as planned.
+
+        Raises:
+            ConfigError: the latents are of another size than those that the run began with.
         """
-        step = self.step
-        if step is None or name in step.entered or index != step.index:
+        step, name = self.step, call.name
+        begins = step is None or name in step.entered or index != step.index
+        if begins:
             if step is not None and index == step.index + 1:
                 self._finish(step)
             else:
-                self._begin(index, latents, grid)
-            step = self.step = self._plan(index, expert, latents.device)
+                self._begin(index, latents, call.grid)
+        change = self._noticed(call, begins=begins)
+        if self.sharding is not None:
+            change = Change(self.sharding.agreement.most(change))
+        if change:
+            self._restart(call, change)
+        if begins:
+            if change:
+                self.forced.setdefault(index, CHANGED)
+            step = self.step = self._plan(index, call.expert, latents.device)
+        assert step is not None
+        if (call.grid, latents.shape[0]) != (self.grid, self.batch_size) and self.needs_velocity(index):
+            raise ConfigError(
+                f"The latents changed from {self.batch_size} x {list(self.grid)} tokens to {latents.shape[0]} x "
+                f"{list(call.grid)} in the middle of a run: that is possible with compute=1.0 only."
+            )
         step.entered.add(name)
+        step.units.update(call.units)
+        if change and not begins and step.active is not None:
+            assert self.evaluations is not None
+            return step.whole_for(call, self.evaluations)
         return step
 
-    def leave(self, step: Step) -> None:
+    def _noticed(self, call: Call, *, begins: bool) -> Change:
+        """Look what a call is given that its branch was not given one step ago."""
+        # Groups of ranks keep branches by their number: without one the others move up.
+        return self.inputs.look(call, self.adapter, self.pipe, begins=begins, fewer=self.sharding is not None)
+
+    def _restart(self, call: Call, change: Change) -> None:
+        """Forget what was true before a change: the prompt's keys and values, and evaluations."""
+        if change == Change.ALL and self.sharding is not None:
+            check_degrees(self.sharding, self.adapter, self.pipe)
+        for name, branch in self.branches.items():
+            if change == Change.ALL or name in (call.name, *call.units):
+                branch.restart()
+        if self.own_planner is not None:
+            self.own_planner.jump()
+
+    def leave(self) -> None:
         """Say that a branch's call returned; completes the step when it was the last one expected."""
+        step = self.step
+        assert step is not None, "enter comes first"
         step.seconds = time.perf_counter() - step.started
         step.left += 1
         if len(step.entered) >= len(self.adapter.branches(self.pipe)):
@@ -182,6 +206,11 @@ class Run:
                 history=self.kv_damping > 0.0,
             )
         return self.branches[name]
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether runs may leave out tokens, and so forecast velocities."""
+        return self.config.compute < 1.0 or self.own_planner is None
 
     @property
     def kv_damping(self) -> float:
@@ -224,9 +253,11 @@ class Run:
     def end(self) -> None:
         """Complete the last step: diffusers calls this after a pipeline call. Caches keep their memory."""
         step, self.step, self.timestep = self.step, None, None
+        self.inputs.begin()
         # A step that an exception broke off has no velocities to show.
         if step is not None and step.left == len(step.entered):
             self._finish(step)
+        self.pipe = self.own
 
     def release(self) -> None:
         """Free all caches."""
@@ -263,9 +294,12 @@ class Run:
 
         Whatever an earlier run left behind is forgotten, buffers are kept.
         """
-        self.step, self.first, self.resumed_at, self.kv_since = None, start, 0, math.inf
+        self.step, self.resumed_at, self.kv_since = None, 0, math.inf
+        self.inputs.begin()
         self.check()
         scheduler = self.pipe.scheduler
+        if self.leaves_out:
+            check_noise(scheduler)
         self.forecast, self.correct = forecast_for(self.config, scheduler), correct_for(self.config, scheduler)
         if self.own_planner is not None:
             # Where steps are worth most depends on what is done with skipped ones, and the scheduler may be another.
@@ -273,10 +307,13 @@ class Run:
         self.sigmas = scheduler.sigmas.tolist()
         if not 0 <= start < self.num_steps:
             raise ConfigError(f"step {start} of {self.num_steps}: the scheduler's sigmas do not reach that step.")
+        if self.leaves_out:
+            check_levels(self.sigmas)
         self.experts = self.adapter.experts(self.pipe)
         self.grid, self.batch_size = grid, latents.shape[0]
         self.conditioned = None if self.timestep is None else self.adapter.conditioned(self.timestep)
-        self._check_ranks(latents)
+        if self.sharding is not None:
+            check_ranks(self.sharding, self.adapter, self.pipe, latents)
         self.forced = {0: "first step"}
         for i in range(1, min(len(self.experts), self.num_steps)):
             if self.experts[i] != self.experts[i - 1]:
@@ -381,63 +418,28 @@ class Run:
                 active = active.to(device, non_blocking=device.type == "cuda")
         return active if sharding is None else sharding.agreement.plan(active, self.batch_size)
 
-    def _check_ranks(self, latents: Tensor) -> None:
-        """Raise ConfigError, on all ranks alike, if they cannot work on one video together."""
-        if self.sharding is None:
-            return
-        sites = self.adapter.sites(self.adapter.transformers(self.pipe)[0][1])
-        units = [unit for name in self.adapter.branches(self.pipe) for unit in self.adapter.units(self.pipe, name)]
-        self.sharding.check(math.gcd(*(site.attention.heads for site in sites)), len(units))
-        if not self.sharding.agreement.same(latents):
-            raise ConfigError(
-                "The ranks begin with different latents: they must make the same video, so give the pipeline the same "
-                "prompt and size and a generator with the same seed on every rank."
-            )
-
     def _finish(self, step: Step) -> None:
         """Let the planner see the guided velocities, and record the step; harmless when repeated."""
         if step.recorded:
             return
         step.recorded = True
         if step.count and self.needs_velocity(step.index) and hasattr(self.planner, "observe"):
-            self.planner.observe(step.index, step.sigma, self._guided(step), step.active)
+            entered = {name: self.branches[name] for name in step.entered}
+            guided = guided_velocity(self.adapter, self.pipe, step.expert, entered)
+            self.planner.observe(step.index, step.sigma, guided, step.active)
+        sizes = next((share.sizes for share in step.shares.values()), [])
         record = StepRecord(
             step=step.index,
             sigma=step.sigma,
-            active=step.count,
+            active=step.work(self.grid.num_tokens),
             total=self.grid.num_tokens,
-            reason=step.reason,
+            reason=CHANGED if step.whole else step.reason,
             seconds=step.seconds,
-            parallel=self._shared_by(step),
+            parallel=self.sharding.record(sizes) if self.sharding is not None else None,
         )
         self.records.append(record)
         for listener in tuple(self.on_step):
             listener(record)
-
-    def _shared_by(self, step: Step) -> ParallelRecord | None:
-        """How the ranks shared a step."""
-        if self.sharding is None:
-            return None
-        return self.sharding.record(next((share.sizes for share in step.shares.values()), []))
-
-    def _guided(self, step: Step) -> Tensor:
-        """Mix the units' fresh velocities as the pipeline's guidance does: [B, N, D].
-
-        Not taken from the difference of two latents: those reach the model in its own type, and in bfloat16 a
-        step of sigma is no larger than their rounding.
-        """
-        fresh: dict[str, Tensor] = {}
-        for name in step.entered:
-            units, rows = self.adapter.units(self.pipe, name), self.branches[name].velocity.last
-            assert rows is not None
-            fresh |= zip(units, rows.chunk(len(units)), strict=True)
-        weights = self.adapter.guidance(self.pipe, sorted(fresh), step.expert)
-        guided: Tensor | None = None
-        for unit in sorted(fresh):
-            rows, weight = fresh[unit], weights[unit]
-            guided = rows * weight if guided is None else guided.add_(rows, alpha=weight)
-        assert guided is not None
-        return guided
 
     def _count(self, index: int) -> int | None:
         """Tokens at a step, where known beforehand."""

@@ -19,7 +19,7 @@ from .models import adapter_for
 from .report import HSAReport, StepRecord
 from .run import Run
 from .sharding import Sharding
-from .solvers import kind_of, scheduler_for
+from .solvers import check_noise, kind_of, scheduler_for
 from .state import pipeline_state, restore_pipeline, run_state
 
 
@@ -43,6 +43,8 @@ class HSASession(registry.Uncopied):
         scheduler = scheduler_for(config, pipe.scheduler, adapter.solvers, type(pipe).__name__)
         if scheduler is not pipe.scheduler:
             self._stock_scheduler, self._own_scheduler = pipe.scheduler, scheduler
+        if planner is not None:  # whatever its plans are
+            check_noise(scheduler)
         self._run = Run(pipe, adapter, config, planner, sharding, self._check_run)
         self.planner = self._run.planner
         self._saved: Mapping[str, Any] | None = None
@@ -122,7 +124,7 @@ class HSASession(registry.Uncopied):
             ConfigError: one of the `step_tensors` is not given, or their scheduler has a history out of reach.
         """
         self._check_others(others)
-        return {"run": run_state(self._run), "pipeline": pipeline_state(self.pipe, latents, others)}
+        return {"run": run_state(self._run), "pipeline": pipeline_state(self._run.pipe, latents, others)}
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Let the next run go on where `state` was taken; the pipeline is called as it was then.
@@ -148,7 +150,7 @@ class HSASession(registry.Uncopied):
             return {}
         self._check_others(others)
         saved, self._saved = self._saved, None
-        return {"latents": restore_pipeline(self.pipe, saved, latents.device, others)}
+        return {"latents": restore_pipeline(self._run.pipe, saved, latents.device, others)}
 
     def release(self) -> None:
         """Free the caches; the next run allocates them anew."""
@@ -220,9 +222,10 @@ class HSASession(registry.Uncopied):
                 f"{', '.join(absent)} of {type(self.pipe).__name__} must be saved too: ask for it in "
                 "callback_on_step_end_tensor_inputs, and pass on what the callback gets."
             )
-        if others and kind_of(self.pipe.scheduler) != "euler":
+        pipe = self._run.pipe
+        if others and kind_of(pipe.scheduler) != "euler":
             raise ConfigError(
-                f"{type(self.pipe).__name__} steps {', '.join(others)} by a copy of its scheduler, and a history there "
+                f"{type(pipe).__name__} steps {', '.join(others)} by a copy of its scheduler, and a history there "
                 "cannot be saved: run without checkpoints, or with FlowMatchEulerDiscreteScheduler."
             )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from itertools import pairwise
 from typing import Any
 
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
@@ -42,7 +43,8 @@ def kind_of(scheduler: Any) -> str:
 def build_scheduler(kind: str, like: Any) -> Any:
     """Make a scheduler of `kind` with the training steps and the shift of the scheduler `like`."""
     config = like.config
-    shift = config.get("flow_shift", config.get("shift", 1.0))
+    # FlowMatchEulerDiscreteScheduler's may have been set since, by set_shift.
+    shift = config.get("flow_shift", getattr(like, "shift", 1.0))
     steps = config.num_train_timesteps
     if kind == "euler":
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=shift)
@@ -61,7 +63,7 @@ def scheduler_for(config: HSAConfig, stock: Any, known: Collection[str], pipelin
         pipeline: its class name, for messages.
 
     Raises:
-        ConfigError: the solver does not work with the pipeline, or the forecast not with the scheduler.
+        ConfigError: the solver does not work with the pipeline, or what is to be forecast not with the scheduler.
     """
     scheduler = stock
     if config.solver is not None:
@@ -72,7 +74,9 @@ def scheduler_for(config: HSAConfig, stock: Any, known: Collection[str], pipelin
             )
         if _kind_or_none(stock) != config.solver:
             scheduler = build_scheduler(config.solver, stock)
-    # Every run deduces both anew; what does not fit is better refused now.
+    # Every run asks anew; what does not fit is better refused now.
+    if config.compute < 1.0:
+        check_noise(scheduler)
     forecast_for(config, scheduler)
     correct_for(config, scheduler)
     return scheduler
@@ -84,6 +88,55 @@ def _kind_or_none(scheduler: Any) -> str | None:
         return kind_of(scheduler)
     except ConfigError:
         return None
+
+
+def adds_noise(scheduler: Any) -> bool:
+    """Whether a scheduler's step adds fresh random noise."""
+    config = scheduler.config
+    return bool(config.get("stochastic_sampling")) or str(config.get("algorithm_type")).startswith("sde-")
+
+
+def check_noise(scheduler: Any) -> None:
+    """Refuse a scheduler whose steps add noise, for runs that leave out tokens.
+
+    A token's velocity depends on its noise, so that none can be forecast over a step that replaces it.
+
+    Raises:
+        ConfigError: the scheduler adds noise.
+    """
+    if not adds_noise(scheduler):
+        return
+    config = scheduler.config
+    setting, instead = (
+        ("stochastic_sampling=True", "stochastic_sampling=False")
+        if config.get("stochastic_sampling")
+        else (f"algorithm_type={config.algorithm_type!r}", 'algorithm_type="dpmsolver++"')
+    )
+    raise ConfigError(
+        f"{type(scheduler).__name__} with {setting} adds fresh noise at each step, which no forecast of a skipped "
+        f"token can know: use {instead}, or compute=1.0."
+    )
+
+
+def check_levels(sigmas: Sequence[float]) -> None:
+    """Refuse noise levels that no velocity can be forecast over, for runs that leave out tokens.
+
+    The last two may be equal: some schedulers end where their last step begins.
+
+    Raises:
+        ConfigError: they do not fall from step to step, or lie outside of 0 to 1, where flows are.
+    """
+    if max(sigmas) > 1.0 + 1e-6 or min(sigmas) < 0.0:
+        raise ConfigError(
+            f"The scheduler's sigmas lie between {min(sigmas):.4g} and {max(sigmas):.4g}, and those of a flow between "
+            "0 and 1: use the scheduler's flow sigmas (no Karras, exponential, beta or Lu ones), or compute=1.0."
+        )
+    for step, (sigma, after) in enumerate(pairwise(sigmas)):
+        if after > sigma or (after == sigma and step < len(sigmas) - 2):
+            raise ConfigError(
+                f"The scheduler's sigmas do not fall at step {step}, from {sigma:.4g} to {after:.4g}: a run that "
+                "leaves out tokens needs falling noise levels; give others, or use compute=1.0."
+            )
 
 
 def forecast_for(config: HSAConfig, scheduler: Any) -> str:

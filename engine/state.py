@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .plans import CHANGED, Step
 from .report import plain_step, step_from
 
 if TYPE_CHECKING:
-    from .run import Run, Step
+    from .run import Run
 
 # Settings of a diffusers scheduler: they come with the model, and never change.
 _SETTINGS = ("_internal_dict",)
@@ -50,8 +51,8 @@ def run_state(run: Run) -> dict[str, Any]:
         "sigmas": run.sigmas,
         "grid": list(run.grid),
         "batch_size": run.batch_size,
-        # What made the plan. A full step that only resuming took was not in it.
-        "forced": [[i, reason] for i, reason in run.forced.items() if reason != "resume"],
+        # What made the plan. Full steps that only resuming took, or a change of inputs, were not in it.
+        "forced": [[i, reason] for i, reason in run.forced.items() if reason not in ("resume", CHANGED)],
         "restarts": [i for i in sorted(run.restarts) if i >= step],
         "counts": run.counts,
         "records": [plain_step(record) for record in run.records],
@@ -77,8 +78,6 @@ def restore_run(run: Run, state: Mapping[str, Any], num_sites: int, device: torc
     Raises:
         ConfigError: the run is of another size, or plans other steps.
     """
-    from .run import Step
-
     size = [state["sigmas"], state["grid"], state["batch_size"]]
     if size != [run.sigmas, list(run.grid), run.batch_size]:
         raise ConfigError(
@@ -93,6 +92,7 @@ def restore_run(run: Run, state: Mapping[str, Any], num_sites: int, device: torc
         branch, others = run.branch(name, num_sites), state["others"][name]
         for cache, content in zip(branch.velocities(len(others)), (velocity, *others), strict=True):
             cache.restore(content, device)
+        branch.begun = branch.velocity.last is not None
     run.planner.restore(state["planner"], device)
     run.records = [step_from(record) for record in state["records"]]
     run.evaluations = state["evaluations"].to(device)
@@ -109,11 +109,16 @@ def restore_run(run: Run, state: Mapping[str, Any], num_sites: int, device: torc
 
 def pipeline_state(pipe: Any, latents: Tensor, others: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return what a pipeline carries from step to step: latents, `others`, the scheduler's history, random numbers."""
-    rng = {"cpu": torch.get_rng_state()}
+    rng = {"cpu": random_state(torch.device("cpu"))}
     if latents.device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state(latents.device)
+        rng["cuda"] = random_state(latents.device)
     scheduler = scheduler_state(pipe.scheduler)
     return {"latents": latents, "others": dict(others), "scheduler": scheduler, "rng": rng}
+
+
+def random_state(device: torch.device) -> Tensor:
+    """State of the random numbers that are drawn on a device without a generator of their own."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def restore_pipeline(pipe: Any, state: Mapping[str, Any], device: torch.device, others: Mapping[str, Tensor]) -> Tensor:

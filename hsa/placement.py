@@ -42,7 +42,7 @@ class GapCosts:
         """Prepare for a schedule.
 
         Args:
-            sigmas: T + 1 falling noise levels.
+            sigmas: T + 1 falling noise levels; the last two may be equal.
             forecast: "hold", "taylor" or "ab2"; what is assumed of skipped steps.
             correct: whether the next evaluation corrects them in hindsight (`velocity.VelocityCache`).
             longest: no gap is longer than this many steps.
@@ -110,7 +110,7 @@ class GapCosts:
         """The costs [longest + 1, T, longest], `UNREACHABLE` where a step would lie outside of the schedule."""
         (left, right), sigma, v = self._gaps, self.sigmas, self.velocities
         moved, first, second = self._moments()
-        chord = (v[:, right] - v[:, left]) / (sigma[right] - sigma[left])
+        chord = (v[:, right] - v[:, left]) / _nonzero(sigma[right] - sigma[left])
         outside = left + torch.arange(self.longest) >= self.num_steps
         corrected = (right < self.num_steps) & self.correct
         costs = []
@@ -120,7 +120,7 @@ class GapCosts:
             if d and self.forecast != "hold":
                 span = (sigma[left] - sigma[before]).masked_fill(left == before, 1.0)
                 slope = (v[:, left] - v[:, before]) / span
-                bend = second / (sigma[right] - sigma[before])
+                bend = second / _nonzero(sigma[right] - sigma[before])
             error = moved - slope * first - corrected * (chord - slope) * (first + bend)
             cost = (error * self.growth[:, right]).square().sum(0)
             impossible = outside | ((left < d) if d else (left > 0))
@@ -135,6 +135,11 @@ class GapCosts:
             total += UNREACHABLE if d > self.longest or gap >= self.longest else float(self.table[d, step, gap])
             before = step
         return total
+
+
+def _nonzero(span: Tensor) -> Tensor:
+    """Spans in sigma as divisors. A schedule may end with a step without length, over which nothing changes."""
+    return span.masked_fill(span == 0, 1.0)
 
 
 def best_steps(costs: GapCosts, count: int, required: Collection[int] = ()) -> list[int]:

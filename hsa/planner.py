@@ -38,6 +38,7 @@ class StepPlanner:
         self._switches: frozenset[int] = frozenset()
         self._tokens: TokenState | None = None
         self._velocity: Tensor | None = None
+        self._jumped = False
         self._others: Tensor | None = None
         self._given: Tensor | None = None
 
@@ -74,6 +75,7 @@ class StepPlanner:
         self._schedule, self._batch_size = schedule, batch_size
         self._switches = schedule.forced_full if switches is None else switches
         self._tokens = self._velocity = None
+        self._jumped = False
 
     def _count(self, schedule: Schedule) -> list[int]:
         if self.config.compute == 1.0:
@@ -141,9 +143,9 @@ class StepPlanner:
             self._velocity = velocity.clone()
             return
         tokens = self._tokens
-        # Across a change of experts velocities jump for reasons that say nothing about the tokens: keep the
-        # rates.
-        learn = step not in self._switches
+        # Across a change of experts, or of the prompt, velocities jump for reasons that say nothing about the tokens:
+        # keep the rates.
+        learn, self._jumped = step not in self._switches and not self._jumped, False
         if active is None or 4 * active.shape[-1] > velocity.shape[1]:
             self._observe_many(sigma, velocity, active, learn)
         else:
@@ -155,6 +157,10 @@ class StepPlanner:
         fill_rows(tokens.last, active, sigma)
         tokens.age += 1
         fill_rows(tokens.age, active, 0)
+
+    def jump(self) -> None:
+        """Say that velocities jump before the next `observe`, because the prompt or the model is another now."""
+        self._jumped = True
 
     def _observe_many(self, sigma: float, velocity: Tensor, active: Tensor | None, learn: bool) -> None:
         """Update when many tokens are active: one pass over all is then faster than gathering."""
@@ -177,6 +183,7 @@ class StepPlanner:
         return {
             "tokens": None if tokens is None else {"rate": tokens.rate, "last": tokens.last, "age": tokens.age},
             "velocity": self._velocity,
+            "jumped": self._jumped,
             "policy": self.policy.state(),
         }
 
@@ -187,6 +194,7 @@ class StepPlanner:
         if state["tokens"] is not None:
             self._tokens = TokenState(**{name: tensor.to(device) for name, tensor in state["tokens"].items()})
             self._velocity = state["velocity"].to(device)
+        self._jumped = state.get("jumped", False)
         self.policy.restore(state["policy"], device)
 
     def reason(self, step: int) -> str:

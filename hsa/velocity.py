@@ -154,6 +154,8 @@ class VelocityCache:
         if self._owed is not None:
             # Paid once. The scheduler multiplies by the step's length, so the displacement is divided by it.
             (active, owed), self._owed = self._owed, None
+            if sigma_next == sigma:  # nothing moves by a step without length
+                return velocity
             velocity = velocity.clone() if velocity is self.last else velocity
             write_rows(velocity, active, gather_rows(velocity, active) + owed / (sigma_next - sigma))
         return velocity

@@ -58,11 +58,15 @@ class Agreement:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says yes: what stops one rank must stop all at the same step."""
+        return bool(self.most(int(flag)))
+
+    def most(self, number: int) -> int:
+        """Return the largest number that any rank says."""
         if self.mesh.world.size == 1:
-            return flag
-        said = torch.tensor([int(flag)], device=self._device)
+            return number
+        said = torch.tensor([number], device=self._device)
         dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.mesh.world.group)
-        return bool(said.item())
+        return int(said.item())
 
     def decide(self, make: Callable[[], T]) -> T:
         """Let rank 0 make a value and give it to all; what it raises on purpose is raised on all.
