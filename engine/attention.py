@@ -82,7 +82,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, backe
 
 
 class TextKV:
-    """Keys and values of the prompt in one layer, for one guidance branch: constant over the steps of a run."""
+    """Keys and values of the prompt in one layer, for one guidance branch: good until prompt or weights change."""
 
     def __init__(self) -> None:
         """Know nothing yet."""

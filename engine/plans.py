@@ -88,16 +88,18 @@ class Step:
     recorded: bool = False
 
     def whole_for(self, call: Call, evaluations: Tensor) -> Step:
-        """The step of one branch alone, which needs all tokens after others have been answered with fewer.
+        """The step of one branch alone, which needs all tokens anew after others have been answered as planned.
 
         What it evaluates is added to `evaluations` [B, N].
         """
-        if not self.whole:
-            more = torch.ones_like(evaluations)
-            if self.count:
-                fill_rows(more, self.active, 0)
-            evaluations += more
-        self.whole.update(call.units)
+        if self.active is not None:
+            if not self.whole:
+                more = torch.ones_like(evaluations)
+                if self.count:
+                    fill_rows(more, self.active, 0)
+                evaluations += more
+            self.whole.update(call.units)
+        # What another group of ranks may have answered beforehand is no longer asked.
         for unit in call.units:
             self.answers.pop(unit, None)
         return replace(self, active=None, count=evaluations.shape[1], shares={}, answers={}, alone=True)

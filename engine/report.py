@@ -42,9 +42,9 @@ class StepRecord:
     Attributes:
         step: its number, from 0.
         sigma: noise level it starts at.
-        active: evaluated tokens per sample.
+        active: evaluated tokens per sample, the mean over the guidance units where these differ.
         total: tokens per sample, N.
-        reason: why it has that size, e.g. "first step", "full", "partial", "skipped", "expert switch".
+        reason: why it has that size: "first step", "full", "partial", "skipped", "expert switch", "inputs changed" ...
         seconds: wall time on the host from its first model call to its last, or to the next step.
         parallel: how the ranks shared it; None on one rank.
     """

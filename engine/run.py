@@ -132,11 +132,11 @@ class Run:
         return True
 
     def enter(self, call: Call, index: int, latents: Tensor) -> Step:
-        """Say that a branch calls the transformer with `latents` of B videos; its first call begins the step, or the run.
+        """Say that a branch calls the transformer with the B videos `latents`; its first call begins the step, or run.
 
         Returns:
-            The step; that of a branch alone, if it is given something else than at its call before and other branches
-            have already been answered as planned.
+            The step; that of this branch alone, if it is given something else than at its call before and others have
+            been answered already.
 
         Raises:
             ConfigError: the latents are of another size than those that the run began with.
@@ -165,7 +165,7 @@ class Run:
             )
         step.entered.add(name)
         step.units.update(call.units)
-        if change and not begins and step.active is not None:
+        if change and not begins:
             assert self.evaluations is not None
             return step.whole_for(call, self.evaluations)
         return step

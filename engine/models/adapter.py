@@ -38,7 +38,7 @@ class Adapter(Protocol):
     stock_processors: ClassVar[tuple[type, ...]]
     """Types of the attention processors that may be replaced."""
     moving: ClassVar[tuple[str, ...]]
-    """Arguments that change from step to step; all others are constant over a run, for each unit."""
+    """Arguments that change from step to step; where another one changes, forecasts of its branch begin anew."""
     solvers: ClassVar[tuple[str, ...]]
     """Schedulers that may replace the pipeline's own."""
     step_tensors: ClassVar[tuple[str, ...]]
@@ -68,7 +68,7 @@ class Adapter(Protocol):
 
     @staticmethod
     def text_attentions(transformer: Any) -> list[Any]:
-        """Cross-attention modules whose keys and values are those of the prompt, constant over a run."""
+        """Cross-attention modules whose keys and values are those of the prompt, constant until that changes."""
         return []
 
     @staticmethod

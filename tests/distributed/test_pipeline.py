@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import ranks
 import tiny
@@ -168,3 +169,92 @@ def refused(layout, changes, seeds):
 def test_what_cannot_be_is_refused_by_all_ranks(layout, changes, seeds, says):
     for message in ranks.run_ranks(len(seeds), refused, layout, changes, seeds):
         assert says in message
+
+
+CHANGED = {"prompt": "prompt_embeds", "negative prompt": "negative_prompt_embeds"}
+
+
+def changing(kind, config, planner, layout, changes):
+    """`make` with a callback that changes what guides the run after some steps."""
+    what, moments = changes
+
+    def callback(pipe, step, timestep, tensors):
+        if step not in moments:
+            return {}
+        if what == "weights":
+            pipe.transformer.blocks[1].attn2.to_v.weight.mul_(-1.0)
+        name = CHANGED.get(what)
+        return {name: -tensors[name]} if name else {}
+
+    names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    changed = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": names, "steps": 12}
+    return make(kind, config, planner, layout, changed)
+
+
+@pytest.mark.parametrize("layout", [{"ulysses": 2}, {"ring": 2}, {"cfg": 2}], ids=str)
+@pytest.mark.parametrize("what", ["prompt", "negative prompt", "weights"])
+@pytest.mark.parametrize("policy", ["joint", "tokens"])
+def test_what_guides_a_run_changes(layout, what, policy):
+    config, changes = HSAConfig(compute=0.5, policy=policy), (what, (3, 6, 7))
+    alone, counts, _ = changing("euler", config, None, None, changes)
+    everyone = ranks.run_ranks(2, changing, "euler", config, None, layout, changes)
+    assert counts != make_alone("euler", config, None, (("steps", 12),))[1]
+    for latents, shared_counts, _ in everyone:
+        assert shared_counts == counts
+        assert torch.equal(latents, everyone[0][0])
+        assert (latents - alone).abs().max() < TOLERANCE
+
+
+def only_one(layout):
+    """A change that one rank alone sees is answered by all, so that none waits for ever."""
+    pipe = tiny.build("euler", heads=4)
+    session = apply(pipe, HSAConfig(compute=0.5), parallel=ParallelConfig(**layout))
+
+    def callback(pipe, step, timestep, tensors):
+        alone = step == 3 and torch.distributed.get_rank() == 1
+        return {"prompt_embeds": tensors["prompt_embeds"] * 1.0001} if alone else {}
+
+    names = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    tiny.generate(pipe, callback_on_step_end=callback, steps=12, **names)
+    return [(step.active, step.reason) for step in session.report.steps]
+
+
+@pytest.mark.parametrize("layout", [{"ulysses": 2}, {"cfg": 2}], ids=str)
+def test_a_change_on_one_rank_is_one_on_all(layout):
+    first, second = ranks.run_ranks(2, only_one, layout)
+    assert first == second
+    assert first[4] == (48, "inputs changed")
+
+
+def without_guidance(layout):
+    pipe = tiny.build("euler", heads=4)
+    apply(pipe, HSAConfig(compute=0.5), parallel=ParallelConfig(**layout))
+
+    def callback(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 1.0
+        return {}
+
+    with pytest.raises(ConfigError, match="cfg=2"):
+        tiny.generate(pipe, callback_on_step_end=callback, steps=12)
+
+
+def test_guidance_that_ends_leaves_no_work_for_groups_of_ranks():
+    ranks.run_ranks(2, without_guidance, {"cfg": 2})
+
+
+def noisy(seeds):
+    pipe = tiny.build("euler", heads=4)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+    apply(pipe, HSAConfig(compute=1.0), parallel=ParallelConfig(ulysses=2))
+    torch.manual_seed(seeds[torch.distributed.get_rank()])
+    if seeds[0] == seeds[1]:
+        return tiny.generate(pipe)
+    with pytest.raises(ConfigError, match="with one seed"):
+        tiny.generate(pipe)
+    return None
+
+
+def test_a_samplers_noise_is_the_same_on_all_ranks():
+    first, second = ranks.run_ranks(2, noisy, (3, 3))
+    assert torch.equal(first, second)
+    ranks.run_ranks(2, noisy, (3, 4))

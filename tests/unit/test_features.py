@@ -123,6 +123,21 @@ def test_callbacks(family):
     assert not near(changed, run(pipe), 1e-3)
 
 
+@feature("prompts changed by a callback")
+def test_changed_prompts(family):
+    pipe, names = make(family), ["prompt_embeds", "negative_prompt_embeds"]
+
+    def callback(pipe, step, timestep, tensors):
+        return {name: -tensors[name] for name in names} if step == 1 else {}
+
+    arguments = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": names}
+    changed = dense_is_stock(pipe, **arguments)
+    assert not near(changed, run(pipe), 1e-3)
+    session = hs.apply(pipe, hs.HSAConfig(compute=COMPUTE, policy="tokens"))
+    assert torch.isfinite(run(pipe, **arguments)).all()
+    assert session.report.steps[2].active == session.report.steps[2].total
+
+
 @feature("LoRA: load, fuse, unfuse, unload")
 def test_lora(family):
     pytest.importorskip("peft", reason="the extra 'dev' is not installed")
