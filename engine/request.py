@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RESUME = ("auto", "never")
+MAX_SIDE = 16384
+"""Greatest width and height, in pixels, that libx264 encodes."""
 
 
 class Cancelled(HeterostepError):
@@ -141,8 +143,12 @@ class GenerateRequest:
 
     prompt: str = setting(metavar="TEXT", help="what the video shows")
     negative_prompt: str = setting("", metavar="TEXT", help="what it should not show; needs a guidance scale above 1")
-    width: int | None = setting(None, least=1, flag="", unit="pixels", help="pixels, a multiple of the model's step")
-    height: int | None = setting(None, least=1, flag="", unit="pixels", help="pixels, a multiple of the model's step")
+    width: int | None = setting(
+        None, least=1, most=MAX_SIDE, flag="", unit="pixels", help="pixels, a multiple of the model's step"
+    )
+    height: int | None = setting(
+        None, least=1, most=MAX_SIDE, flag="", unit="pixels", help="pixels, a multiple of the model's step"
+    )
     num_frames: int | None = setting(None, least=1, flag="frames", help="frames; for Wan 4 k + 1, for LTX-2 8 k + 1")
     fps: int | None = setting(
         None, least=1, most=1000, help="frames per second of the file; a model with sound is told it too"

@@ -18,9 +18,7 @@ from ..errors import ConfigError, RequestError
 from .audio import Audio
 from .facts import first_line
 from .files import check_writable, replacing, unfinished
-
-MAX_SIDE = 16384
-"""Greatest width and height, in pixels, that libx264 encodes."""
+from .request import MAX_SIDE
 
 # Visually lossless for libx264, at a size that still goes into a message.
 _CRF = "16"

@@ -251,7 +251,7 @@ def test_record_and_comparison(engine):
         ({"num_inference_steps": 0}, "at least 1"),
         ({"num_frames": 0}, "at least 1"),
         ({"num_frames": 4.5}, "whole number"),
-        ({"width": -16}, "at least 1"),
+        ({"width": -16}, "from 1 to 16384"),
         ({"fps": True}, "whole number"),
         ({"guidance_scale": math.inf}, "finite"),
         ({"guidance_scale": 1e39}, "from 0 to 1000"),
