@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import IntEnum
-from itertools import chain
 from typing import Any
 
 import torch
@@ -95,10 +94,14 @@ class Weights:
         return self._now() == self._seen
 
     def _now(self) -> tuple[Any, ...]:
-        held = chain.from_iterable(values.values() for values in self._parameters)
-        parameters = [(_version(p), _place(p) if self._still else 0) for p in held if p is not None]
+        held = [p for values in self._parameters for p in values.values() if p is not None]
+        try:
+            versions = [p._version for p in held]
+        except RuntimeError:  # changes of what was made in inference mode are not counted
+            versions = [_version(p) for p in held]
+        places = [_place(p) for p in held] if self._still else []
         children = [id(child) for values in self._children for child in values.values()]
-        return children, parameters, [_strength(module) for module in self._adapted]
+        return children, versions, places, [_strength(module) for module in self._adapted]
 
 
 class _Noted:

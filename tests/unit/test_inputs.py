@@ -286,6 +286,17 @@ def test_changes_are_seen_in_inference_mode():
     assert made(0.5)[1].report.steps[4].reason == "inputs changed"
 
 
+def test_weights_that_were_made_in_inference_mode():
+    def made(compute):
+        pipe = tiny_pipeline()
+        session = hs.apply(pipe, hs.HSAConfig(compute=compute)) if compute else None
+        with torch.inference_mode():
+            return generate(pipe, **at(3, other_weights)), session
+
+    assert torch.equal(made(1.0)[0], made(None)[0])
+    assert made(0.5)[1].report.steps[4].reason == "inputs changed"
+
+
 @pytest.mark.parametrize("change", ["strength", "disabled"])
 def test_ltx2_follows_lora(change):
     pytest.importorskip("peft", reason="the extra 'dev' is not installed")
