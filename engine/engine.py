@@ -123,9 +123,11 @@ class Engine:
             ConfigError: the weights are sharded over other ranks, or this rank is to lead but cannot read prompts.
         """
         if self.config.shard_weights:
-            raise ConfigError("sharded weights lie on the ranks that loaded them: load the model anew for other ranks")
+            raise ConfigError(
+                "sharded weights belong to the ranks that loaded them: reload the model to use other ranks"
+            )
         if not self.reads and (sharding is None or sharding.agreement.leads):
-            raise ConfigError("this rank has no text encoder and cannot be the first: load the model anew on it")
+            raise ConfigError("this rank has no text encoder, so it cannot be rank 0: reload the model on it")
         parallel = None if sharding is None else sharding.config
         self.config, self.sharding = dataclasses.replace(self.config, parallel=parallel), sharding
 
@@ -188,7 +190,7 @@ class Engine:
 
     def _events(self, request: ResolvedRequest, image: Image.Image | None, job: JobConfig | None) -> Iterator[Event]:
         if not self._busy.acquire(blocking=False):
-            raise RequestError("this engine is making a video already; wait for it, cancel it, or use a second engine")
+            raise RequestError("this engine is already making a video; wait for it, cancel it, or use a second engine")
         self._stop = stop = Stop()
         events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
 

@@ -181,7 +181,9 @@ def read_facts(model: str) -> ModelFacts:
         sizes = ltx2_facts(transformer, vae, *others) if others else _wan_facts(pipeline, index, transformer, vae)
         facts = ModelFacts(name=model, location=location, pipeline=pipeline, **sizes)
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
-        raise ConfigError(f"model {model!r}: its transformer or VAE config lacks or misstates {error}") from error
+        raise ConfigError(
+            f"model {model!r}: a value in its transformer or VAE config is missing or invalid ({error})"
+        ) from error
     least = {
         "num_layers": facts.num_layers,
         "num_attention_heads": facts.num_heads,
@@ -194,7 +196,7 @@ def read_facts(model: str) -> ModelFacts:
     }
     for name, size in least.items():
         if size < 1:
-            raise ConfigError(f"model {model!r}: its config says {name} {size}, but sizes are at least 1")
+            raise ConfigError(f"model {model!r}: its config sets {name} to {size}, but it must be at least 1")
     _check_channels(facts, transformer.get("in_channels"), vae.get("latent_channels" if others else "z_dim"))
     return facts
 
@@ -228,22 +230,22 @@ def _check_variant(model: str, pipeline: str, transformer: Mapping[str, Any], va
     """Refuse a variant of a supported pipeline: it would fail after loading, or its videos would be wrong."""
     if pipeline.startswith("Wan") and transformer.get("pos_embed_seq_len") is not None:
         raise ConfigError(
-            f"model {model!r} needs a last image beside the first (its transformer sets pos_embed_seq_len), which is "
-            "not supported yet; use a model that starts from one image, such as Wan2.1-I2V"
+            f"model {model!r} needs two images, the first and the last frame (its transformer sets pos_embed_seq_len), "
+            "which is not supported yet; use a model that starts from one image, such as Wan2.1-I2V"
         )
     wanted = _WAN_PARTS if pipeline.startswith("Wan") else _LTX2_PARTS
     for name, config, kind in zip(("transformer", "vae"), (transformer, vae), wanted, strict=True):
         found = config.get("_class_name", kind)
         if found != kind:
-            raise ConfigError(f"model {model!r}: its {name} is a {found}, but heterostep runs {pipeline} with {kind}")
+            raise ConfigError(f"model {model!r}: its {name} is a {found}, but heterostep needs {kind} for {pipeline}")
     known = _settings(wanted[0])
     # One that is off asks for nothing: newer versions of diffusers write down all that they have.
     unknown = [f"{key}={value!r:.40}" for key, value in transformer.items() if value and key not in known]
     unknown = [setting for setting in unknown if not setting.startswith("_")]
     if unknown:
         raise ConfigError(
-            f"model {model!r}: its transformer sets {', '.join(sorted(unknown)[:3])}, which {wanted[0]} does not know, "
-            "so that its videos would be wrong; use a model without it, or a heterostep that supports it"
+            f"model {model!r}: its transformer sets {', '.join(sorted(unknown)[:3])}, which {wanted[0]} does not "
+            "support, so its videos would be wrong; use a model without this setting"
         )
 
 
@@ -263,8 +265,8 @@ def _check_channels(facts: ModelFacts, taken: Any, latent: Any) -> None:
     given = latent if facts.image != "required" else 2 * latent + facts.vae_temporal
     if taken is not None and taken != given:
         raise ConfigError(
-            f"model {facts.name!r}: its transformer takes {taken} channels, but {facts.pipeline} gives it {given}; "
-            "one of the two belongs to another model"
+            f"model {facts.name!r}: its transformer takes {taken} channels, but {facts.pipeline} passes {given}; "
+            "the transformer or the VAE belongs to another model"
         )
 
 
@@ -300,7 +302,7 @@ def locate(model: str) -> str:
         folder = Path(model).expanduser()
         found, is_folder = folder.exists(), folder.is_dir()
     except (OSError, RuntimeError) as error:  # a name that is too long; the home of nobody
-        raise ConfigError(f"model {model[:80]!r} is no usable name of a folder ({first_line(error)})") from error
+        raise ConfigError(f"model {model[:80]!r} cannot be used as a folder name ({first_line(error)})") from error
     if is_folder:
         if not (folder / "model_index.json").is_file():
             raise ConfigError(f"model folder {model!r} has no model_index.json, so it is not a diffusers pipeline")
@@ -316,7 +318,7 @@ def _read_json(model: str, location: str, name: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"model {model!r} has no {name}, so it is not complete") from error
+        raise ConfigError(f"model {model!r} has no {name}, so it is incomplete") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"model {model!r}: {name} cannot be read ({first_line(error)})") from error
     if not isinstance(content, dict):
@@ -332,8 +334,8 @@ def _fetch(model: str, name: str) -> Path:
         return Path(hf_hub_download(model, name))
     except Exception as error:  # the hub client raises some twenty types of several libraries
         raise ConfigError(
-            f"model {model!r} is no local folder and cannot be had from the hub ({type(error).__name__}); "
-            "check the name and the network, or name a local folder"
+            f"model {model!r} is not a local folder and could not be downloaded from the Hugging Face Hub "
+            f"({type(error).__name__}); check the name and the network, or name a local folder"
         ) from error
 
 

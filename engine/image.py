@@ -55,7 +55,7 @@ def read_image(source: ImageSource) -> Image.Image:
         said = getattr(error, "strerror", None) or type(error).__name__
         raise RequestError(f"{name} cannot be read ({said}); name a PNG, JPEG or WebP file") from error
     if not is_file:
-        what = "is no file" if there else "does not exist"
+        what = "is not a file" if there else "does not exist"
         raise RequestError(f"{name} {what}; name a PNG, JPEG or WebP file")
     return _decoded(content, name)
 
@@ -63,20 +63,20 @@ def read_image(source: ImageSource) -> Image.Image:
 def _decoded(content: bytes, name: str) -> Image.Image:
     """Decode a file's bytes; nothing is decoded before its size is known to be fine."""
     if len(content) > MAX_BYTES:
-        raise RequestError(f"{name} has more than {MAX_BYTES >> 20} MiB; save it smaller, or as JPEG")
+        raise RequestError(f"{name} is larger than {MAX_BYTES >> 20} MiB; reduce it, or save it as JPEG")
     try:
         with warnings.catch_warnings():
             # Pillow's own limit is higher than ours.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise RequestError(f"{name} has more than {MAX_PIXELS // 10**6} million pixels; make it smaller") from error
+        raise RequestError(f"{name} has more than {MAX_PIXELS // 10**6} million pixels; scale it down") from error
     except Exception as error:  # what Pillow's readers raise for torn headers has no end
-        raise RequestError(f"{name} is no PNG, JPEG or WebP image; convert it to one of these") from error
+        raise RequestError(f"{name} is not a PNG, JPEG or WebP image; convert it to one of these") from error
     # A photograph of a telephone can hold further pictures (MPO) without being an animation.
     frames = getattr(opened, "n_frames", 1) if opened.format != "MPO" else 1
     if frames > 1:
-        raise RequestError(f"{name} is an animation of {frames} pictures; give a single one")
+        raise RequestError(f"{name} is an animation of {frames} pictures; use a single picture")
     return _upright(opened, name)
 
 
@@ -84,16 +84,16 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise RequestError(
-            f"{name} has {width}x{height} pixels, and at most {MAX_PIXELS // 10**6} million are taken; make it smaller"
+            f"{name} has {width}x{height} pixels, but the limit is {MAX_PIXELS // 10**6} million; scale it down"
         )
     if min(width, height) < MIN_SIDE:
-        raise RequestError(f"{name} has {width}x{height} pixels, and each side needs at least {MIN_SIDE}; take another")
+        raise RequestError(f"{name} has {width}x{height} pixels, but each side needs at least {MIN_SIDE}; scale it up")
     if image.mode.startswith(_DEEP):
-        raise RequestError(f"{name} has more than 8 bits in a pixel's grey; save it with 8 bits")
+        raise RequestError(f"{name} is a grayscale image of more than 8 bits; save it with 8 bits")
     try:
         return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # torn data; broken EXIF
-        raise RequestError(f"{name} cannot be decoded: its file is cut off or damaged; save it again") from error
+        raise RequestError(f"{name} cannot be decoded: the file is truncated or damaged; save it again") from error
 
 
 def size_for(image: Image.Image, area: int, step: tuple[int, int]) -> tuple[int, int]:

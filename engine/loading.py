@@ -31,7 +31,9 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', not {name!r}")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= found:
-        raise ConfigError(f"device {name!r} is not there: this PyTorch sees {found} CUDA devices")
+        raise ConfigError(
+            f"device {name!r} does not exist: PyTorch sees {found} CUDA devices; use 'auto' or another device"
+        )
     return device
 
 
@@ -185,7 +187,7 @@ def _load_networks(facts: ModelFacts, folder: Path, index: Mapping[str, Any], dt
         if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
             continue  # a tokenizer, a scheduler, a setting; what is wrong with it the pipeline says
         if not (folder / name).is_dir():  # the libraries would take the path for a hub id
-            raise ConfigError(f"model {facts.name!r} has no folder {name}, so it is not complete")
+            raise ConfigError(f"model {facts.name!r} has no folder {name}, so it is incomplete")
         networks[name], info = cls.from_pretrained(  # type: ignore[attr-defined]
             folder / name,
             dtype=torch.float32 if name in float32 else dtype,
@@ -198,7 +200,7 @@ def _load_networks(facts: ModelFacts, folder: Path, index: Mapping[str, Any], dt
         if absent:
             more = ", ..." if len(absent) > _NAMED else ""
             raise ConfigError(
-                f"model {facts.name!r}: the files of its {name} lack {len(absent)} of {len(tensors)} tensors "
-                f"({', '.join(absent[:_NAMED])}{more}); copy or download that folder again"
+                f"model {facts.name!r}: its {name} files are missing {len(absent)} of {len(tensors)} tensors "
+                f"({', '.join(absent[:_NAMED])}{more}); download or copy that folder again"
             )
     return networks

@@ -64,7 +64,7 @@ class EngineConfig:
         ConfigError: a value is not one of these.
     """
 
-    model: str = setting("demo", metavar="M", help="'demo', a folder in diffusers format, or a hub id")
+    model: str = setting("demo", metavar="M", help="'demo', a folder in diffusers format, or a Hugging Face Hub id")
     hsa: HSAConfig | None = field(default_factory=HSAConfig)
     dtype: str = setting(
         "auto", choices=DTYPES, metavar="T", help="data type; auto is bfloat16 on a GPU and float32 on the CPU"
@@ -73,8 +73,8 @@ class EngineConfig:
     parallel: ParallelConfig | None = None
     shard_weights: bool = setting(
         False,
-        help="each rank keeps a part of the transformer's weights and gathers one layer at a time: for models too "
-        "large for a device; LoRA cannot be loaded then",
+        help="each rank keeps a part of the transformer's weights and gathers one layer at a time, for models too "
+        "large for one device; LoRA weights cannot be loaded then",
     )
 
     def __post_init__(self) -> None:
@@ -84,11 +84,13 @@ class EngineConfig:
                 f"parallel must be a ParallelConfig such as ParallelConfig(ulysses=2), not {self.parallel!r}"
             )
         if self.shard_weights and (self.parallel is None or self.parallel.world_size == 1):
-            raise ConfigError("shard_weights needs several ranks to share the weights; name them with parallel")
+            raise ConfigError(
+                "shard_weights needs several ranks to share the weights; set parallel=ParallelConfig(...)"
+            )
         if self.shard_weights and self.parallel is not None and self.parallel.cut == "measured":
             raise ConfigError(
-                "shard_weights with cut='measured': ranks that gather each layer together wait for each other, so that "
-                "none is seen to be faster; take cut='equal'"
+                "shard_weights does not work with cut='measured': ranks that gather each layer wait for each other, so "
+                "their speeds cannot be measured; use cut='equal'"
             )
         if not self.model.strip():
             raise ConfigError("model must be 'demo', a folder, or a hub id (owner/name), not an empty name")
@@ -112,14 +114,15 @@ class JobConfig:
     folder: str | os.PathLike[str] = setting(
         flag="job-dir",
         metavar="DIR",
-        help="folder of this one video, made if it does not exist: checkpoints, progress and result",
+        help="folder of this one video, created if needed: checkpoints, progress and result",
     )
     checkpoint_every: int = setting(5, least=1, unit="steps", metavar="K", help="denoising steps between checkpoints")
     resume: str = setting(
         "auto",
         choices=RESUME,
         metavar="R",
-        help="auto resumes at the folder's newest whole checkpoint; never begins anew and removes what is there",
+        help="auto resumes at the newest complete checkpoint in the folder; with never, the job starts over and the "
+        "folder's old job is deleted",
     )
 
     def __post_init__(self) -> None:
@@ -142,20 +145,29 @@ class GenerateRequest:
     """
 
     prompt: str = setting(metavar="TEXT", help="what the video shows")
-    negative_prompt: str = setting("", metavar="TEXT", help="what it should not show; needs a guidance scale above 1")
+    negative_prompt: str = setting(
+        "", metavar="TEXT", help="what the video should not show; needs a guidance scale above 1"
+    )
     width: int | None = setting(
         None, least=1, most=MAX_SIDE, flag="", unit="pixels", help="pixels, a multiple of the model's step"
     )
     height: int | None = setting(
         None, least=1, most=MAX_SIDE, flag="", unit="pixels", help="pixels, a multiple of the model's step"
     )
-    num_frames: int | None = setting(None, least=1, flag="frames", help="frames; for Wan 4 k + 1, for LTX-2 8 k + 1")
-    fps: int | None = setting(
-        None, least=1, most=1000, help="frames per second of the file; a model with sound is told it too"
+    num_frames: int | None = setting(
+        None, least=1, flag="frames", help="number of frames: 4 k + 1 for Wan, 8 k + 1 for LTX-2"
     )
-    num_inference_steps: int | None = setting(None, least=1, flag="steps", help="denoising steps")
+    fps: int | None = setting(
+        None, least=1, most=1000, help="frames per second of the file, and of the motion in models with sound"
+    )
+    num_inference_steps: int | None = setting(None, least=1, flag="steps", help="number of denoising steps")
     guidance_scale: float | None = setting(
-        None, least=0, most=1000, flag="guidance", metavar="G", help="classifier-free guidance; 1 or less runs without"
+        None,
+        least=0,
+        most=1000,
+        flag="guidance",
+        metavar="G",
+        help="classifier-free guidance scale; 1 or less turns guidance off",
     )
     guidance_scale_2: float | None = setting(
         None,
@@ -163,9 +175,9 @@ class GenerateRequest:
         most=1000,
         flag="guidance-2",
         metavar="G",
-        help="guidance of the second expert of a model with two; left out, the first one's",
+        help="guidance scale of the second expert of models with two; left out, that of the first",
     )
-    seed: int = setting(0, least=0, most=2**63 - 1, help="seed of the initial noise, the same on every device")
+    seed: int = setting(0, least=0, most=2**63 - 1, help="seed of the initial noise, which is the same on every device")
     compute: float | None = like(HSAConfig, "compute", default=None, flag="")
     image: str | os.PathLike[str] | Image.Image | None = setting(
         None, metavar="FILE", help="PNG, JPEG or WebP image that the video starts from, for models that take one"
@@ -264,7 +276,7 @@ def _check_grid(request: ResolvedRequest, facts: ModelFacts) -> None:
     if facts.audio_rate and round(request.num_frames / request.fps * facts.audio_rate) < 1:
         raise RequestError(
             f"{request.num_frames} frames at {request.fps} per second are too short for sound, which needs "
-            f"{1000 / facts.audio_rate:.0f} ms; take more frames or fewer per second"
+            f"{1000 / facts.audio_rate:.0f} ms; use more frames or a lower fps"
         )
     grid = facts.grid(request.width, request.height, request.num_frames)
     if max(grid) > facts.rope_max:

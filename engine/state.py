@@ -86,7 +86,7 @@ def restore_run(run: Run, state: Mapping[str, Any], num_sites: int, device: torc
             "settings that it was begun with"
         )
     if run.counts != state["counts"]:
-        raise ConfigError("the saved run was planned by another version or planner: it can only be begun anew")
+        raise ConfigError("the saved run was planned by another version or planner: start it from the beginning")
     run.branches.clear()
     for name, velocity in state["branches"].items():
         branch, others = run.branch(name, num_sites), state["others"][name]

@@ -32,10 +32,9 @@ def stopped(done: int, num_steps: int, job: Job | None) -> Cancelled:
     """What to raise for a run that stopped after `done` steps; `job` if it was to be saved."""
     if job is None:
         return Cancelled(f"cancelled after step {done} of {num_steps}")
-    where = f"it was saved at step {job.saved}" if job.saved else "no step of it is saved"
+    where = f"step {job.saved} is saved" if job.saved else "no step is saved"
     return Interrupted(
-        f"stopped after step {done} of {num_steps}; {where} in {str(job.folder)!r}, and goes on from there when it is "
-        "asked for again",
+        f"stopped after step {done} of {num_steps}; {where} in {str(job.folder)!r}, and the same request resumes there",
         job.saved,
     )
 

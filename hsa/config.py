@@ -31,12 +31,12 @@ class HSAConfig:
     policy: str = setting(
         "joint",
         choices=POLICIES,
-        help="how the share is spent: joint places whole steps and adds a partial one where they miss the target, "
-        "tokens ranks single tokens at every evaluated step, groups is the paper's reading (step divisors 1, 2, 4, 8), "
-        "steps evaluates whole steps only",
+        help="how the share is spent: joint places whole steps, and adds a partial step where they miss the "
+        "target, tokens ranks single tokens at every evaluated step, groups follows the paper (step "
+        "divisors 1, 2, 4, 8), steps evaluates whole steps only",
     )
-    warmup: int | None = setting(None, least=1, help="first steps at which all tokens are active")
-    cooldown: int | None = setting(None, least=0, help="last steps at which all tokens are active")
+    warmup: int | None = setting(None, least=1, help="number of first steps at which all tokens are active")
+    cooldown: int | None = setting(None, least=0, help="number of last steps at which all tokens are active")
     profile: float | None = setting(
         None,
         least=-4,
@@ -44,7 +44,7 @@ class HSAConfig:
         help="for tokens and steps: exponent of the share over the sigma steps; below 0 spends more on early steps",
     )
     solver: str | None = setting(
-        None, choices=SOLVERS, help="replaces the pipeline's scheduler; left out, the model's own stays"
+        None, choices=SOLVERS, help="scheduler to use in place of the pipeline's; left out, the pipeline's own stays"
     )
     forecast: str | None = setting(
         None,
@@ -53,16 +53,20 @@ class HSAConfig:
         "(with --solver euler) follows the exact solution of the flow",
     )
     correct: bool | None = setting(
-        None, help="correct each forecast in hindsight by the next evaluation; needs a policy of whole steps"
+        None, help="correct each forecast afterwards with the next evaluation; needs a policy of whole steps"
     )
     kv_forecast: float | None = setting(
         None, least=0, most=1, help="damping of the linear forecast of stale keys and values; 0 is off"
     )
     max_age: int | None = setting(
-        None, least=1, help="for tokens: evaluated steps after which a token is evaluated again, if the budget allows"
+        None,
+        least=1,
+        help="for tokens: evaluated steps after which a skipped token is evaluated again, if the budget allows",
     )
     kv_dtype: str | None = setting(
-        None, choices=KV_DTYPES, help="data type of cached keys and values; left out, the computed one"
+        None,
+        choices=KV_DTYPES,
+        help="data type of cached keys and values; left out, the type in which they are computed",
     )
 
     def __post_init__(self) -> None:

@@ -20,9 +20,9 @@ from .signals import JobStopped
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_ELSEWHERE = 73
-"""EX_CANTCREAT of sysexits.h: the video is made, but lies elsewhere than it was asked to be."""
+"""EX_CANTCREAT of sysexits.h: the video is made, but could not be written to the path that was asked for."""
 EXIT_SAVED = 75
-"""EX_TEMPFAIL of sysexits.h: the same command goes on later."""
+"""EX_TEMPFAIL of sysexits.h: the same command resumes later."""
 EXIT_INTERRUPTED = 130
 
 _EPILOG = """\
@@ -38,18 +38,18 @@ examples:
 
 _GENERATE_EPILOG = """\
 examples:
-  half of the work, and a picture of where it went:
+  half of the work, with a map of which tokens were computed:
     heterostep generate --prompt "a red disc moves right" --compute 0.5 --output v.mp4 --heatmap h.mp4
-  what does it save, and what does it cost?
+  compare speed and quality with the dense run:
     heterostep generate --prompt "a red disc moves right" --compute 0.33 --compare-dense --report r.json
   on two ranks of this machine:
     heterostep generate --prompt "a red disc moves right" --nproc 2 --ulysses 2 --output two.mp4
-  on a gang of ranks that replaces those that die:
+  on a group of Ray actors that replaces ranks that die:
     heterostep generate --prompt "a red disc moves right" --ray --nproc 2 --output two.mp4
-  a long one, to be given again after whatever broke it off:
+  a long run that the same command resumes after an interruption:
     heterostep generate --prompt "a red disc moves right" --job-dir disc --output disc.mp4
 
-Whatever is left out takes the model's own default; `heterostep info --model M` shows them.
+Flags that are left out take the model's defaults; `heterostep info --model M` shows them.
 """
 
 
@@ -57,11 +57,11 @@ _SERVE_EPILOG = """\
 examples:
   on this machine, without Ray: API and web page at http://127.0.0.1:8000/
     heterostep serve --no-ray --data-dir ./videos
-  two replicas of one GPU each on Ray Serve, for everybody who has a key:
+  two replicas with one GPU each on Ray Serve, for clients with an API key:
     heterostep serve --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --replicas 2 --gpus-per-replica 1 \\
         --host 0.0.0.0 --api-key-file keys.txt --data-dir /srv/videos
 
-docs/serving.md describes the API, the settings, and what is lost when.
+docs/serving.md describes the API, the settings, and what survives which failure.
 """
 
 
@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; it imports nothing heavy, so that `--help` is quick."""
     parser = _Parser(
         prog="heterostep",
-        description="Make videos sooner: every token gets its own number of denoising steps.",
+        description="Make videos faster with Wan and LTX-2: compute a share of the denoising work, forecast the rest.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -126,13 +126,15 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     add_flags(how, HSAConfig)
     ranks = command.add_argument_group(
         "on how many ranks",
-        "A rank is a process, with a GPU of its own where there are any. Degrees that are left out are chosen.",
+        "A rank is one process, with its own GPU if there are GPUs. Degrees that are left out are chosen.",
     )
     add_flags(ranks, Ranks)
     add_flags(ranks, ParallelConfig, defaults=False)
     add_flags(ranks, EngineConfig, leave_out=["model", "dtype", "device"])
     add_flags(command.add_argument_group("what to write"), Outputs)
-    job = command.add_argument_group("how to survive a break", "SIGTERM and SIGUSR1 then save and exit with 75.")
+    job = command.add_argument_group(
+        "how to survive interruptions", "With a job, SIGTERM and SIGUSR1 save the current step and exit with code 75."
+    )
     add_flags(job, JobConfig, required=False)
     command.set_defaults(run=_generate)
 

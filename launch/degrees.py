@@ -54,7 +54,7 @@ def parallel_from(
         if command.shard_weights:
             how["shard_weights"] = True
         if how:
-            raise ConfigError(f"--{next(iter(how)).replace('_', '-')} is for several ranks; start them with --nproc P")
+            raise ConfigError(f"--{next(iter(how)).replace('_', '-')} needs several ranks; start them with --nproc P")
         return None, ""
     config, reason = choose(size, num_heads, num_branches)
     if asked:

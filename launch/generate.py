@@ -111,7 +111,7 @@ def _finished(config: EngineConfig, request: GenerateRequest, job: JobConfig, ra
 
 def _on_ray(command: Command, rank: Rank | None, progress: Progress) -> tuple[VideoOutput, dict[str, Any]]:
     if rank is not None:
-        raise ConfigError("--ray is for `heterostep generate`: under torchrun the ranks are there already")
+        raise ConfigError("--ray works only with `heterostep generate`: torchrun has already started the ranks")
     if find_spec("ray") is None:
         raise ConfigError("ray is not installed; pip install '.[ray]' in heterostep's folder, or leave out --ray")
     from .gang.generate import generate_on_ray
@@ -170,7 +170,7 @@ def _work(
         nonlocal asked
         asked = True
         if not engines:
-            raise JobStopped(f"stopped before its first step; the same command begins the job in {job.folder}")
+            raise JobStopped(f"stopped before the first step; the same command starts the job in {job.folder}")
         engines[0].save_and_stop()
 
     try:
@@ -188,7 +188,7 @@ def _work(
     except Interrupted as interrupted:
         raise JobStopped(str(interrupted)) from interrupted
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(f"; the same command goes on with the job in {job.folder}") from interrupt
+        raise KeyboardInterrupt(f"; the same command resumes the job in {job.folder}") from interrupt
     return output, run_record(engines[0], output)
 
 
@@ -197,7 +197,7 @@ def _run(events: Iterator[Event], label: str, progress: Progress) -> VideoOutput
     output = None
     for event in progress.follow(events, label):
         if isinstance(event, Started) and event.resumed_at is not None:
-            progress.say(f"going on after step {event.resumed_at} of {event.request.num_inference_steps}")
+            progress.say(f"resuming after step {event.resumed_at} of {event.request.num_inference_steps}")
         elif isinstance(event, VideoOutput):
             output = event
     assert output is not None

@@ -26,30 +26,34 @@ _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0"
 class Outputs:
     """What `generate` writes and prints."""
 
-    output: str = setting("video.mp4", metavar="FILE", help="the video")
-    heatmap: str | None = setting(None, metavar="FILE", help="mp4: the video beside a map of evaluations per token")
-    latents: str | None = setting(None, metavar="FILE", help="safetensors: the final latents")
-    report: str | None = setting(None, metavar="FILE", help="json: settings, versions, times, steps, evaluations")
-    overwrite: bool = setting(False, help="replace files that exist, as without it, but without a word")
-    no_clobber: bool = setting(False, help="refuse, before any work, to replace a file that exists")
+    output: str = setting("video.mp4", metavar="FILE", help="mp4 file of the video")
+    heatmap: str | None = setting(
+        None, metavar="FILE", help="mp4 file of the video beside a map of evaluations per token"
+    )
+    latents: str | None = setting(None, metavar="FILE", help="safetensors file of the final latents")
+    report: str | None = setting(
+        None, metavar="FILE", help="JSON file of settings, versions, times, steps and evaluations"
+    )
+    overwrite: bool = setting(False, help="replace existing files without a message")
+    no_clobber: bool = setting(False, help="refuse to replace existing files, before any work starts")
     scale: int = setting(1, least=1, help="enlarge the pixels of the video N times")
-    compare_dense: bool = setting(False, help="make the dense video too; say what was saved and what it cost")
-    quiet: bool = setting(False, help="print nothing but errors")
+    compare_dense: bool = setting(False, help="make the dense video too; print the speed-up and the quality")
+    quiet: bool = setting(False, help="print errors only")
 
     def __post_init__(self) -> None:
         check(self)
         if self.overwrite and self.no_clobber:
-            raise ConfigError("--overwrite and --no-clobber are opposites; give one of them")
+            raise ConfigError("--overwrite and --no-clobber contradict each other; give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
     """Which processes `generate` starts."""
 
-    nproc: int | None = setting(None, least=1, metavar="P", help="start P ranks on this machine (default 1)")
-    ray: bool = setting(False, help="start them as Ray actors")
+    nproc: int | None = setting(None, least=1, metavar="P", help="number of ranks to start on this machine (default 1)")
+    ray: bool = setting(False, help="start the ranks as Ray actors")
     ray_address: str | None = setting(
-        None, metavar="A", help="start them on a running Ray cluster, such as auto or HOST:PORT"
+        None, metavar="A", help="start the ranks on a running Ray cluster; auto or HOST:PORT"
     )
 
     def __post_init__(self) -> None:
@@ -61,24 +65,27 @@ class Serving:
     """Where `serve` listens, and which processes it starts."""
 
     host: str = setting("127.0.0.1", metavar="H", help="address to listen on")
-    port: int = setting(8000, least=0, most=65535, help="port; 0 takes any that is free")
+    port: int = setting(8000, least=0, most=65535, help="port to listen on; 0 takes any free port")
     allow_host: tuple[str, ...] = setting(
         (),
         metavar="NAME",
-        help="on a loopback address without keys: a further name that browsers may use; may be repeated",
+        help="another host name that browsers may use, for a loopback address without keys; may be repeated",
     )
     remove_unknown: bool = setting(
-        False, help="remove the folders in data-dir that belong to no video, say which, and end; a service keeps them"
+        False,
+        help="delete the folders in data-dir that belong to no video, list them, and exit; without it they are kept",
     )
-    no_ray: bool = setting(False, help="one service process with its workers, without Ray")
+    no_ray: bool = setting(False, help="run one service process with its workers, without Ray")
     ray_address: str | None = setting(
-        None, metavar="A", help="a running Ray cluster, such as auto; else one is started"
+        None,
+        metavar="A",
+        help="running Ray cluster to use, auto or HOST:PORT; left out, one is started on this machine",
     )
     gpus_per_replica: int | None = setting(
         None,
         least=0,
         metavar="W",
-        help="on Ray: GPUs for each replica (default 1 where there are any); from 2 on as many ranks make each video",
+        help="on Ray: GPUs of each replica (default 1 if there are any); from 2 on, that many ranks make each video",
     )
 
     def __post_init__(self) -> None:
@@ -196,9 +203,9 @@ def read_settings(values: Mapping[str, Any], *classes: type) -> dict[str, Any]:
 
 def _job(settings: dict[str, Any], outputs: Outputs) -> JobConfig | None:
     if "folder" in settings and outputs.compare_dense:
-        raise ConfigError("--compare-dense makes two videos, but a job is one; leave out --job-dir to compare")
+        raise ConfigError("--compare-dense makes two videos, but a job holds one; leave out --job-dir to compare")
     if settings and "folder" not in settings:
-        raise ConfigError(f"--{next(iter(settings)).replace('_', '-')} is for jobs; name a folder with --job-dir")
+        raise ConfigError(f"--{next(iter(settings)).replace('_', '-')} needs a job; name its folder with --job-dir")
     return JobConfig(**settings) if settings else None
 
 

@@ -49,8 +49,8 @@ class OutputFiles:
         self.existing = [path for name, path in present.items() if name not in self._own]
         if outputs.no_clobber and self.existing:
             raise ConfigError(
-                f"{_listed(self.existing)} exist{'s' * (len(self.existing) == 1)} already, and --no-clobber lets no "
-                "file be replaced; name another, or leave out --no-clobber"
+                f"{_listed(self.existing)} already exist{'s' * (len(self.existing) == 1)}, and --no-clobber "
+                "forbids replacing files; choose another name, or leave out --no-clobber"
             )
 
     def check(self, request: ResolvedRequest) -> None:
@@ -71,7 +71,9 @@ class OutputFiles:
     def announce(self, say: Callable[[str], None]) -> None:
         """Say which files will be replaced."""
         if self.existing and not self._outputs.overwrite:
-            say(f"{_listed(self.existing)} will be replaced (--no-clobber refuses that, --overwrite does not say it)")
+            say(
+                f"{_listed(self.existing)} will be replaced (--no-clobber refuses this, --overwrite hides this message)"
+            )
 
     def write(self, output: VideoOutput, record: Mapping[str, Any]) -> list[str]:
         """Write all of them; what cannot be written where it was asked to be is written elsewhere.
@@ -136,7 +138,7 @@ def _writers(output: VideoOutput, record: Mapping[str, Any], scale: int) -> dict
 
 
 def _elsewhere(wanted: Path, placed: Placed) -> str:
-    return f"{wanted} could not be written ({placed.reason}); it is made, and lies at {placed.path}"
+    return f"{wanted} could not be written ({placed.reason}); the finished file is {placed.path}"
 
 
 def _own_files(folder: Path | None) -> dict[str, Any]:

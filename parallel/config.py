@@ -29,14 +29,27 @@ class ParallelConfig:
         ConfigError: a value is out of range or of the wrong type.
     """
 
-    cfg: int = setting(1, least=1, metavar="C", help="groups of ranks that run one guidance branch each, 1 or 2")
-    ring: int = setting(1, least=1, metavar="R", help="ranks that share the tokens of a layer; any number")
-    ulysses: int = setting(1, least=1, metavar="U", help="ranks that share the heads of a layer; must divide them")
+    cfg: int = setting(
+        1, least=1, metavar="C", help="number of groups of ranks, each of which runs its share of the guidance branches"
+    )
+    ring: int = setting(1, least=1, metavar="R", help="number of ranks that share the tokens of a layer")
+    ulysses: int = setting(
+        1,
+        least=1,
+        metavar="U",
+        help="number of ranks that share the attention heads of a layer; must divide the number of heads",
+    )
     ring_cache: str = setting(
-        "auto", choices=RING_CACHES, help="gathered keeps all K/V on every ring rank, sharded its own range"
+        "auto",
+        choices=RING_CACHES,
+        help="gathered keeps all keys and values on every ring rank, sharded keeps a part on each",
     )
     kernel: str = setting("auto", choices=KERNELS, help="attention kernel")
-    cut: str = setting("equal", choices=CUTS, help="measured gives faster ranks more tokens")
+    cut: str = setting(
+        "equal",
+        choices=CUTS,
+        help="how tokens are cut into slices: equal, or measured, which gives faster ranks more tokens",
+    )
     weights: tuple[float, ...] | None = setting(
         None, flag="", help="relative speeds of the ring * ulysses ranks of a sequence group, ring-major"
     )

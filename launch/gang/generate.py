@@ -176,7 +176,7 @@ def _keep(
 
     def stop() -> None:
         if not gang.working:
-            raise JobStopped(f"stopped; the same command goes on with the job in {job.folder}")
+            raise JobStopped(f"stopped; the same command resumes the job in {job.folder}")
         gang.wish("stop")
 
     try:
@@ -185,4 +185,4 @@ def _keep(
     except Cancelled as stopped:
         raise JobStopped(str(stopped)) from stopped
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(f"; the same command goes on with the job in {job.folder}") from interrupt
+        raise KeyboardInterrupt(f"; the same command resumes the job in {job.folder}") from interrupt

@@ -31,30 +31,38 @@ class ServiceSettings:
         ConfigError: a value is out of range, or data_dir cannot be written.
     """
 
-    data_dir: Path = setting(Path("heterostep-data"), metavar="DIR", help="folder of jobs and results")
+    data_dir: Path = setting(Path("heterostep-data"), metavar="DIR", help="folder for jobs and results")
     engine: EngineConfig = field(default_factory=EngineConfig)
     degrees: Mapping[str, Any] = field(default_factory=dict)
     shard_weights: bool = like(EngineConfig, "shard_weights", flag="")
-    replicas: int = setting(1, least=1, metavar="R", help="models at work at once")
-    ranks: int = setting(1, least=1, metavar="W", help="processes that make each video together, of every replica")
-    threads: int | None = setting(None, least=1, flag="", help="threads of each rank on CPUs")
+    replicas: int = setting(1, least=1, metavar="R", help="number of models loaded, each making one video at a time")
+    ranks: int = setting(1, least=1, metavar="W", help="number of ranks in each replica that make a video together")
+    threads: int | None = setting(None, least=1, flag="", help="number of threads of each rank on CPUs")
     checkpoint_every: int = like(JobConfig, "checkpoint_every")
     api_key_file: Path | None = setting(
-        None, metavar="F", help="text file with a key a line, a name before it; left out, everybody may call"
+        None,
+        metavar="F",
+        help="text file with one API key on each line, after a name if wanted; left out, no key is needed",
     )
     allowed_hosts: tuple[str, ...] = ()
     root_path: str = setting(
         "",
         metavar="P",
-        help="path of the site behind a proxy, such as /video; left out, the site's root or what the proxy says",
+        help="path under which a proxy serves the site, such as /video; left out, X-Forwarded-Prefix or /",
     )
-    max_queue: int = setting(100, least=1, help="videos in the queue; more are answered 429")
-    max_prompt: int = setting(4000, least=1, help="characters of a prompt")
-    max_pixels: int | None = setting(None, least=1, help="width x height x frames of a video (default 4 x the model's)")
-    max_frames: int | None = setting(None, least=1, help="frames of a video (default 4 x the model's)")
-    max_steps: int | None = setting(None, least=1, help="denoising steps (default 4 x the model's)")
+    max_queue: int = setting(
+        100, least=1, help="maximum number of videos in the queue; further requests are answered 429"
+    )
+    max_prompt: int = setting(4000, least=1, help="maximum length of a prompt in characters")
+    max_pixels: int | None = setting(
+        None, least=1, help="maximum width x height x frames of a video (default 4 x the model's)"
+    )
+    max_frames: int | None = setting(
+        None, least=1, help="maximum number of frames of a video (default 4 x the model's)"
+    )
+    max_steps: int | None = setting(None, least=1, help="maximum number of denoising steps (default 4 x the model's)")
     keep_days: float = setting(30.0, above=0, help="delete finished videos after X days")
-    keep_gib: float = setting(20.0, above=0, help="delete the oldest finished videos when all exceed X GiB")
+    keep_gib: float = setting(20.0, above=0, help="delete the oldest finished videos when together they exceed X GiB")
 
     def __post_init__(self) -> None:
         check(self)

@@ -69,7 +69,7 @@ def test_killed_twice_gives_the_same_bits_and_is_found_again(tmp_path):
         assert finish(process)[0] == -signal.SIGKILL
     assert not (tmp_path / "v.mp4").exists()
     status, out, err = finish(start(tmp_path, *files))
-    assert (status, errors(err)) == (0, "") and "going on after step" in out
+    assert (status, errors(err)) == (0, "") and "resuming after step" in out
     for name in ("l.safetensors", "v.mp4"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
     assert [json.loads(line)["step"] for line in progress(tmp_path)] == list(range(1, STEPS + 1))
@@ -92,7 +92,7 @@ def test_told_to_go(tmp_path, number):
     process.send_signal(number)
     status, _, err = finish(process)
     assert status == 75
-    sentence = r"heterostep: stopped after step (\d+) of 500; it was saved at step \1 in 'job', .*\n"
+    sentence = r"heterostep: stopped after step (\d+) of 500; step \1 is saved in 'job', .*\n"
     assert re.fullmatch(sentence, errors(err)), err
     step = len(progress(tmp_path))
     assert (tmp_path / "job" / f"checkpoint-{step:06d}.json").exists()
@@ -105,7 +105,7 @@ def test_ctrl_c_saves_a_job(tmp_path):
     process.send_signal(signal.SIGINT)
     status, _, err = finish(process)
     assert status == 130
-    assert errors(err) == "heterostep: interrupted; the same command goes on with the job in job\n"
+    assert errors(err) == "heterostep: interrupted; the same command resumes the job in job\n"
     saved = [path.name for path in (tmp_path / "job").glob("checkpoint-*.json")]
     assert saved and max(saved) >= "checkpoint-000003.json"
 

@@ -155,10 +155,10 @@ def test_a_stopped_job_goes_on_with_other_degrees(alone, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
-    assert "it was saved at step" in err
+    assert "is saved in" in err
     done = run(GENERATE, *JOB, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "going on after step" in done.stdout
+    assert "resuming after step" in done.stdout
     assert (latents(tmp_path) - latents(alone)).abs().max() < 1e-4
     assert steps_done(tmp_path) == list(range(1, STEPS + 1))
     again = run(GENERATE, *JOB, *degrees, cwd=tmp_path)

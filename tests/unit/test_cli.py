@@ -144,7 +144,7 @@ def test_policies_and_solvers(capsys, tiny_model, tmp_path, policy, solver):
         (["--solver", "heun"], "solver"),
         (["--dtype", "int4"], "--dtype: must be one of"),
         (["--device", "tpu"], "device must be"),
-        (["--device", "cuda:77"], "not there"),
+        (["--device", "cuda:77"], "does not exist"),
         (["--output", "v.avi"], "must end in .mp4"),
         (["--output", "absent/v.mp4"], "does not exist"),
         (["--heatmap", "absent/h.mp4"], "does not exist"),
@@ -152,8 +152,8 @@ def test_policies_and_solvers(capsys, tiny_model, tmp_path, policy, solver):
         (["--latents", "l.pt"], "must end in .safetensors"),
         (["--output", "v.mp4", "--heatmap", "./v.mp4"], "same name"),
         (["--checkpoint-every", "0", "--job-dir", "j"], "at least 1"),
-        (["--checkpoint-every", "5"], "--checkpoint-every is for jobs; name a folder with --job-dir"),
-        (["--resume", "auto"], "--resume is for jobs"),
+        (["--checkpoint-every", "5"], "--checkpoint-every needs a job; name its folder with --job-dir"),
+        (["--resume", "auto"], "--resume needs a job"),
         (["--resume", "maybe", "--job-dir", "j"], "--resume: must be one of auto, never, not 'maybe'"),
         (["--job-dir", "j", "--compare-dense"], "leave out --job-dir"),
         (["--job-dir", ""], "must be a path"),
@@ -220,10 +220,10 @@ def test_missing_models(capsys, command, model, rule):
         (None, ["--image", "a.png"], "makes videos from text alone; leave out the image"),
         ("wan21 i2v", [], "makes videos from an image; give one (--image FILE)"),
         ("ti2v5b", ["--image", "absent.png"], "image 'absent.png' does not exist"),
-        ("ti2v5b", ["--image", "."], "image '.' is no file"),
+        ("ti2v5b", ["--image", "."], "image '.' is not a file"),
         ("ti2v5b", ["--image", ""], "path of a file"),
-        ("ti2v5b", ["--image", "text.png"], "image 'text.png' is no PNG, JPEG or WebP image"),
-        ("ti2v5b", ["--image", "torn.png"], "image 'torn.png' cannot be decoded: its file is cut off or damaged"),
+        ("ti2v5b", ["--image", "text.png"], "image 'text.png' is not a PNG, JPEG or WebP image"),
+        ("ti2v5b", ["--image", "torn.png"], "image 'torn.png' cannot be decoded: the file is truncated or damaged"),
         ("ti2v5b", ["--image", "a.png", "--size", "40x48"], "nearest size is 48x48"),
         ("ti2v5b", ["--image", "long.png"], "at most 64 along each axis"),
     ],
@@ -308,7 +308,7 @@ def test_a_job_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
     assert make()[::2] == (1, f"heterostep: {TOO_LARGE}\n")
     monkeypatch.undo()
     status, out, err = make("--report", tmp_path / "r.json")
-    assert (status, err) == (0, "") and out.startswith("going on after step 8 of 8\n")
+    assert (status, err) == (0, "") and out.startswith("resuming after step 8 of 8\n")
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["seconds"]["checkpoint"] > 0 and len(report["steps"]) == 8
     (tmp_path / "v.mp4").unlink()
@@ -333,7 +333,7 @@ def test_signals_while_the_model_loads(capsys, tiny_model, tmp_path, monkeypatch
     monkeypatch.setattr("heterostep.engine.engine.load_pipeline", load)
     flags = ["generate", *PROMPT, "--model", tiny_model, "--output", tmp_path / "v.mp4", "--job-dir", tmp_path / "job"]
     status, _, err = run(capsys, *flags)
-    assert status == 75 and "stopped before its first step" in err and err.count("\n") == 1
+    assert status == 75 and "stopped before the first step" in err and err.count("\n") == 1
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -402,7 +402,10 @@ def command(*argv, cwd, **environment):
 def test_hub_id_when_offline(tmp_path):
     done = command("generate", *PROMPT, "--model", "nobody/no-model", cwd=tmp_path, HF_HOME=str(tmp_path / "hub"))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "no local folder and cannot be had from the hub" in done.stderr and errors(done.stderr).count("\n") == 1
+    assert (
+        "is not a local folder and could not be downloaded from the Hugging Face Hub" in done.stderr
+        and errors(done.stderr).count("\n") == 1
+    )
 
 
 def test_hub_id_from_the_cache(tiny_model, tmp_path):

@@ -80,8 +80,8 @@ def asked_for(image=None, **fields):
 @pytest.mark.parametrize(
     ("asked", "facts", "says"),
     [
-        (asked_for(b"torn", input_reference="file"), {}, "is no PNG, JPEG or WebP image"),
-        (asked_for(png(picture())[:-99], input_reference="file"), {}, "cut off or damaged"),
+        (asked_for(b"torn", input_reference="file"), {}, "is not a PNG, JPEG or WebP image"),
+        (asked_for(png(picture())[:-99], input_reference="file"), {}, "truncated or damaged"),
         (asked_for(input_reference={"image_url": "http://169.254.169.254/"}), {}, "links are not followed"),
         (asked_for(input_reference={"file_id": "file-1"}), {}, "must be a file in a form"),
         (asked_for(), {"image": "required"}, "makes videos from an image; send one as input_reference"),

@@ -149,7 +149,7 @@ def test_progress_is_one_line_a_step(engine, tmp_path):
 @pytest.mark.parametrize("step", [0, 3, 5, STEPS - 1])
 def test_save_and_stop(engine, unbroken, tmp_path, step):
     said = interrupt(engine, tmp_path, step)
-    assert f"stopped after step {step + 1} of 12; it was saved at step {step + 1} in" in str(said)
+    assert f"stopped after step {step + 1} of 12; step {step + 1} is saved in" in str(said)
     assert said.step == step + 1 and "\n" not in str(said)
     started, *_, output = events_of(engine, tmp_path)
     assert started.resumed_at == step + 1
@@ -190,12 +190,12 @@ def test_stopped_before_the_first_step_and_while_passing_over(engine, tmp_path, 
 
     with monkeypatch.context() as patched:
         patched.setattr("heterostep.engine.engine.encode_prompts", encode)
-        with pytest.raises(Interrupted, match="stopped after step 0 of 12; no step of it is saved") as caught:
+        with pytest.raises(Interrupted, match="stopped after step 0 of 12; no step is saved") as caught:
             events_of(engine, tmp_path)
     assert caught.value.step == 0
     crash(engine, tmp_path, 9)
     said = interrupt(engine, tmp_path, 2)
-    assert said.step == 8 and "stopped after step 8 of 12; it was saved at step 8" in str(said)
+    assert said.step == 8 and "stopped after step 8 of 12; step 8 is saved" in str(said)
     assert events_of(engine, tmp_path)[0].resumed_at == 8
 
 

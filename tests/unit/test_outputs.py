@@ -49,9 +49,9 @@ def test_what_exists_is_replaced_with_a_word(command, tmp_path):
 def test_no_clobber_refuses_before_the_work(command, tmp_path):
     (tmp_path / "h.mp4").write_text("mine")
     status, out, err = command("--no-clobber", "--heatmap", "h.mp4")
-    assert (status, out) == (2, "") and err.startswith("heterostep: h.mp4 exists already, and --no-clobber")
+    assert (status, out) == (2, "") and err.startswith("heterostep: h.mp4 already exists, and --no-clobber")
     status, _, err = command("--no-clobber", "--overwrite")
-    assert status == 2 and "opposites" in err
+    assert status == 2 and "contradict" in err
     assert (tmp_path / "h.mp4").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -62,7 +62,7 @@ def test_a_job_may_replace_its_own_files_only(command, tmp_path):
     assert status == 0 and "nothing was computed" in out and "replaced" not in out
     (tmp_path / "r.json").write_text("{}")  # somebody else's
     status, _, err = command(*job)
-    assert status == 2 and "r.json exists already" in err and (tmp_path / "r.json").read_text() == "{}"
+    assert status == 2 and "r.json already exists" in err and (tmp_path / "r.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize("job", [(), ("--job-dir", "job")])
@@ -80,7 +80,7 @@ def test_a_video_that_cannot_be_written_lies_elsewhere(command, tmp_path, monkey
     assert status == 73 and status in FINAL and "Traceback" not in err
     err = err.splitlines()[-1]  # after the lines of progress
     for name in names.values():
-        assert f"{name} could not be written (Input/output error); it is made, and lies at " in err
+        assert f"{name} could not be written (Input/output error); the finished file is " in err
         assert not (tmp_path / name).exists()
     assert ("--output writes it again from job" in err) == bool(job)
     made = {path.suffix: path for path in tmp_path.glob("heterostep-*")}
