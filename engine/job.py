@@ -212,8 +212,8 @@ class Job:
         found = differences(saved.job, self._identity)
         if found:
             raise JobDiffers(
-                f"the job folder {str(self.folder)!r} holds another job, which differs in {', '.join(found)}: ask for "
-                'the same, name another folder (--job-dir), or begin anew (--resume never, resume="never")'
+                f"the job folder {str(self.folder)!r} holds another job, which differs in {', '.join(found)}: repeat "
+                'that request, name another folder (--job-dir), or start over (--resume never, resume="never")'
             )
 
 

@@ -36,7 +36,7 @@ def test_what_exists_is_replaced_with_a_word(command, tmp_path):
     assert "replaced" not in command()[1]
     old = (tmp_path / "video.mp4").stat().st_mtime_ns
     status, out, _ = command("--report", "r.json")
-    assert status == 0 and out.startswith("video.mp4 will be replaced (--no-clobber refuses that")
+    assert status == 0 and out.startswith("video.mp4 will be replaced (--no-clobber refuses this")
     assert (tmp_path / "video.mp4").stat().st_mtime_ns > old
     assert "will be replaced" not in command("--overwrite", "--report", "r.json")[1]
     assert command("--quiet")[1:] == ("", "")
