@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 
 from ..errors import ConfigError
 from ..hsa.config import HSAConfig
@@ -72,7 +73,8 @@ class Job:
         self.saved, self.seconds = 0, 0.0
         self._anew, self._identity, self._quiet = config.resume == "never", identity, quiet
         self._whole: list[int] = []
-        self._lock: BinaryIO | None = None
+        # `stream` may be closed by another thread than began it. A mere marker file would outlive a killed process.
+        self._lock = FileLock(self.folder / ".lock", blocking=False, thread_local=False, fallback_to_soft=False)
         self._progress: BinaryIO | None = None
         self._progress_works, self._failing = True, False
 
@@ -85,26 +87,26 @@ class Job:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "ab")
-            _exclude_others(self._lock, self.folder)
+            self._lock.acquire()
+        except Timeout as error:
+            raise JobInUse(
+                f"the job folder {str(self.folder)!r} is in use by another run: wait for it, or name another folder"
+            ) from error
         except OSError as error:
-            self.__exit__(None, None, None)
-            raise ConfigError(f"the job folder {str(self.folder)!r} cannot be used ({error.strerror})") from error
-        except ConfigError:
-            self.__exit__(None, None, None)
-            raise
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise ConfigError(f"the job folder {str(self.folder)!r} cannot be used ({error.strerror})") from error
+            _warn("the file system of %s has no locks: do not start the same job twice", str(self.folder))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Let others in."""
-        for file in (self._progress, self._lock):
-            # The progress file may hold a line that no longer fits onto the disk.
-            with contextlib.suppress(OSError):
-                if file is not None:
-                    file.close()
-        self._progress = self._lock = None
+        with contextlib.suppress(OSError):  # the progress file may hold a line that no longer fits onto the disk
+            if self._progress is not None:
+                self._progress.close()
+        self._progress = None
+        self._lock.release()
 
     def finished(self) -> Finished | None:
         """Return the stored result, or None if there is none.
@@ -236,24 +238,6 @@ def _warn(message: str, *values: object) -> None:
 
 def _reason(error: OSError) -> str:
     return error.strerror or first_line(error)
-
-
-def _exclude_others(lock: BinaryIO, folder: Path) -> None:
-    """Lock a file for as long as it is open; the system unlocks it when the process dies, however it does."""
-    try:
-        import fcntl
-    except ImportError:  # not on this system
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise JobInUse(
-            f"the job folder {str(folder)!r} is in use by another run: wait for it, or name another folder"
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        _warn("the file system of %s has no locks: do not start the same job twice", str(folder))
 
 
 def _open_progress(path: Path, step: int) -> BinaryIO:

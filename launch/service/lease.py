@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import secrets
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 class Lease:
@@ -21,32 +21,23 @@ class Lease:
         """Make and lock a file in `folder`."""
         self.name = secrets.token_hex(8)
         self._path = folder / f"{self.name}.lock"
-        while True:
-            self._file = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-            # Between the two, another process may have taken the file for one that was left behind.
-            if self._path.exists() and os.path.samestat(os.fstat(self._file), self._path.stat()):
-                return
-            os.close(self._file)
+        self._lock = FileLock(self._path, thread_local=False, fallback_to_soft=False)
+        self._lock.acquire()
 
     def release(self) -> None:
         """Say that this process runs nothing any more."""
         self._path.unlink(missing_ok=True)
-        os.close(self._file)
+        self._lock.release()
 
 
 def is_held(folder: Path, name: str) -> bool:
     """Whether the process that took the lease `name` lives."""
     path = folder / f"{name}.lock"
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+    if not path.exists():
         return False
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        with FileLock(path, blocking=False, fallback_to_soft=False):
+            path.unlink(missing_ok=True)
+    except Timeout:
         return True
-    finally:
-        os.close(file)
-    path.unlink(missing_ok=True)
     return False
