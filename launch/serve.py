@@ -191,7 +191,9 @@ def _application(settings: ServiceSettings, gpus: int | None) -> Any:
             from .service.service import VideoService
 
             log_json_lines()
-            self._service = VideoService(settings, GangRunner if settings.ranks > 1 else ProcessRunner)
+            replica = serve.get_replica_context().replica_id.unique_id if replicas > 1 else ""
+            make_runner = GangRunner if settings.ranks > 1 else ProcessRunner
+            self._service = VideoService(settings, make_runner, replica)
 
         def __serve_build_asgi_app__(self) -> Any:
             from .service.app import create_app

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, R
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from ... import __version__
 from ...errors import RequestError
@@ -223,8 +224,8 @@ def ready(service: Service, response: Response) -> Health:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 def metrics(service: Service) -> Response:
-    """All figures, for Prometheus."""
-    return Response(service.metrics.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
+    """All metrics, for Prometheus."""
+    return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/", include_in_schema=False)
@@ -294,7 +295,7 @@ def create_app(service: VideoService) -> FastAPI:
     add_error_answers(app, service)
 
     def counted(method: str, route: str, status: int) -> None:
-        service.tally.count("heterostep_http_requests", method=method, route=route, code=str(status))
+        service.metrics.count("heterostep_http_requests", method=method, route=route, code=str(status))
 
     app.add_middleware(Guard, allowed_hosts=service.settings.allowed_hosts, counted=counted)
     app.add_middleware(Prefix, root_path=service.settings.root_path)

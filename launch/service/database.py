@@ -7,7 +7,7 @@ import json
 import logging
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from .condition import Condition, StoreUnavailable, damage, is_damage
 from .logs import say
 from .rows import COLUMNS, JSON_COLUMNS, BadRow, Job, mended, read_row
 
-SCHEMA = 2
+SCHEMA = 3
 
 _TABLES = """
 CREATE TABLE jobs (
@@ -51,15 +51,13 @@ CREATE UNIQUE INDEX by_idempotency ON jobs(owner, idempotency_key) WHERE idempot
 CREATE INDEX by_status ON jobs(status, seq);
 CREATE INDEX by_owner ON jobs(owner, seq);
 CREATE TABLE previews (id TEXT PRIMARY KEY, step INTEGER NOT NULL, image BLOB NOT NULL);
-CREATE TABLE figures (name TEXT, labels TEXT, value REAL NOT NULL, PRIMARY KEY (name, labels));
 """
-# Since version 2: what unfinished jobs start from, as PNG.
+# Since version 2: what unfinished jobs start from, as PNG. Until version 2 there was a table of metrics.
 _IMAGES = "CREATE TABLE images (id TEXT PRIMARY KEY, image BLOB NOT NULL)"
 # What the statements below and those of `jobs.py` count on.
 _EXPECTED = {
     "jobs": COLUMNS,
     "previews": ("id", "step", "image"),
-    "figures": ("name", "labels", "value"),
     "images": ("id", "image"),
 }
 # Checking all indexes of a larger file would take many seconds.
@@ -82,6 +80,7 @@ class Database:
         self.condition = Condition(path)
         self._lock = threading.RLock()
         self._told: set[int] = set()
+        self._after_commit: list[Callable[[], None]] = []
         with contextlib.ExitStack() as undo:
             try:
                 self._connection = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
@@ -112,8 +111,9 @@ class Database:
             if found == 0:
                 for statement in _TABLES.split(";\n"):
                     self.execute(statement)
-            if found < SCHEMA:
+            if found < 2:
                 self.execute(_IMAGES)
+            if found < SCHEMA:
                 self.execute(f"PRAGMA user_version = {SCHEMA}")
         return found
 
@@ -176,13 +176,9 @@ class Database:
         names = ", ".join(f"{name} = ?" for name in columns)
         self.execute(f"UPDATE jobs SET {names}, version = version + 1 WHERE id = ?", [*values, id])
 
-    def add_figures(self, changes: Mapping[tuple[str, str], float]) -> None:
-        """Add to figures by (name, labels as JSON)."""
-        for (name, labels), value in changes.items():
-            self.execute(
-                "INSERT INTO figures VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET value = value + excluded.value",
-                (name, labels, value),
-            )
+    def after_commit(self, act: Callable[[], None]) -> None:
+        """Call `act` when the transaction that runs now is in the file."""
+        self._after_commit.append(act)
 
     def probe(self) -> None:
         """See whether the file can be written."""
@@ -211,8 +207,11 @@ class Database:
                 yield
                 return
             self.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._after_commit = []
             with self._transaction():
                 yield
+            for act in self._after_commit:
+                act()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ from .follower import Follower, num_pixels
 from .jobs import JobStore
 from .lease import Lease, is_held
 from .logs import say
-from .metrics import Tally
+from .metrics import Metrics
 from .results import complete, folder_bytes, is_complete, job_facts, read_manifest, saved_step
 from .retention import describe_results, forget, sweep
 from .rows import Job
@@ -29,7 +29,7 @@ from .settings import ServiceSettings
 
 _IDLE_SECONDS = 0.25
 _WATCH_SECONDS = 0.2
-_FLUSH_SECONDS = 2.0
+_PROBE_SECONDS = 2.0
 _SWEEP_SECONDS = 60.0
 # While the disk is full.
 _RETRY_SECONDS = 1.0
@@ -46,10 +46,10 @@ class Dispatcher:
     """
 
     def __init__(
-        self, settings: ServiceSettings, model: str, store: JobStore, runners: Sequence[Runner], tally: Tally
+        self, settings: ServiceSettings, model: str, store: JobStore, runners: Sequence[Runner], metrics: Metrics
     ) -> None:
         """Prepare; `start` begins."""
-        self._settings, self._model, self._store, self._tally = settings, model, store, tally
+        self._settings, self._model, self._store, self._metrics = settings, model, store, metrics
         self.runners = runners
         self._lease: Lease | None = None
         self._stopping = threading.Event()
@@ -125,8 +125,6 @@ class Dispatcher:
             thread.join(5.0)
         if self._lease is not None:
             self._lease.release()
-        with contextlib.suppress(StoreUnavailable):
-            self._tally.flush(self._store)
 
     def wake(self) -> None:
         """Say that something was queued or is to be cancelled: it is seen at once instead of soon."""
@@ -193,7 +191,7 @@ class Dispatcher:
         say("job begun", job=job.id, attempt=job.attempt)
         folder = self._settings.results / f".{job.id}.{job.attempt}.{job.lease}"
         state = self._settings.state / job.id
-        follower = Follower(job, self._store, self._tally, self._rest)
+        follower = Follower(job, self._store, self._metrics, self._rest)
         self._running[job.id] = runner
         try:
             folder.mkdir()
@@ -205,7 +203,7 @@ class Dispatcher:
                     follower.see(event)
                     if isinstance(event, StepDone) and job.id in self._lost:
                         since, cause = self._lost.pop(job.id)
-                        self._tally.observe("heterostep_recovery_seconds", time.monotonic() - since, cause=cause)
+                        self._metrics.observe("heterostep_recovery_seconds", time.monotonic() - since, cause=cause)
             self._complete(job, follower.made, folder)
         except Cancelled:
             self._end(job, "cancelled", {"code": "cancelled", "message": f"cancelled after step {follower.step}"})
@@ -260,9 +258,9 @@ class Dispatcher:
         self.mean_seconds = total if mean is None else 0.7 * mean + 0.3 * total
         if self._recorded(lambda: self._finish(job)):
             for stage, seconds in made.seconds.items():
-                self._tally.observe("heterostep_stage_seconds", seconds, stage=stage)
+                self._metrics.observe("heterostep_stage_seconds", seconds, stage=stage)
             for imbalance in made.imbalances:
-                self._tally.observe("heterostep_rank_imbalance", imbalance)
+                self._metrics.observe("heterostep_rank_imbalance", imbalance)
 
     def _finish(self, job: Job) -> bool:
         """Record that the files of a job are complete."""
@@ -307,7 +305,7 @@ class Dispatcher:
             if self._store.requeue(job, fault):
                 if cause != "restart":  # when it died is not known
                     self._lost[job.id] = (time.monotonic(), cause)
-                self._tally.count("heterostep_recoveries", cause=cause)
+                self._metrics.count("heterostep_recoveries", cause=cause)
                 say("job requeued", logging.WARNING, job=job.id, cause=cause, reason=message, step=step)
         else:
             why = f"given up after {len(alike)} attempts ({reason}); the last time, {message}"
@@ -319,15 +317,14 @@ class Dispatcher:
     # One thread for everything else.
 
     def _watch(self) -> None:
-        flushed = swept = time.monotonic()
+        probed = swept = time.monotonic()
         while not self._stopping.is_set():
             try:
                 self._cancel_wanted()
                 now = time.monotonic()
-                if now - flushed > _FLUSH_SECONDS:
-                    flushed = now
+                if now - probed > _PROBE_SECONDS:
+                    probed = now
                     self._store.probe()
-                    self._tally.flush(self._store)
                     self._adopt()
                 if now - swept > _SWEEP_SECONDS:
                     swept = now

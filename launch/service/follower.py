@@ -1,4 +1,4 @@
-"""One attempt's progress, written into the job store and the figures."""
+"""One attempt's progress, written into the job store and the metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...engine.request import Decoding, Started, StepDone
 from .condition import StoreUnavailable
 from .events import Event, Made
 from .jobs import JobStore
-from .metrics import Tally
+from .metrics import Metrics
 from .rows import Job
 
 # Progress of a quick model is written no more often than anybody can see it.
@@ -34,9 +34,9 @@ class Follower:
         made: the result, when it is there.
     """
 
-    def __init__(self, job: Job, store: JobStore, tally: Tally, rest: Callable[[int], float]) -> None:
+    def __init__(self, job: Job, store: JobStore, metrics: Metrics, rest: Callable[[int], float]) -> None:
         """Follow an attempt at `job`; `rest` estimates the seconds from the last step to the files, from the pixels."""
-        self._job, self._store, self._tally = job, store, tally
+        self._job, self._store, self._metrics = job, store, metrics
         self._rest = rest(num_pixels(job))
         self._written, self._preview = 0.0, b""
         self._shares: list[float] = []
@@ -50,7 +50,7 @@ class Follower:
             # What an earlier attempt evaluated is told at the end.
             self._shares = [0.0] * self.step
             if self._job.attempt == 1:
-                self._tally.observe("heterostep_queue_seconds", time.time() - self._job.created_at)
+                self._metrics.observe("heterostep_queue_seconds", time.time() - self._job.created_at)
             self._tell(stage="denoising", step=self.step, progress=self._progress())
         elif isinstance(event, StepDone):
             self._step(event)
@@ -63,8 +63,8 @@ class Follower:
         self.step = event.step
         self._shares.append(round(event.share, 4))
         self._preview = event.preview or self._preview
-        self._tally.observe("heterostep_step_seconds", event.seconds)
-        self._tally.observe("heterostep_active_fraction", event.share)
+        self._metrics.observe("heterostep_step_seconds", event.seconds)
+        self._metrics.observe("heterostep_active_fraction", event.share)
         now = time.monotonic()
         if now - self._written < _WRITE_SECONDS and event.step < event.num_steps:
             return

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,17 @@ class JobStore:
     worth a disk flush: after a power cut it may be a little older.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open or make the file; ConfigError if it is damaged, or no job store."""
-        self._db = Database(path)
+    def __init__(self, path: Path, ended: Callable[[str], None] = lambda status: None) -> None:
+        """Open or make the file.
+
+        Args:
+            path: of the file.
+            ended: called with the status of every job that this process has ended.
+
+        Raises:
+            ConfigError: the file is damaged, or no job store.
+        """
+        self._db, self._ended = Database(path), ended
 
     @property
     def trouble(self) -> str | None:
@@ -359,19 +368,6 @@ class JobStore:
             self._db.execute("DELETE FROM previews WHERE id = ?", (id,))
             self._db.execute(f"DELETE FROM jobs WHERE id = ? AND {_FINISHED}", (id,))
 
-    # Figures: counters that survive a restart, and are the same in every process.
-
-    def add_figures(self, changes: Mapping[tuple[str, str], float]) -> None:
-        """Add to figures by (name, labels as JSON)."""
-        with self._db.writing(durable=False):
-            self._db.add_figures(changes)
-
-    def figures(self) -> dict[tuple[str, str], float]:
-        """All figures by (name, labels as JSON)."""
-        with self._db.reading():
-            found = self._db.execute("SELECT name, labels, value FROM figures WHERE typeof(value) = 'real'")
-            return {(name, labels): value for name, labels, value in found}
-
     def _held(self, job: Job) -> bool:
         held = self._db.execute(
             "SELECT 1 FROM jobs WHERE id = ? AND status = 'in_progress' AND lease = ? AND attempt = ?",
@@ -384,5 +380,4 @@ class JobStore:
         self._db.update(job.id, status=status, **ended, **columns)
         for table in ("previews", "images"):
             self._db.execute(f"DELETE FROM {table} WHERE id = ?", (job.id,))
-        labels = json.dumps({"status": status})
-        self._db.add_figures({("heterostep_requests", labels): 1.0})
+        self._db.after_commit(partial(self._ended, status))

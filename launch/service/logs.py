@@ -39,5 +39,5 @@ def log_json_lines() -> None:
 
 
 def say(event: str, level: int = logging.INFO, *, exc_info: bool = False, **fields: Any) -> None:
-    """Log an event. Prompts and keys have no business here: ids, figures and reasons only."""
+    """Log an event. Prompts and keys have no business here: ids, numbers and reasons only."""
     logging.getLogger(LOGGER).log(level, event, exc_info=exc_info, extra={"fields": fields})

@@ -1,18 +1,21 @@
-"""Figures for Prometheus, kept in the job store: they survive a restart, and every process tells the same ones."""
+"""Metrics for Prometheus. They count from the start of the process; Prometheus' `rate` knows what a restart is."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import threading
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from functools import partial
 
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 
-from .condition import StoreUnavailable
 from .jobs import JobStore
 from .runner import Runner
 
@@ -35,126 +38,61 @@ HISTOGRAMS: Mapping[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
 }
 
 
-class Tally:
-    """Counts in memory, written to the job store now and then: a kill loses the last two seconds of them.
+class Metrics:
+    """The metrics of one service, and its page `/metrics`."""
 
-    How jobs ended is not counted here but in the transaction that ends them, so those figures are exact.
-    """
+    def __init__(self, replica: str = "") -> None:
+        """Start with nothing counted.
 
-    def __init__(self) -> None:
-        """Start with nothing counted."""
-        self._lock = threading.Lock()
-        self._changes: defaultdict[tuple[str, str], float] = defaultdict(float)
+        Args:
+            replica: which of several processes behind one address this is; becomes a label, since each counts alone.
+        """
+        disable_created_metrics()
+        self._replica, self._registry = replica, CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self._counters = {
+            name: Counter(name, text, labels, registry=self._registry) for name, (text, labels) in COUNTERS.items()
+        }
+        self._histograms = {
+            name: Histogram(name, text, labels, buckets=buckets, registry=self._registry)
+            for name, (text, labels, buckets) in HISTOGRAMS.items()
+        }
+
+    def watch(self, store: JobStore, runners: Sequence[Runner]) -> None:
+        """Add what is measured when the page is asked for: the queue, and the runners of this process."""
+        depth, running, size, ready, age = (
+            Gauge(f"heterostep_{name}", text, labels, registry=self._registry)
+            for name, text, labels in (
+                ("queue_depth", "Jobs that wait.", ()),
+                ("running", "Jobs that are made.", ()),
+                ("result_bytes", "Size of all results.", ()),
+                ("runner_ready", "1 if a job could run there now.", ("runner",)),
+                ("heartbeat_age_seconds", "Since the last sign of life.", ("runner",)),
+            )
+        )
+        depth.set_function(lambda: store.counts().get("queued", 0))
+        running.set_function(lambda: store.counts().get("in_progress", 0))
+        size.set_function(store.result_bytes)
+        for index, runner in enumerate(runners):
+            ready.labels(str(index)).set_function(partial(getattr, runner, "ready"))
+            age.labels(str(index)).set_function(partial(getattr, runner, "heartbeat_age"))
 
     def count(self, name: str, **labels: str) -> None:
         """Add one to a counter."""
-        with self._lock:
-            self._changes[name, json.dumps(labels)] += 1.0
+        self._counters[name].labels(**labels).inc()
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Add a value to a histogram."""
-        bucket = next((f"{edge:g}" for edge in HISTOGRAMS[name][2] if value <= edge), "+Inf")
-        with self._lock:
-            self._changes[name, json.dumps({**labels, "le": bucket})] += 1.0
-            self._changes[name, json.dumps({**labels, "le": "sum"})] += value
-
-    def flush(self, store: JobStore) -> None:
-        """Write what was counted since the last time."""
-        with self._lock:
-            changes, self._changes = self._changes, defaultdict(float)
-        if not changes:
-            return
-        try:
-            store.add_figures(changes)
-        except BaseException:
-            with self._lock:
-                for key, value in changes.items():
-                    self._changes[key] += value
-            raise
-
-
-class _Figures:
-    """A collector in prometheus_client's sense."""
-
-    def __init__(self, store: JobStore, tally: Tally, runners: Sequence[Runner]) -> None:
-        self._store, self._tally, self._runners = store, tally, runners
-
-    def collect(self) -> Iterator[Metric]:
-        with contextlib.suppress(StoreUnavailable):  # what cannot be written now is told later
-            self._tally.flush(self._store)
-        figures: defaultdict[str, dict[tuple[tuple[str, str], ...], float]] = defaultdict(dict)
-        for (name, labels), value in self._store.figures().items():
-            pairs = _pairs(name, labels)
-            if pairs is not None:
-                figures[name][pairs] = value
-        for name, (text, keys) in COUNTERS.items():
-            counter = CounterMetricFamily(name, text, labels=keys)
-            for pairs, value in figures[name].items():
-                counter.add_metric([dict(pairs)[label] for label in keys], value)
-            yield counter
-        for name, (text, keys, edges) in HISTOGRAMS.items():
-            yield _histogram(name, text, keys, edges, figures[name])
-        yield from self._gauges()
-
-    def _gauges(self) -> Iterator[Metric]:
-        counts = self._store.counts()
-        yield GaugeMetricFamily("heterostep_queue_depth", "Jobs that wait.", value=counts.get("queued", 0))
-        yield GaugeMetricFamily("heterostep_running", "Jobs that are made.", value=counts.get("in_progress", 0))
-        yield GaugeMetricFamily("heterostep_result_bytes", "Size of all results.", value=self._store.result_bytes())
-        ready = GaugeMetricFamily("heterostep_runner_ready", "1 if a job could run there now.", labels=["runner"])
-        age = GaugeMetricFamily("heterostep_heartbeat_age_seconds", "Since the last sign of life.", labels=["runner"])
-        for index, runner in enumerate(self._runners):
-            ready.add_metric([str(index)], float(runner.ready))
-            age.add_metric([str(index)], runner.heartbeat_age)
-        yield ready
-        yield age
-
-
-def _pairs(name: str, labels: str) -> tuple[tuple[str, str], ...] | None:
-    """The labels of a figure; None for one that is damaged, or of another version."""
-    if name in COUNTERS:
-        wanted = {*COUNTERS[name][1]}
-    elif name in HISTOGRAMS:
-        wanted = {*HISTOGRAMS[name][1], "le"}
-    else:
-        return None
-    try:
-        found = json.loads(labels)
-    except (TypeError, ValueError):
-        return None
-    if not isinstance(found, dict) or found.keys() != wanted or not all(isinstance(v, str) for v in found.values()):
-        return None
-    return tuple(found.items())
-
-
-def _histogram(
-    name: str,
-    text: str,
-    labels: Sequence[str],
-    edges: Sequence[float],
-    figures: Mapping[tuple[tuple[str, str], ...], float],
-) -> Metric:
-    found: defaultdict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
-    for pairs, value in figures.items():
-        values = dict(pairs)
-        found[tuple(values[label] for label in labels)][values["le"]] = value
-    histogram = HistogramMetricFamily(name, text, labels=labels)
-    names = [*(f"{edge:g}" for edge in edges), "+Inf"]
-    for key, counts in found.items():
-        totals = accumulate(counts.get(edge, 0.0) for edge in names)
-        histogram.add_metric(key, list(zip(names, totals, strict=True)), counts.get("sum", 0.0))
-    return histogram
-
-
-class Metrics:
-    """The page `/metrics`."""
-
-    def __init__(self, store: JobStore, tally: Tally, runners: Sequence[Runner]) -> None:
-        """Gather from the job store, what is not yet written to it, and the runners of this process."""
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_Figures(store, tally, runners))
-        ProcessCollector(registry=self._registry)
+        histogram = self._histograms[name]
+        (histogram.labels(**labels) if labels else histogram).observe(value)
 
     def text(self) -> bytes:
-        """All figures in Prometheus' text format."""
-        return generate_latest(self._registry)
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics, with the label of the replica."""
+        added = {"replica": self._replica} if self._replica else {}
+        for metric in self._registry.collect():
+            metric.samples = [sample._replace(labels={**sample.labels, **added}) for sample in metric.samples]
+            yield metric

@@ -18,7 +18,7 @@ from .dispatcher import Dispatcher
 from .intake import Asked, check_plan, to_request
 from .jobs import JobStore, QueueFull
 from .logs import say
-from .metrics import Metrics, Tally
+from .metrics import Metrics
 from .process_runner import ProcessRunner
 from .results import FILES, gone
 from .retention import forget
@@ -49,17 +49,19 @@ class VideoService:
     Attributes:
         settings: as given.
         keys: who may call; None: everybody.
-        tally: figures of this process that are not yet written.
-        metrics: the page of all figures.
+        metrics: what this process counts and measures.
         model: what the API calls the model.
     """
 
-    def __init__(self, settings: ServiceSettings, make_runner: RunnerFactory = ProcessRunner) -> None:
+    def __init__(
+        self, settings: ServiceSettings, make_runner: RunnerFactory = ProcessRunner, replica: str = ""
+    ) -> None:
         """Check model and keys, and open the job store; `start` begins to work.
 
         Args:
             settings: of the service.
             make_runner: makes a runner from the settings and its number.
+            replica: the label of its metrics, where several processes answer at one address.
 
         Raises:
             ConfigError: the model, the key file or the data directory cannot be used.
@@ -72,11 +74,11 @@ class VideoService:
         usual = resolve(GenerateRequest(prompt="-"), replace(self._facts, image="none"))
         check_plan(self._facts, allocation(settings.engine, usual), usual, settings.checkpoint_every)
         self.model = public_name(settings.engine.model)
-        self._store = JobStore(settings.database)
-        self.tally = Tally()
+        self.metrics = Metrics(replica)
+        self._store = JobStore(settings.database, self._count)
         runners = [make_runner(settings, index) for index in range(settings.replicas)]
-        self._dispatcher = Dispatcher(settings, self.model, self._store, runners, self.tally)
-        self.metrics = Metrics(self._store, self.tally, runners)
+        self._dispatcher = Dispatcher(settings, self.model, self._store, runners, self.metrics)
+        self.metrics.watch(self._store, runners)
         self._started = int(time.time())
         self._stopping = False
 
@@ -156,7 +158,7 @@ class VideoService:
                 image=image,
             )
         except QueueFull:
-            self.tally.count("heterostep_requests", status="rejected")
+            self._count("rejected")
             raise
         self._dispatcher.wake()
         return self._shown(job), new
@@ -247,6 +249,9 @@ class VideoService:
                 "steps": limits.steps,
             },
         )
+
+    def _count(self, status: str) -> None:
+        self.metrics.count("heterostep_requests", status=status)
 
     def _shown(self, job: Job) -> Video:
         return to_video(job, position=self._position(job), keep_seconds=self.settings.keep_days * _DAY)

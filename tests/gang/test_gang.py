@@ -243,10 +243,10 @@ def test_the_service_drives_a_gang(gang, tmp_path, monkeypatch):
     assert len(video.hsa["steps"]) == 40 and video.timing["checkpoint"] > 0
     assert service.find("refused", "").error.code == "invalid_request"
     assert {path.name for path in (tmp_path / "results" / waiting).iterdir()} >= {"video.mp4", "report.json"}
-    figures = service.metrics.text().decode()
-    assert 'heterostep_recoveries_total{cause="died"} 1.0' in figures
-    assert 'heterostep_recovery_seconds_count{cause="died"} 1.0' in figures
-    assert 'heterostep_rank_imbalance_bucket{le="1.1"}' in figures and service.trouble is None
+    metrics = service.metrics.text().decode()
+    assert 'heterostep_recoveries_total{cause="died"} 1.0' in metrics
+    assert 'heterostep_recovery_seconds_count{cause="died"} 1.0' in metrics
+    assert 'heterostep_rank_imbalance_bucket{le="1.1"}' in metrics and service.trouble is None
     # An orderly stop saves the step that runs.
     running = submit(num_inference_steps=400, compute=1.0)
     until(lambda: service.find(running, "").step >= 2)

@@ -1,4 +1,4 @@
-"""What the API has beyond OpenAI's: events, cancelling, waiting, parts of files, health, figures, and who may call."""
+"""What the API has beyond OpenAI's: events, cancelling, waiting, parts of files, health, metrics, and who may call."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from heterostep.launch.service import dispatcher, results
 from heterostep.launch.service.dispatcher import Dispatcher
 from heterostep.launch.service.events import Made, RunnerLost, Stopped
 from heterostep.launch.service.jobs import JobStore
-from heterostep.launch.service.metrics import Metrics, Tally
+from heterostep.launch.service.metrics import Metrics
 from heterostep.launch.service.results import FILES
 from heterostep.launch.service.settings import ServiceSettings
 from heterostep.launch.workers import losses
@@ -62,20 +62,21 @@ class Scripted:
 
 @pytest.fixture
 def ended(tmp_path):
-    """Run one job to its end on a runner; returns the job and the figures."""
+    """Run one job to its end on a runner; returns the job and the metrics."""
 
     def run(runner):
         settings = ServiceSettings(data_dir=tmp_path)
-        store, tally = JobStore(settings.database), Tally()
+        store, counted = JobStore(settings.database), Metrics()
+        counted.watch(store, [runner])
         store.create(id="a", owner="", model="demo", request=REQUEST, max_queue=9)
-        service = Dispatcher(settings, "demo", store, [runner], tally)
+        service = Dispatcher(settings, "demo", store, [runner], counted)
         service.start()
         deadline = time.monotonic() + 20
         while (job := store.get("a", "")).status in ("queued", "in_progress"):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         service.stop()
-        text = Metrics(store, tally, [runner]).text().decode()
+        text = counted.text().decode()
         assert not (settings.state / "a").exists()
         store.close()
         return job, text
@@ -85,27 +86,27 @@ def ended(tmp_path):
 
 def test_it_goes_on_where_it_was_saved(ended):
     runner = Scripted(7, 11, 16)
-    job, figures = ended(runner)
+    job, metrics = ended(runner)
     assert job.status == "completed" and runner.begun == [0, 5, 10, 15]
     assert [(fault["cause"], fault["step"], fault["saved"]) for fault in job.faults] == [
         ("died", 7, 5), ("died", 11, 10), ("died", 16, 15),
     ]  # fmt: skip
-    assert 'heterostep_recoveries_total{cause="died"} 3.0' in figures
-    assert 'heterostep_recovery_seconds_count{cause="died"} 3.0' in figures
-    assert "heterostep_rank_imbalance_count 2.0" in figures
-    assert 'heterostep_stage_seconds_sum{stage="checkpoint"} 0.2' in figures
-    assert 'heterostep_heartbeat_age_seconds{runner="0"} 0.5' in figures
+    assert 'heterostep_recoveries_total{cause="died"} 3.0' in metrics
+    assert 'heterostep_recovery_seconds_count{cause="died"} 3.0' in metrics
+    assert "heterostep_rank_imbalance_count 2.0" in metrics
+    assert 'heterostep_stage_seconds_sum{stage="checkpoint"} 0.2' in metrics
+    assert 'heterostep_heartbeat_age_seconds{runner="0"} 0.5' in metrics
 
 
 def test_two_losses_without_a_step_saved_between_them_are_enough(ended):
     runner = Scripted(7, 8, 20)
-    job, figures = ended(runner)
+    job, metrics = ended(runner)
     assert job.status == "failed" and runner.begun == [0, 5]
     assert job.error["code"] == "runner_lost"
     assert job.error["message"] == (
         "given up after 2 attempts (two losses in a row without a new step saved); the last time, it died after step 8"
     )
-    assert len(job.faults) == 2 and 'heterostep_recoveries_total{cause="died"} 1.0' in figures
+    assert len(job.faults) == 2 and 'heterostep_recoveries_total{cause="died"} 1.0' in metrics
 
 
 def test_losses_are_bounded_in_any_case(ended, monkeypatch):
@@ -125,7 +126,7 @@ def test_a_job_removed_at_the_last_moment_leaves_nothing(tmp_path, monkeypatch):
         assert target.is_dir()
 
     monkeypatch.setattr(dispatcher, "complete", complete)
-    service = Dispatcher(settings, "demo", store, [Scripted(20)], Tally())
+    service = Dispatcher(settings, "demo", store, [Scripted(20)], Metrics())
     service.start()
     deadline = time.monotonic() + 20  # far below the time between two sweeps
     while store.known() or list(settings.results.iterdir()):
@@ -150,6 +151,6 @@ def test_what_cannot_work_is_not_tried_again(ended, error):
             raise error("the VAE produced NaN")
 
     runner = Refusing()
-    job, figures = ended(runner)
+    job, metrics = ended(runner)
     assert job.status == "failed" and job.error == {"code": "invalid_request", "message": "the VAE produced NaN"}
-    assert not job.faults and runner.begun == [0] and "heterostep_recoveries_total{" not in figures
+    assert not job.faults and runner.begun == [0] and "heterostep_recoveries_total{" not in metrics

@@ -40,7 +40,7 @@ def disk(monkeypatch):
     )
     monkeypatch.setattr(Condition, "_fill", no_space(fill))
     monkeypatch.setattr(dispatcher, "complete", no_space(complete))
-    monkeypatch.setattr(dispatcher, "_FLUSH_SECONDS", 0.1)
+    monkeypatch.setattr(dispatcher, "_PROBE_SECONDS", 0.1)
     monkeypatch.setattr(dispatcher, "_RETRY_SECONDS", 0.05)
     return full
 

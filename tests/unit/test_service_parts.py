@@ -32,7 +32,7 @@ from heterostep.launch.service.intake import Asked, BadField, surely_met, to_req
 from heterostep.launch.service.jobs import JobStore
 from heterostep.launch.service.lease import Lease, is_held
 from heterostep.launch.service.logs import LOGGER, JsonLines, say
-from heterostep.launch.service.metrics import COUNTERS, HISTOGRAMS, Metrics, Tally
+from heterostep.launch.service.metrics import COUNTERS, HISTOGRAMS, Metrics
 from heterostep.launch.service.process_runner import ProcessRunner
 from heterostep.launch.service.results import complete, is_complete, read_manifest
 from heterostep.launch.service.retention import sweep
@@ -260,38 +260,29 @@ def test_old_and_too_many_results_are_removed(tmp_path):
     store.close()
 
 
-# Figures and logs.
+# Metrics and logs.
 
 
-def test_figures_survive_and_add_up(tmp_path):
-    store, tally = JobStore(tmp_path / "jobs.sqlite3"), Tally()
+def test_metrics_add_up_and_begin_anew(tmp_path):
+    metrics = Metrics()
     for seconds in (0.005, 0.05, 0.5, 5000.0):
-        tally.observe("heterostep_step_seconds", seconds)
-    tally.observe("heterostep_stage_seconds", 2.0, stage='odd "name"')
-    tally.count("heterostep_recoveries", cause="died")
-    tally.flush(store)
-    tally.count("heterostep_recoveries", cause="died")
-    text = Metrics(store, tally, []).text().decode()
+        metrics.observe("heterostep_step_seconds", seconds)
+    metrics.observe("heterostep_stage_seconds", 2.0, stage='odd "name"')
+    metrics.count("heterostep_recoveries", cause="died")
+    metrics.count("heterostep_recoveries", cause="died")
+    text = metrics.text().decode()
     assert 'heterostep_recoveries_total{cause="died"} 2.0' in text
     assert 'heterostep_step_seconds_bucket{le="0.1"} 2.0' in text
     assert 'heterostep_step_seconds_bucket{le="+Inf"} 4.0' in text
     assert "heterostep_step_seconds_sum 5000.555" in text
-    store.close()
-    again = JobStore(tmp_path / "jobs.sqlite3")
-    assert 'heterostep_recoveries_total{cause="died"} 2.0' in Metrics(again, Tally(), []).text().decode()
-    again.close()
+    assert "heterostep_recoveries_total{" not in Metrics().text().decode()
 
 
-def test_what_could_not_be_written_is_kept(tmp_path):
-    store, tally = JobStore(tmp_path / "jobs.sqlite3"), Tally()
-    tally.count("heterostep_recoveries", cause="died")
-    store.close()
-    with pytest.raises(Exception, match="cannot be used"):
-        tally.flush(store)
-    again = JobStore(tmp_path / "jobs.sqlite3")
-    tally.flush(again)
-    assert list(again.figures().values()) == [1.0]
-    again.close()
+def test_replicas_behind_one_address_are_told_apart():
+    texts = [Metrics(replica).text().decode() for replica in ("a", "b")]
+    assert 'heterostep_step_seconds_bucket{le="0.1",replica="a"} 0.0' in texts[0]
+    told = [{line.rsplit(" ", 1)[0] for line in text.splitlines() if not line.startswith("#")} for text in texts]
+    assert told[0] and not told[0] & told[1]
 
 
 def test_pauses_grow_to_a_minute_and_no_further(monkeypatch):
@@ -321,14 +312,15 @@ def test_logs_are_one_line_of_json(caplog):
     assert record["time"].endswith("+00:00")
 
 
-def test_the_dashboard_asks_for_figures_that_there_are(tmp_path):
-    store, tally = JobStore(tmp_path / "jobs.sqlite3"), Tally()
+def test_the_dashboard_asks_for_metrics_that_there_are(tmp_path):
+    store, metrics = JobStore(tmp_path / "jobs.sqlite3"), Metrics()
     for name in COUNTERS:
-        tally.count(name, **dict.fromkeys(COUNTERS[name][1], "x"))
+        metrics.count(name, **dict.fromkeys(COUNTERS[name][1], "x"))
     for name in HISTOGRAMS:
-        tally.observe(name, 0.5, **dict.fromkeys(HISTOGRAMS[name][1], "x"))
+        metrics.observe(name, 0.5, **dict.fromkeys(HISTOGRAMS[name][1], "x"))
     runner = ProcessRunner(ServiceSettings(data_dir=tmp_path))
-    told = family(re.findall(r"^(heterostep_\w+)", Metrics(store, tally, [runner]).text().decode(), re.M))
+    metrics.watch(store, [runner])
+    told = family(re.findall(r"^(heterostep_\w+)", metrics.text().decode(), re.M))
     store.close()
     dashboard = (Path(__file__).parents[2] / "docs" / "grafana.json").read_text()
     targets = [target["expr"] for panel in json.loads(dashboard)["panels"] for target in panel["targets"]]

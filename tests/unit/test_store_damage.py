@@ -143,16 +143,6 @@ DAMAGE = {
 REFUSED = ("truncated", "header")
 
 
-def figures(path, backup):
-    with sqlite3.connect(path) as db:
-        db.execute("INSERT INTO figures VALUES ('heterostep_requests', '{', 1.0), ('x', NULL, 2.0)")
-        db.execute("INSERT INTO figures VALUES ('heterostep_step_seconds', '{\"le\": 3}', 1.0)")
-    db.close()
-
-
-DAMAGE["labels"] = figures
-
-
 def refusal(settings):
     try:
         JobStore(settings.database).close()
