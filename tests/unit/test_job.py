@@ -515,9 +515,9 @@ def test_a_disk_that_fills_up_leaves_the_older_checkpoint(engine, unbroken, tmp_
         limit(2000)
         engine.save_and_stop()
 
-    with during(engine, 5, fill_up), pytest.raises(Interrupted, match=r"after step 6 of 12; step \d is saved") as found:
+    with during(engine, 5, fill_up), pytest.raises(Interrupted, match="after step 6 of 12; step 4 is saved") as found:
         engine.generate(request(), job(tmp_path))
-    assert found.value.step == 4 and "at step 4" in str(found.value)
+    assert found.value.step == 4
     limit(resource.RLIM_INFINITY)
     started, *_, output = events_of(engine, tmp_path)
     assert started.resumed_at == 4
