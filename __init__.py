@@ -9,18 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, HeterostepError, RankFailure, RequestError
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .engine.denoise.session import HSASession, apply, remove
     from .engine.engine import Engine
     from .engine.report import HSAReport, StepRecord
     from .engine.request import EngineConfig, GenerateRequest, JobConfig, VideoOutput
-    from .engine.session import HSASession, apply, remove
     from .hsa.config import HSAConfig
     from .hsa.planner import StepPlanner
     from .parallel.config import ParallelConfig
     from .parallel.mesh import ParallelMesh
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Engine": ".engine.engine",
@@ -28,15 +27,15 @@ _HOMES = {
     "GenerateRequest": ".engine.request",
     "HSAConfig": ".hsa.config",
     "HSAReport": ".engine.report",
-    "HSASession": ".engine.session",
+    "HSASession": ".engine.denoise.session",
     "JobConfig": ".engine.request",
     "ParallelConfig": ".parallel.config",
     "ParallelMesh": ".parallel.mesh",
     "StepPlanner": ".hsa.planner",
     "StepRecord": ".engine.report",
     "VideoOutput": ".engine.request",
-    "apply": ".engine.session",
-    "remove": ".engine.session",
+    "apply": ".engine.denoise.session",
+    "remove": ".engine.denoise.session",
 }
 
 __all__ = [

@@ -13,10 +13,10 @@ from diffusers.hooks.hooks import BaseState, StateManager
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
-from heterostep.engine.models.wan_attention import CachedWanAttnProcessor
-from heterostep.engine.registry import registered
+from heterostep.engine.models.hook_registry import registered
+from heterostep.engine.models.wan import CachedWanAttnProcessor
 from heterostep.hsa.cache import KVCache
-from heterostep.hsa.scores import top_tokens
+from heterostep.hsa.policies import top_tokens
 
 _HOOK = "oracle"
 

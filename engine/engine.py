@@ -17,16 +17,19 @@ import torch
 from ..errors import ConfigError, HeterostepError, RankFailure, RequestError
 from ..hsa.config import HSAConfig
 from ..parallel.mesh import ParallelMesh
-from .audio import Audio
-from .checkpoint import Saved
-from .conditions import encode_prompts, seen_image
+from .denoise.inputs import encode_prompts, seen_image
+from .denoise.session import apply, remove
+from .denoise.work_split import Sharding, can_share, decode_shared
 from .facts import first_line, read_facts
-from .identity import identity_of
-from .job import Finished, Job, look
+from .jobs.checkpoint import Saved
+from .jobs.identity import identity_of
+from .jobs.job import Finished, Job, look
+from .jobs.steps import Progress, StepEvents, Stop, dense_report, stopped
 from .loading import as_pipeline, load_pipeline, pick_device, pick_dtype
-from .models import recipe_for
+from .media.quality import check_finite
+from .media.video import Audio
+from .models import adapter_named
 from .progress import Progress as Shown
-from .quality import check_finite
 from .record import run_record
 from .request import (
     Cancelled,
@@ -44,10 +47,6 @@ from .request import (
     prepare,
     resolve,
 )
-from .session import apply, remove
-from .sharding import Sharding
-from .steps import Progress, StepEvents, Stop, dense_report, stopped
-from .tiles import can_share, decode_shared
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -102,7 +101,7 @@ class Engine:
         shards = self.sharding.mesh if self.sharding is not None and self.config.shard_weights else None
         self.pipeline = load_pipeline(self.facts, self.device, self.dtype, text=self.leads, shards=shards)
         self.load_seconds = time.perf_counter() - start
-        self._recipe = recipe_for(self.facts.pipeline)
+        self._adapter = adapter_named(self.facts.pipeline)
         self._busy = threading.Lock()
         self._stop = Stop()
 
@@ -280,7 +279,7 @@ class Engine:
         emit(Started(request=request, num_tokens=num_tokens, resumed_at=saved.step if saved is not None else None))
         start = time.perf_counter()
         pipeline = as_pipeline(self.pipeline, self.facts.pipeline_for(image is not None))
-        embeds = encode_prompts(self._recipe, pipeline, request, self.device, self.sharding)
+        embeds = encode_prompts(self._adapter, pipeline, request, self.device, self.sharding)
         encoded = self._clock()
         if self._vote(stop.asked):
             raise stopped(0 if saved is None else saved.step, request.num_inference_steps, job if stop.save else None)
@@ -299,10 +298,10 @@ class Engine:
                 on_step.keep(job, every, saved)
             if session is not None and self.sharding is not None:
                 seen = seen_image(pipeline, image)
-                for unit, text in self._recipe.told(embeds).items():
+                for unit, text in self._adapter.told(embeds).items():
                     session.tell(unit, text.to(pipeline.transformer.dtype), **seen)
             carried = ("latents", *(session.step_tensors if session is not None else ()))
-            conditions = {**embeds, **self._recipe.start(self.facts, image)}
+            conditions = {**embeds, **self._adapter.start(self.facts, image)}
             latents, audio_latents = self._denoise(pipeline, request, conditions, on_step, carried)
             report = session.full_report() if session is not None else dense_report(on_step.events, grid)
         finally:
@@ -358,7 +357,7 @@ class Engine:
         """Latents of the video and of its sound; `carried` is what `on_step` needs to see after each step."""
         output = pipeline(
             **conditions,
-            **self._recipe.arguments(self.facts, request),
+            **self._adapter.arguments(self.facts, request),
             width=request.width,
             height=request.height,
             num_inference_steps=request.num_inference_steps,
@@ -367,7 +366,7 @@ class Engine:
             callback_on_step_end=on_step,
             callback_on_step_end_tensor_inputs=list(carried),
         )
-        return self._recipe.results(output)
+        return self._adapter.results(output)
 
     def _decode(self, latents: torch.Tensor, request: ResolvedRequest) -> NDArray[np.uint8]:
         """Latents [1, C, F, Y, X] -> uint8 [F, H, W, 3], on every rank."""
@@ -389,12 +388,12 @@ class Engine:
         shared = self.sharding is not None and can_share(vae, latents)
         if not (shared or self.leads):
             return None
-        latents = self._recipe.decodable(vae, latents.to(self.pipeline._execution_device))
+        latents = self._adapter.decodable(vae, latents.to(self.pipeline._execution_device))
         if shared:
             assert self.sharding is not None
-            video = decode_shared(vae, latents, self.sharding.agreement, self._recipe.decode)
+            video = decode_shared(vae, latents, self.sharding.agreement, self._adapter.decode)
         else:
-            video = self._recipe.decode(vae, latents)
+            video = self._adapter.decode(vae, latents)
         self.pipeline.maybe_free_model_hooks()
         return video
 
@@ -408,7 +407,7 @@ class Engine:
         """Latents of sound -> samples, on every rank."""
 
         def made() -> Audio:
-            audio = self._recipe.audio(self.pipeline, latents.to(self.pipeline._execution_device))
+            audio = self._adapter.audio(self.pipeline, latents.to(self.pipeline._execution_device))
             self.pipeline.maybe_free_model_hooks()
             return audio
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, is_out_of_memory
-from ..parallel.mesh import ParallelMesh
-from ..parallel.weights import shard_weights
+from ..parallel.mesh import ParallelMesh, shard_weights
 from .facts import ModelFacts, first_line
 from .models import adapter_for
 

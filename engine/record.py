@@ -1,24 +1,38 @@
-"""The report of a run as JSON: what was asked, on what, what was computed, and how long it took."""
+"""The record of a run, ready for JSON: settings that acted, versions, times, steps, quality against a dense run."""
 
 from __future__ import annotations
 
 import dataclasses
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from .acting import acting, acting_hsa, acting_request
-from .quality import psnr, relative_l2, ssim
-from .report import plain_step
-from .request import VideoOutput
-
-if TYPE_CHECKING:
-    from .engine import Engine
+from ..hsa.config import HSAConfig
+from ..hsa.planner import StepPlanner
+from ..hsa.policies import TokensPolicy, policy_for
+from .denoise.schedulers import correct_for, forecast_for, kind_of, scheduler_for
+from .facts import ModelFacts
+from .media.quality import psnr, relative_l2, ssim
+from .models import adapter_named
+from .report import HSAReport, plain_step
+from .request import EngineConfig, VideoOutput
 
 _PACKAGES = ("heterostep", "torch", "diffusers", "transformers", "numpy", "av")
+
+
+class Maker(Protocol):
+    """What a record says of the engine that made a video; `Engine` is one."""
+
+    config: EngineConfig
+    facts: ModelFacts
+    device: torch.device
+    dtype: torch.dtype
+    load_seconds: float
+    pipeline: Any
+    sharding: Any
 
 
 def versions() -> dict[str, str]:
@@ -61,11 +75,11 @@ def compare(output: VideoOutput, dense: VideoOutput) -> dict[str, Any]:
     }
 
 
-def run_record(engine: Engine, output: VideoOutput, dense: VideoOutput | None = None) -> dict[str, Any]:
+def run_record(maker: Maker, output: VideoOutput, dense: VideoOutput | None = None) -> dict[str, Any]:
     """Everything about one run, ready for JSON.
 
     Args:
-        engine: that made the video.
+        maker: the engine that made the video.
         output: the video.
         dense: the dense run of the same request, if one was made to compare.
 
@@ -81,17 +95,17 @@ def run_record(engine: Engine, output: VideoOutput, dense: VideoOutput | None = 
     evaluations = report.evaluations.cpu().numpy()
     counts, tokens = np.unique(evaluations, return_counts=True)
     record: dict[str, Any] = {
-        "model": engine.config.model,
-        "family": engine.facts.family,
-        "device": device_name(engine.device),
-        "dtype": str(engine.dtype).removeprefix("torch."),
+        "model": maker.config.model,
+        "family": maker.facts.family,
+        "device": device_name(maker.device),
+        "dtype": str(maker.dtype).removeprefix("torch."),
         "versions": versions(),
-        "request": acting_request(output, engine.facts.experts),
-        "hsa": acting_hsa(engine, output),
-        "acting": acting(engine, output),
+        "request": acting_request(output, maker.facts.experts),
+        "hsa": acting_hsa(maker, output),
+        "acting": acting(maker, output),
         "compute": report.compute,
-        "seconds": {"load": engine.load_seconds, **output.seconds},
-        "parallel": None if engine.config.parallel is None else dataclasses.asdict(engine.config.parallel),
+        "seconds": {"load": maker.load_seconds, **output.seconds},
+        "parallel": None if maker.config.parallel is None else dataclasses.asdict(maker.config.parallel),
         "ranks": [dataclasses.asdict(rank) for rank in report.ranks],
         "steps": [plain_step(step) for step in report.steps],
         "kv_bytes": report.kv_bytes,
@@ -114,3 +128,80 @@ def run_record(engine: Engine, output: VideoOutput, dense: VideoOutput | None = 
     if dense is not None:
         record["against_dense"] = compare(output, dense)
     return record
+
+
+def acting_request(output: VideoOutput, experts: int) -> dict[str, Any]:
+    """The request with the share and the guidance of each expert that acted."""
+    request = dataclasses.asdict(output.request)
+    if request["compute"] is None:
+        request["compute"] = 1.0 if output.hsa is None else output.hsa.compute
+    if experts > 1 and request["guidance_scale_2"] is None:
+        request["guidance_scale_2"] = request["guidance_scale"]
+    return request
+
+
+def acting_hsa(maker: Maker, output: VideoOutput) -> dict[str, Any] | None:
+    """The allocation with its deduced values; None where the stock pipeline ran alone.
+
+    What a policy does not have stays None: a profile, a limit of age, a type of keys and values.
+    """
+    hsa = output.hsa
+    if hsa is None:
+        return None
+    scheduler, policy = _scheduler(maker, hsa), policy_for(hsa)
+    first, last = _windows(output.report)
+    values = {
+        "warmup": first,
+        "cooldown": last,
+        "profile": policy.exponent if isinstance(policy, TokensPolicy) else None,
+        "solver": kind_of(scheduler),
+        "forecast": forecast_for(hsa, scheduler),
+        "correct": correct_for(hsa, scheduler),
+        "kv_forecast": 0.0,
+        "max_age": None if hsa.policy == "groups" else StepPlanner(hsa).max_age,
+        "kv_dtype": _name(maker.dtype) if output.report.kv_bytes else None,
+    }
+    given = dataclasses.asdict(hsa)
+    return {name: values.get(name) if value is None else value for name, value in given.items()}
+
+
+def acting(maker: Maker, output: VideoOutput) -> dict[str, Any]:
+    """What else acted: scheduler, guidance of each expert, attention kernel, degrees, and the types of all parts."""
+    request, facts = output.request, maker.facts
+    guidance = facts.guidance_for(request.guidance_scale)
+    scales = [request.guidance_scale, request.guidance_scale_2 or request.guidance_scale][: facts.experts]
+    sharding = maker.sharding
+    degrees = {"cfg": 1, "ring": 1, "ulysses": 1}
+    types = {name: getattr(part, "dtype", None) for name, part in maker.pipeline.components.items()}
+    return {
+        "policy": "dense" if output.hsa is None else output.hsa.policy,
+        "scheduler": type(_scheduler(maker, output.hsa)).__name__,
+        "guidance": scales,
+        "more_guidance": None if guidance is None else guidance._asdict(),
+        "guidance_passes": facts.passes(request.guidance_scale),
+        "kernel": "diffusers" if sharding is None else sharding.placement.name.rpartition(", ")[2],
+        "degrees": degrees if sharding is None else {name: getattr(sharding.config, name) for name in degrees},
+        "dtypes": {name: _name(dtype) for name, dtype in types.items() if isinstance(dtype, torch.dtype)},
+    }
+
+
+def _scheduler(maker: Maker, hsa: HSAConfig | None) -> Any:
+    """The scheduler of a run."""
+    stock = maker.pipeline.scheduler
+    if hsa is None:
+        return stock
+    return scheduler_for(hsa, stock, adapter_named(maker.facts.pipeline).solvers, maker.facts.pipeline)
+
+
+def _windows(report: HSAReport) -> tuple[int, int]:
+    """Number of first and of last steps that evaluated every token."""
+    full = [step.active == step.total for step in report.steps]
+    return _leading(full), _leading(full[::-1])
+
+
+def _leading(full: list[bool]) -> int:
+    return ([*full, False]).index(False)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

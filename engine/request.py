@@ -15,20 +15,18 @@ from ..hsa.config import HSAConfig
 from ..parallel.config import ParallelConfig
 from ..settings import check, like, setting
 from .facts import ModelFacts
-from .image import fingerprint, fit_image, read_image, size_for
+from .media.image import MAX_SIDE, fingerprint, fit_image, read_image, size_for
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
 
-    from .audio import Audio
+    from .media.video import Audio
     from .report import HSAReport
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RESUME = ("auto", "never")
-MAX_SIDE = 16384
-"""Greatest width and height, in pixels, that libx264 encodes."""
 
 
 class Cancelled(HeterostepError):

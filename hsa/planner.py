@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .budget import Schedule
-from .conditioned import spared_counts
+from .budget import Schedule, spared_counts
+from .cache import fill_rows, gather_rows, write_rows
 from .config import HSAConfig
-from .policies import Policy, TokenState, policy_for, unknown_tokens
-from .rows import fill_rows, gather_rows, write_rows
-from .scores import velocity_change_rate
+from .policies import Policy, TokenState, policy_for, unknown_tokens, velocity_change_rate
 
 
 class StepPlanner:
@@ -202,3 +200,16 @@ class StepPlanner:
         assert self._schedule is not None, "begin() comes first"
         count = self.counts[step]
         return "full" if count == self._schedule.num_tokens else "partial" if count else "skipped"
+
+
+def check_resumable(planner: Any) -> None:
+    """Refuse a planner whose runs could not be resumed.
+
+    Raises:
+        ConfigError: it has no `state` and `restore`.
+    """
+    if not all(callable(getattr(planner, name, None)) for name in ("state", "restore")):
+        raise ConfigError(
+            f"{type(planner).__name__} has no methods state() and restore(state, device), so that a run planned by it "
+            "could not be resumed: add them, or run without checkpoints."
+        )

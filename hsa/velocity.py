@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import fill_rows, gather_rows, write_rows
+from .cache import fill_rows, gather_rows, write_rows
 
 
 class TokenClock:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigError
-from ..parallel.choose import choose, resolve
-from ..parallel.config import ParallelConfig, check, degrees
+from ..parallel.config import ParallelConfig, check, choose, degrees, resolve
 from ..parallel.kernels import pick
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..engine.denoise.checks import rehearse
 from ..engine.engine import Engine, find_finished
 from ..engine.facts import read_facts
 from ..engine.loading import pick_device, pick_dtype
 from ..engine.progress import Progress
 from ..engine.record import run_record
-from ..engine.rehearsal import rehearse
 from ..engine.request import (
     EngineConfig,
     Event,
@@ -35,7 +35,7 @@ from .signals import JobStopped, saving_signals
 
 if TYPE_CHECKING:
     from ..engine.facts import ModelFacts
-    from ..engine.job import Finished
+    from ..engine.jobs.job import Finished
     from ..engine.request import ResolvedRequest
     from ..parallel.config import ParallelConfig
     from .options import Command

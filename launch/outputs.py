@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..engine.files import Placed, check_writable, place, write_json
+from ..engine.media.files import Placed, check_writable, place, write_json
 from ..engine.request import ResolvedRequest, VideoOutput
 from ..errors import ConfigError, OutputElsewhere
 
@@ -60,8 +60,8 @@ class OutputFiles:
             ConfigError: they cannot.
         """
         # Imported late, as in `write`: a bad flag should not wait for them.
-        from ..engine.heatmap import heatmap_size
-        from ..engine.video import check_mp4
+        from ..engine.media.heatmap import heatmap_size
+        from ..engine.media.video import check_mp4
 
         scale = self._outputs.scale
         check_mp4(self.paths["output"], request.height * scale, request.width * scale, request.fps)
@@ -114,8 +114,8 @@ def _writers(output: VideoOutput, record: Mapping[str, Any], scale: int) -> dict
     """What writes each file, by the name of its flag."""
     from safetensors.torch import save
 
-    from ..engine.heatmap import heatmap_frames
-    from ..engine.video import write_mp4
+    from ..engine.media.heatmap import heatmap_frames
+    from ..engine.media.video import write_mp4
 
     frames, fps, report = output.frames, output.fps, output.report
 

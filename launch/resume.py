@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 from ..engine.engine import Engine
-from ..engine.job import JobDiffers, JobInUse
+from ..engine.jobs.job import JobDiffers, JobInUse
 from ..engine.request import Event, GenerateRequest, JobConfig
 
 # A process that was killed holds its job's folder until the system has cleared it away.

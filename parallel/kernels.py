@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .config import KERNELS
+from .xfuser_job import registry_attention
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +197,4 @@ def _flash3() -> Kernel:
 
 
 def _xfuser() -> Kernel:
-    # Here, because only who names xfuser may import what imports it.
-    from .xfuser_job import registry_kernel
-
-    return registry_kernel()
+    return Kernel(*registry_attention())

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from ..errors import ConfigError
 from .config import ParallelConfig
+from .xfuser_job import job_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +106,30 @@ class ParallelMesh:
 
     @classmethod
     def from_xfuser(cls) -> ParallelMesh:
-        """Adopt the groups of an xfuser (xDiT) job that runs in this process; see `xfuser_job.adopt`."""
-        from .xfuser_job import adopt
+        """Adopt the process groups of an xfuser (xDiT) job that runs in this process.
 
-        return adopt()
+        Raises:
+            ConfigError: xfuser is not installed, not initialised, or uses other axes.
+        """
+        groups = job_groups()
+        names = ("cfg", "ring", "ulysses", "sequence", "world")
+        axes = {name: Axis.of(getattr(groups, name)) for name in names}
+        mesh = cls(device=groups.device, **axes)
+        _check_numbering(mesh)
+        return mesh
+
+
+def _check_numbering(mesh: ParallelMesh) -> None:
+    """Refuse groups that do not form the product cfg x ring x ulysses in heterostep's order."""
+    sequence = mesh.ring.rank * mesh.ulysses.size + mesh.ulysses.rank
+    world = mesh.cfg.rank * mesh.sequence.size + mesh.sequence.rank
+    sizes = mesh.ring.size * mesh.ulysses.size, mesh.cfg.size * mesh.sequence.size
+    if sizes != (mesh.sequence.size, mesh.world.size) or (sequence, world) != (mesh.sequence.rank, mesh.world.rank):
+        raise ConfigError(
+            f"from_xfuser: cfg {mesh.cfg.size} x ring {mesh.ring.size} x ulysses {mesh.ulysses.size} are not the "
+            f"{mesh.world.size} rank(s) of the job, ulysses innermost; initialise xfuser with these three degrees "
+            "alone, and with yunchang installed."
+        )
 
 
 def _groups(device_type: str, degrees: dict[str, int]) -> dict[str, dist.ProcessGroup]:
@@ -115,3 +138,24 @@ def _groups(device_type: str, degrees: dict[str, int]) -> dict[str, dist.Process
         return {}
     mesh = init_device_mesh(device_type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
     return {name: mesh.get_group(name) for name in degrees}
+
+
+def shard_weights(model: torch.nn.Module, blocks: Sequence[torch.nn.Module], mesh: ParallelMesh) -> None:
+    """Shard the weights of a model's blocks over all ranks of `mesh`, in place, by PyTorch's FSDP2.
+
+    A block is gathered before its forward pass and freed after it. What is not in a block is small: it is gathered at
+    the first pass, and stays. Every rank must run the same number of passes from then on, as the hook lets them do.
+
+    Args:
+        model: for inference only, it takes no gradients afterwards. Weights that are not on the device of `mesh` yet
+            are moved there block by block, so that the device never holds all of them.
+        blocks: its layers, in the order in which they run.
+        mesh: the ranks; with one nothing is done.
+    """
+    if mesh.world.group is None:
+        return
+    model.requires_grad_(False)  # FSDP wants weights that are trained to be of one type; Wan keeps some in float32
+    ranks = DeviceMesh.from_group(mesh.world.group, mesh.device.type)
+    for block in blocks:
+        fully_shard(block, mesh=ranks, reshard_after_forward=True)
+    fully_shard(model, mesh=ranks, reshard_after_forward=False)

@@ -5,22 +5,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .kernels import Kernel
-from .mesh import Axis, ParallelMesh
+
+Attention = Callable[[Tensor, Tensor, Tensor], Any]
 
 
-def adopt() -> ParallelMesh:
-    """Make a mesh of the process groups that xfuser has initialised in this process.
+class JobGroups(NamedTuple):
+    """The process groups of an xfuser job; None where a degree is 1."""
+
+    cfg: Any
+    ring: Any
+    ulysses: Any
+    sequence: Any
+    world: Any
+    device: torch.device
+
+
+def job_groups() -> JobGroups:
+    """Return the process groups that xfuser has initialised in this process.
 
     xfuser numbers its ranks as `ParallelMesh` does (ulysses, then ring, then cfg), and its data-parallel replicas
-    make one video each: the mesh is that of this rank's replica.
+    make one video each: the groups are those of this rank's replica.
 
     Raises:
         ConfigError: xfuser is not installed, not initialised, or uses axes that heterostep does not have.
@@ -38,20 +50,21 @@ def adopt() -> ParallelMesh:
         if size > 1:
             raise ConfigError(f"from_xfuser: a {name} parallel degree of {size} was set; heterostep needs it to be 1.")
     shards, replica, cfg = state.get_sp_group(), state.get_model_replica_group(), state.get_cfg_group()
-    mesh = ParallelMesh(
-        cfg=Axis.of(cfg.device_group),
-        ring=Axis.of(getattr(shards, "ring_group", None)),
-        ulysses=Axis.of(getattr(shards, "ulysses_group", None)),
-        sequence=Axis.of(shards.device_group),
-        world=Axis.of(replica.device_group),
+    return JobGroups(
+        cfg=cfg.device_group,
+        ring=getattr(shards, "ring_group", None),
+        ulysses=getattr(shards, "ulysses_group", None),
+        sequence=shards.device_group,
+        world=replica.device_group,
         device=torch.device(shards.device),
     )
-    _check_numbering(mesh)
-    return mesh
 
 
-def registry_kernel() -> Kernel:
-    """Return a kernel of xfuser's registry: the job's choice, else flash-attn 3 or cuDNN.
+def registry_attention() -> tuple[str, Attention, Attention]:
+    """Return an attention of xfuser's registry: the job's choice, else flash-attn 3 or cuDNN.
+
+    Returns:
+        Its name; the attention that returns output and logsumexp; the one that returns the output alone.
 
     Raises:
         ImportError: xfuser is not installed.
@@ -74,20 +87,7 @@ def registry_kernel() -> Kernel:
             )
         return out, lse[..., : q.shape[1]].transpose(1, 2).float()
 
-    return Kernel(f"xfuser {key.name}", with_lse, lambda q, k, v: run(q, k, v)[0])
-
-
-def _check_numbering(mesh: ParallelMesh) -> None:
-    """Refuse groups that do not form the product cfg x ring x ulysses in heterostep's order."""
-    sequence = mesh.ring.rank * mesh.ulysses.size + mesh.ulysses.rank
-    world = mesh.cfg.rank * mesh.sequence.size + mesh.sequence.rank
-    sizes = mesh.ring.size * mesh.ulysses.size, mesh.cfg.size * mesh.sequence.size
-    if sizes != (mesh.sequence.size, mesh.world.size) or (sequence, world) != (mesh.sequence.rank, mesh.world.rank):
-        raise ConfigError(
-            f"from_xfuser: cfg {mesh.cfg.size} x ring {mesh.ring.size} x ulysses {mesh.ulysses.size} are not the "
-            f"{mesh.world.size} rank(s) of the job, ulysses innermost; initialise xfuser with these three degrees "
-            "alone, and with yunchang installed."
-        )
+    return f"xfuser {key.name}", with_lse, lambda q, k, v: run(q, k, v)[0]
 
 
 def _backend(backends: Any) -> Any:

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 
 from heterostep.engine.facts import read_facts
-from heterostep.engine.heatmap import overlay_frames
+from heterostep.engine.media.heatmap import overlay_frames
+from heterostep.engine.media.video import write_mp4
 from heterostep.engine.request import GenerateRequest, resolve
-from heterostep.engine.video import write_mp4
 from heterostep.launch.service.jobs import JobStore
 from heterostep.launch.service.lease import Lease
 

@@ -19,7 +19,7 @@ def with_new_fields(folder: Path) -> dict[str, str]:
     """Make the copy in a folder; returns the environment of processes that use it."""
     package = folder / "heterostep"
     package.mkdir()
-    for name in ("__init__.py", "__main__.py", "errors.py", "settings.py"):
+    for name in ("__init__.py", "__main__.py", "errors.py", "settings.py", "version.py"):
         shutil.copy(ROOT / name, package)
     for name in ("engine", "hsa", "launch", "parallel"):
         shutil.copytree(ROOT / name, package / name, ignore=shutil.ignore_patterns("demo_model", "__pycache__"))

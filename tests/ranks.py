@@ -29,7 +29,7 @@ SLOW = [
     "hypothesis",
     "heterostep.parallel.attention",
     "heterostep.engine.engine",
-    "heterostep.engine.session",
+    "heterostep.engine.denoise.session",
     "diffusers.pipelines.wan.pipeline_wan",
     "diffusers.pipelines.wan.pipeline_wan_i2v",
 ]

@@ -13,7 +13,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor
 
-from heterostep.engine.hook import named
+from heterostep.engine.denoise.hook import named
 
 from .models import Part, model_of
 

@@ -12,7 +12,7 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor
 
-from heterostep.engine.hook import named
+from heterostep.engine.denoise.hook import named
 
 from .baseline import Baseline, hooked, relative_change, step_of, transformers_of
 from .models import Model, model_of

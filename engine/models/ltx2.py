@@ -1,24 +1,165 @@
-"""LTX-2, 2.3 and 2.5: what the hook must know about diffusers' LTX2VideoTransformer3DModel and its pipelines."""
+"""LTX-2's attention processors, derived from diffusers' (Apache-2.0), whose order of arithmetic they keep."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+import torch
 from diffusers import LTX2VideoTransformer3DModel
 from diffusers.models.transformers.transformer_ltx2 import (
     AudioVisualModelOutput,
     LTX2AudioVideoAttnProcessor,
     LTX2PerturbedAttnProcessor,
+    apply_interleaved_rotary_emb,
+    apply_split_rotary_emb,
 )
+from diffusers.pipelines.ltx2.pipeline_ltx2 import calculate_shift
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..attention import AttentionCall
-from ..registry import OwnHook
-from ..tokens import Grid, Patch, gather_rows, unpatchify
-from .adapter import Adapter, Site
-from .ltx2_attention import CachedLTX2AttnProcessor, CachedLTX2TextAttnProcessor, Plain
+from ..media.quality import check_finite
+from ..media.video import Audio
+from .attention import AttentionCall, CachedAttention, CachedTextAttention, Grid, Patch, attend, gather_rows, unpatchify
+from .base import Adapter, Site
+from .hook_registry import OwnHook
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..facts import ModelFacts
+    from ..request import ResolvedRequest
+
+
+_ROTATE = {"interleaved": apply_interleaved_rotary_emb, "split": apply_split_rotary_emb}
+
+
+class CachedLTX2AttnProcessor(CachedAttention, LTX2PerturbedAttnProcessor):
+    """LTX-2's attention to video tokens, in which queries attend to the keys of all of them, active or not.
+
+    At ``attn1`` the queries are the active video tokens, at ``video_to_audio_attn`` all of the sound. It stands in for
+    both of diffusers' processors: without a perturbation they are the same. A pass over all tokens is the stock one bit
+    for bit.
+    """
+
+    def __init__(self, call: AttentionCall, replaced: Any, *, everywhere: bool = False) -> None:
+        """Stand in for the processor `replaced`."""
+        super().__init__()
+        self.take_over(call, replaced, everywhere=everywhere)
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        query_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        key_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        perturbation_mask: Tensor | None = None,
+        all_perturbed: Any = None,
+    ) -> Tensor:
+        """Attend: hidden_states [B, M, C] -> [B, M, C]; arguments as diffusers' LTX2PerturbedAttnProcessor."""
+        if all_perturbed is None:
+            all_perturbed = perturbation_mask is not None and bool(torch.all(perturbation_mask == 0))
+        if self.stock or all_perturbed:  # a perturbed block passes values on, row by row
+            return super().__call__(
+                attn,
+                hidden_states,
+                encoder_hidden_states,
+                attention_mask,
+                query_rotary_emb,
+                key_rotary_emb,
+                perturbation_mask,
+                all_perturbed,
+            )
+        video = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        value = attn.to_v(video)
+        query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(video))
+        query, key = _rotated(attn, query, key, query_rotary_emb, key_rotary_emb)
+        out = self.attend(*(t.unflatten(2, (attn.heads, -1)) for t in (query, key, value)))
+        if perturbation_mask is not None:
+            out = torch.lerp(value, out, perturbation_mask)
+        return _finished(attn, out, hidden_states)
+
+
+class CachedLTX2TextAttnProcessor(CachedTextAttention, LTX2PerturbedAttnProcessor):
+    """LTX-2's attention to the prompt with its keys and values computed once a run, bit for bit the stock one.
+
+    It is the stock one too where attention is perturbed, which the models do in self-attention alone.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        query_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        key_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        perturbation_mask: Tensor | None = None,
+        all_perturbed: Any = None,
+    ) -> Tensor:
+        """Attend: hidden_states [B, M, C] -> [B, M, C]; arguments as diffusers' LTX2PerturbedAttnProcessor."""
+        store = self.store
+        if store is None or encoder_hidden_states is None or perturbation_mask is not None or all_perturbed:
+            return super().__call__(
+                attn,
+                hidden_states,
+                encoder_hidden_states,
+                attention_mask,
+                query_rotary_emb,
+                key_rotary_emb,
+                perturbation_mask,
+                all_perturbed,
+            )
+        if store.text is None:
+            value = attn.to_v(encoder_hidden_states)
+            store.text = attn.norm_k(attn.to_k(encoder_hidden_states)), value
+        key, value = store.text
+        batch, length, _ = key.shape
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, length, batch)
+            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+        query = attn.norm_q(attn.to_q(hidden_states))
+        query, key = _rotated(attn, query, key, query_rotary_emb, key_rotary_emb)
+        query, key, value = (t.unflatten(2, (attn.heads, -1)) for t in (query, key, value))
+        return _finished(attn, attend(query, key, value, attention_mask, self._attention_backend), hidden_states)
+
+
+class Plain(OwnHook):
+    """On a projection: its output as no view, which `torch.nn.functional.linear` makes of it.
+
+    To the compiler a view is another kind of input, so that the first block would need graphs of its own.
+    """
+
+    def post_forward(self, module: torch.nn.Module, output: Tensor) -> Tensor:
+        """Return the same memory, not copied."""
+        plain: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+        return plain
+
+
+def _rotated(
+    attn: Any,
+    query: Tensor,
+    key: Tensor,
+    query_rotary_emb: tuple[Tensor, Tensor] | None,
+    key_rotary_emb: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys [B, M, H * D] with their rotary embeddings, those of the queries for both by default."""
+    if query_rotary_emb is None:
+        return query, key
+    rotate = _ROTATE[attn.rope_type]
+    return rotate(query, query_rotary_emb), rotate(key, key_rotary_emb or query_rotary_emb)
+
+
+def _finished(attn: Any, out: Tensor, hidden_states: Tensor) -> Tensor:
+    """What attention found, [B, M, H * D], gated by heads where the model has gates, through the last projection."""
+    if attn.to_gate_logits is not None:
+        gates = 2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))
+        out = (out.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2, 3)
+    return attn.to_out[1](attn.to_out[0](out))
 
 
 class LTX2Adapter(Adapter):
@@ -168,6 +309,94 @@ class LTX2Adapter(Adapter):
         nought = video.new_zeros(())
         video = nought.expand(*video.shape[:2], widths.out_channels or widths.in_channels)
         return video, nought.expand(*sound.shape[:2], widths.audio_out_channels or widths.audio_in_channels)
+
+    embeds: ClassVar[tuple[str, ...]] = (
+        "prompt_embeds",
+        "prompt_attention_mask",
+        "negative_prompt_embeds",
+        "negative_prompt_attention_mask",
+    )
+    max_sequence_length: ClassVar[int] = 1024
+
+    @staticmethod
+    def arguments(facts: ModelFacts, request: ResolvedRequest) -> dict[str, Any]:
+        """See `Adapter`."""
+        guidance, scale = facts.guidance_for(request.guidance_scale), request.guidance_scale
+        assert guidance is not None
+        # Where the value for sound is nothing, the pipelines take the video's.
+        return {
+            "frame_rate": float(request.fps),
+            "num_frames": request.num_frames,
+            "guidance_scale": scale,
+            "audio_guidance_scale": guidance.audio_scale or scale,
+            "stg_scale": guidance.perturbed,
+            "audio_stg_scale": guidance.perturbed,
+            "spatio_temporal_guidance_blocks": [guidance.block] if guidance.perturbed else None,
+            "modality_scale": guidance.isolated,
+            "audio_modality_scale": guidance.isolated,
+            "guidance_rescale": guidance.rescale,
+            "audio_guidance_rescale": guidance.rescale,
+            "use_cross_timestep": guidance.cross_timestep,
+            "max_sequence_length": LTX2Adapter.max_sequence_length,
+        }
+
+    @staticmethod
+    def set_timesteps(scheduler: Any, facts: ModelFacts, request: ResolvedRequest) -> None:
+        """See `Recipe`: shifted by the number of tokens."""
+        steps, config = request.num_inference_steps, scheduler.config
+        mu = calculate_shift(
+            math.prod(facts.grid(request.width, request.height, request.num_frames)),
+            config.get("base_image_seq_len", 1024),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.95),
+            config.get("max_shift", 2.05),
+        )
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+
+    @staticmethod
+    def start(facts: ModelFacts, image: Image.Image | None) -> dict[str, Any]:
+        """See `Adapter`. Told here, since the pipeline would ask its text encoder, which not every rank has."""
+        return {} if image is None else {"image": image, "image_crf": facts.image_crf}
+
+    @staticmethod
+    def results(output: Any) -> tuple[Tensor, Tensor | None]:
+        """See `Adapter`."""
+        return output.frames, output.audio
+
+    @staticmethod
+    def finished(pipeline: Any, latents: Tensor) -> Tensor:
+        """See `Adapter`."""
+        vae = pipeline.vae
+        given: Tensor = pipeline._denormalize_latents(
+            latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
+        )
+        return given
+
+    @staticmethod
+    def decodable(vae: Any, latents: Tensor) -> Tensor:
+        """As they are: the pipeline has undone their normalisation."""
+        return latents.to(vae.dtype)
+
+    @staticmethod
+    def decode(vae: Any, latents: Tensor) -> Tensor:
+        """See `Adapter`."""
+        # The pipelines' own default of a VAE that is told how noisy its latents are.
+        noise = latents.new_zeros(len(latents)) if vae.config.timestep_conditioning else None
+        video: Tensor = vae.decode(latents, noise, return_dict=False)[0]
+        return video
+
+    @staticmethod
+    @torch.no_grad()
+    def audio(pipeline: Any, latents: Tensor) -> Audio:
+        """See `Adapter`."""
+        vae = pipeline.audio_vae
+        spectrograms = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        check_finite(spectrograms, "the audio VAE", vae.dtype)
+        samples = pipeline.vocoder(spectrograms)[0]
+        check_finite(samples, "the vocoder", pipeline.vocoder.dtype)
+        return Audio(
+            samples=samples.float().cpu().numpy(), sample_rate=int(pipeline.vocoder.config.output_sampling_rate)
+        )
 
 
 def _patch(transformer: Any) -> Patch:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from ...engine.files import write_durably
+from ...engine.media.files import write_durably
 
 _STATE = re.compile(r"(?:checkpoint-\d+|result)(?:-[0-9a-f]+)?\.(?:json|safetensors)")
 _PROGRESS = "progress.jsonl"

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ...engine.checkpoint import remove_others
 from ...engine.engine import find_finished
 from ...engine.facts import read_facts
-from ...engine.image import read_image
+from ...engine.jobs.checkpoint import remove_others
 from ...engine.loading import pick_device, pick_dtype
+from ...engine.media.image import read_image
 from ...engine.record import compare
 from ...engine.request import Cancelled, EngineConfig, Event, GenerateRequest, JobConfig, VideoOutput, resolve
 from ...errors import ConfigError

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 
-from ...engine.files import checkpoint_steps
+from ...engine.media.files import checkpoint_steps
 from ...engine.request import Event
 from ...errors import RankFailure
 from ..workers.losses import reason_to_give_up

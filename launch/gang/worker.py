@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 
+from ...engine.denoise.preview import Preview
+from ...engine.denoise.work_split import Sharding
 from ...engine.engine import Engine
 from ...engine.facts import first_line, read_facts
-from ...engine.files import checkpoint_steps
-from ...engine.preview import Preview
+from ...engine.media.files import checkpoint_steps
 from ...engine.record import run_record
 from ...engine.request import Cancelled, EngineConfig, Event, JobConfig, StepDone, VideoOutput
-from ...engine.sharding import Sharding
 from ...errors import TOO_LARGE, ConfigError, RequestError, is_out_of_memory
 from ...parallel.config import ParallelConfig
 from ...parallel.mesh import ParallelMesh

@@ -13,8 +13,8 @@ from fastapi.responses import FileResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from ... import __version__
 from ...errors import RequestError
+from ...version import __version__
 from .answers import add_error_answers, openapi_body
 from .guard import Guard
 from .intake import Asked, read_create

@@ -9,7 +9,7 @@ import time
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-from ...engine.image import read_image
+from ...engine.media.image import read_image
 from ...engine.request import Cancelled, GenerateRequest
 from ...errors import ConfigError, RankFailure
 from .condition import no_room, when_there_is_room

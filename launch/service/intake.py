@@ -15,7 +15,7 @@ from starlette.formparsers import FormParser, MultiPartException, MultiPartParse
 from starlette.requests import Request
 
 from ...engine.facts import ModelFacts
-from ...engine.image import png, read_image
+from ...engine.media.image import png, read_image
 from ...engine.request import EngineConfig, GenerateRequest, ResolvedRequest, allocation, prepare, resolve
 from ...errors import ConfigError, RequestError
 from ...hsa.config import HSAConfig
@@ -264,7 +264,7 @@ def check_plan(facts: ModelFacts, hsa: HSAConfig | None, request: ResolvedReques
     """
     if hsa is None or surely_met(hsa, request.num_inference_steps, every):
         return
-    from ...engine.rehearsal import rehearse
+    from ...engine.denoise.checks import rehearse
 
     rehearse(facts, hsa, request, every)
 

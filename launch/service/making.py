@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from ...engine.denoise.preview import Preview
 from ...engine.engine import Engine
-from ...engine.preview import Preview
 from ...engine.request import (
     Cancelled,
     Decoding,

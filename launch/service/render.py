@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...engine.engine import Engine
-from ...engine.files import place, write_json
-from ...engine.heatmap import overlay_frames, scale_for
+from ...engine.media.files import place, write_json
+from ...engine.media.heatmap import overlay_frames, scale_for
+from ...engine.media.video import write_mp4
 from ...engine.record import run_record
 from ...engine.request import VideoOutput
-from ...engine.video import write_mp4
 from ...errors import RequestError
 from .results import FILES
 

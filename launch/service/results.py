@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...engine.files import checkpoint_steps, write_durably
+from ...engine.media.files import checkpoint_steps, write_durably
 from .rows import Job
 from .settings import public_name
 

@@ -8,14 +8,13 @@ import ranks
 import tiny
 import tiny_ltx2
 from heterostep import Engine, EngineConfig, GenerateRequest, ParallelConfig, RequestError
-from heterostep.engine.models.ltx2_recipe import LTX2Recipe
-from heterostep.engine.models.wan_recipe import WanRecipe
-from heterostep.engine.sharding import Sharding
-from heterostep.engine.tiles import can_share, decode_shared
+from heterostep.engine.denoise.work_split import Sharding, can_share, decode_shared
+from heterostep.engine.models.ltx2 import LTX2Adapter
+from heterostep.engine.models.wan import WanAdapter
 from heterostep.parallel.mesh import ParallelMesh
 
 TILE, STRIDE = 64, 48
-DECODE = {"wan21": WanRecipe.decode, "wan22": WanRecipe.decode, "ltx2": LTX2Recipe.decode}
+DECODE = {"wan21": WanAdapter.decode, "wan22": WanAdapter.decode, "ltx2": LTX2Adapter.decode}
 CHUNKS = {"wan21": 3, "wan22": 3, "ltx2": 1}  # of each tile of three latent frames
 
 
@@ -120,7 +119,7 @@ def test_the_decoder_is_restored_after_an_error():
     config = ParallelConfig()
     agreement = Sharding(ParallelMesh.create(config), config).agreement
     with pytest.raises(TypeError):
-        decode_shared(vae, latents_of(vae, 96, 96), agreement, WanRecipe.decode)
+        decode_shared(vae, latents_of(vae, 96, 96), agreement, WanAdapter.decode)
     assert not vae.use_tiling and "forward" not in vars(vae.decoder)
 
 

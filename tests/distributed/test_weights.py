@@ -11,8 +11,7 @@ import tiny
 from heterostep import ConfigError, Engine, EngineConfig, GenerateRequest, HSAConfig, ParallelConfig, apply, remove
 from heterostep.engine.facts import read_facts
 from heterostep.engine.loading import load_pipeline
-from heterostep.parallel.mesh import ParallelMesh
-from heterostep.parallel.weights import shard_weights
+from heterostep.parallel.mesh import ParallelMesh, shard_weights
 
 LAYERS = 8  # so that what is not in a block weighs little
 

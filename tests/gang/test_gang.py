@@ -14,8 +14,8 @@ pytest.importorskip("ray", reason="the extra 'ray' is not installed")
 
 from heterostep.engine.engine import Engine
 from heterostep.engine.facts import read_facts
-from heterostep.engine.files import checkpoint_steps
-from heterostep.engine.job import JobConfig
+from heterostep.engine.jobs.job import JobConfig
+from heterostep.engine.media.files import checkpoint_steps
 from heterostep.engine.request import Cancelled, EngineConfig, GenerateRequest, Started, StepDone, resolve
 from heterostep.errors import ConfigError, RankFailure, RequestError
 from heterostep.hsa.config import HSAConfig

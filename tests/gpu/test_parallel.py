@@ -8,14 +8,11 @@ import torch
 import tiny
 from attention_steps import follow
 from heterostep import HSAConfig, apply
-from heterostep.engine.sharding import Sharding
-from heterostep.engine.tiles import decode_shared
+from heterostep.engine.denoise.work_split import Sharding, decode_shared
 from heterostep.errors import ConfigError
-from heterostep.parallel.config import ParallelConfig
+from heterostep.parallel.config import ParallelConfig, read
 from heterostep.parallel.kernels import pick
-from heterostep.parallel.mesh import ParallelMesh
-from heterostep.parallel.topology import read
-from heterostep.parallel.weights import shard_weights
+from heterostep.parallel.mesh import ParallelMesh, shard_weights
 from ranks import run_ranks
 
 GPUS = torch.cuda.device_count()

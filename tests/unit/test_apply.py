@@ -11,8 +11,8 @@ from diffusers import (
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import heterostep as hs
-from heterostep.engine.solvers import build_scheduler, forecast_for, kind_of
-from heterostep.engine.tokens import Grid, Patch, pack, patchify, unpack, unpatchify
+from heterostep.engine.denoise.schedulers import build_scheduler, forecast_for, kind_of
+from heterostep.engine.models.attention import Grid, Patch, pack, patchify, unpack, unpatchify
 from tiny import generate, tiny_pipeline, tiny_scheduler
 
 

@@ -6,9 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heterostep.errors import ConfigError
-from heterostep.parallel.choose import choose, kv_bytes, resolve
-from heterostep.parallel.config import ParallelConfig, check, degrees
-from heterostep.parallel.topology import Topology, read
+from heterostep.parallel.config import ParallelConfig, Topology, check, choose, degrees, kv_bytes, read, resolve
 
 GIB = 2**30
 

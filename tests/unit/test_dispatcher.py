@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("prometheus_client", reason="the extra 'serve' is not installed")
 
 from heterostep.engine.facts import read_facts
-from heterostep.engine.files import checkpoint_name
+from heterostep.engine.media.files import checkpoint_name
 from heterostep.engine.request import GenerateRequest, Started, StepDone, resolve
 from heterostep.errors import ConfigError, RequestError
 from heterostep.launch.service import dispatcher, results

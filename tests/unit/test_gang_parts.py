@@ -8,7 +8,7 @@ import time
 import pytest
 
 from heterostep.engine.engine import Engine, EngineConfig
-from heterostep.engine.job import JobDiffers, JobInUse
+from heterostep.engine.jobs.job import JobDiffers, JobInUse
 from heterostep.engine.request import GenerateRequest, JobConfig, StepDone
 from heterostep.errors import ConfigError
 from heterostep.launch import resume

@@ -14,10 +14,10 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
 import heterostep as hs
+from heterostep.engine.denoise.preview import Preview
 from heterostep.engine.facts import DEFAULTS, read_facts
-from heterostep.engine.image import MAX_BYTES, fingerprint, fit_image, png, read_image, size_for
 from heterostep.engine.loading import as_pipeline
-from heterostep.engine.preview import Preview
+from heterostep.engine.media.image import MAX_BYTES, fingerprint, fit_image, png, read_image, size_for
 from heterostep.engine.request import StepDone, prepare, resolve
 from tiny import IMAGE_KINDS, picture
 

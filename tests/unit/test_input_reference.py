@@ -18,9 +18,9 @@ from starlette.requests import Request
 
 import heterostep as hs
 from folders import complete_pipeline
+from heterostep.engine.denoise.preview import Preview
 from heterostep.engine.facts import read_facts
-from heterostep.engine.image import fingerprint, png, read_image
-from heterostep.engine.preview import Preview
+from heterostep.engine.media.image import fingerprint, png, read_image
 from heterostep.errors import RequestError
 from heterostep.launch.service.database import SCHEMA
 from heterostep.launch.service.events import Made

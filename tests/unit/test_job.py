@@ -17,9 +17,9 @@ import torch
 
 import heterostep as hs
 from folders import complete_pipeline
-from heterostep.engine import conditions
 from heterostep.engine.engine import Cancelled, Decoding, Interrupted, Started, StepDone, find_finished
-from heterostep.engine.identity import differences, identity_of
+from heterostep.engine.jobs.identity import differences, identity_of
+from heterostep.engine.models import base as conditions
 from heterostep.engine.record import run_record
 from heterostep.engine.request import resolve
 

@@ -9,7 +9,7 @@ import os
 import pytest
 
 from heterostep.engine.engine import Engine
-from heterostep.engine.video import MAX_SIDE
+from heterostep.engine.media.video import MAX_SIDE
 from heterostep.launch.cli import main
 from heterostep.launch.local import FINAL
 
@@ -114,6 +114,6 @@ def test_a_name_taken_while_the_work_went_on_is_kept(command, tmp_path, monkeypa
     ],
 )
 def test_what_could_not_be_written_is_refused_before_the_work(command, tmp_path, monkeypatch, flags, rule):
-    monkeypatch.setattr("heterostep.engine.video.MAX_SIDE", 2100 if "--heatmap" in flags else MAX_SIDE)
+    monkeypatch.setattr("heterostep.engine.media.video.MAX_SIDE", 2100 if "--heatmap" in flags else MAX_SIDE)
     status, out, err = command(*flags)
     assert (status, out) == (2, "") and rule in err and err.count("\n") == 1 and not list(tmp_path.iterdir())

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heterostep.hsa.scores import score_levels, top_tokens, velocity_change_rate
+from heterostep.hsa.policies import score_levels, top_tokens, velocity_change_rate
 
 
 def by_sorting(scores, count, first=None):

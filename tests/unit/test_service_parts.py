@@ -21,8 +21,8 @@ import torch
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 
+from heterostep.engine.denoise.checks import rehearse
 from heterostep.engine.facts import read_facts
-from heterostep.engine.rehearsal import rehearse
 from heterostep.engine.report import HSAReport
 from heterostep.engine.request import EngineConfig, GenerateRequest, resolve
 from heterostep.errors import ConfigError, RequestError

@@ -8,7 +8,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 
 import heterostep as hs
 import tiny_ltx2
-from heterostep.engine.solvers import build_scheduler
+from heterostep.engine.denoise.schedulers import build_scheduler
 from tiny import generate, tiny_pipeline
 
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from heterostep.hsa.rows import fill_rows, gather_rows, write_rows
+from heterostep.hsa.cache import fill_rows, gather_rows, write_rows
 from heterostep.hsa.velocity import TokenClock, VelocityCache
 from tiny import shifted
 

@@ -14,10 +14,9 @@ import torch
 from scipy.ndimage import correlate1d
 
 from heterostep import ConfigError, RequestError
-from heterostep.engine.audio import Audio
-from heterostep.engine.files import check_writable, place, replacing, write_json
-from heterostep.engine.quality import psnr, relative_l2, ssim
-from heterostep.engine.video import check_mp4, write_mp4
+from heterostep.engine.media.files import check_writable, place, replacing, write_json
+from heterostep.engine.media.quality import psnr, relative_l2, ssim
+from heterostep.engine.media.video import Audio, check_mp4, write_mp4
 
 
 def clip(num_frames=5, height=32, width=48):
@@ -214,7 +213,7 @@ def test_videos_that_the_encoder_does_not_take(tmp_path, height, width, rule):
 
 
 def test_an_encoder_that_does_not_open_is_found_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("heterostep.engine.video.MAX_SIDE", 1 << 20)
+    monkeypatch.setattr("heterostep.engine.media.video.MAX_SIDE", 1 << 20)
     with pytest.raises(ConfigError, match="no video of 48x16386 at 8 frames per second can be written"):
         check_mp4(tmp_path / "v.mp4", 16386, 48, 8)
     assert not list(tmp_path.iterdir())

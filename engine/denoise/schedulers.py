@@ -1,0 +1,218 @@
+"""The schedulers HSA works with, and what each implies for the velocity forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...hsa.config import HSAConfig
+
+# Settings of a diffusers scheduler: they come with the model, and never change.
+_SETTINGS = ("_internal_dict",)
+_KINDS: dict[str, Any] = {
+    "euler": FlowMatchEulerDiscreteScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+}
+
+
+def kind_of(scheduler: Any) -> str:
+    """Return "euler", "unipc" or "dpm++".
+
+    Raises:
+        ConfigError: another scheduler, or one that does not integrate flow velocities.
+    """
+    for kind, cls in _KINDS.items():
+        if isinstance(scheduler, cls):
+            if kind != "euler" and (
+                scheduler.config.prediction_type != "flow_prediction" or not scheduler.config.use_flow_sigmas
+            ):
+                raise ConfigError(
+                    f"{type(scheduler).__name__} predicts {scheduler.config.prediction_type}: HSA needs "
+                    'prediction_type="flow_prediction" with use_flow_sigmas=True, or solver="euler".'
+                )
+            return kind
+    names = ", ".join(cls.__name__ for cls in _KINDS.values())
+    raise ConfigError(
+        f"{type(scheduler).__name__} is not supported: HSA needs one model call per step, as with {names}."
+    )
+
+
+def build_scheduler(kind: str, like: Any) -> Any:
+    """Make a scheduler of `kind` with the training steps and the shift of the scheduler `like`."""
+    config = like.config
+    # FlowMatchEulerDiscreteScheduler's may have been set since, by set_shift.
+    shift = config.get("flow_shift", getattr(like, "shift", 1.0))
+    steps = config.num_train_timesteps
+    if kind == "euler":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=shift)
+    return _KINDS[kind](
+        num_train_timesteps=steps, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+
+
+def scheduler_for(config: HSAConfig, stock: Any, known: Collection[str], pipeline: str) -> Any:
+    """Return the scheduler of a run: a new one of ``config.solver``, or `stock` where that is none or of that kind.
+
+    Args:
+        config: the settings; what it says of the forecast must fit the scheduler.
+        stock: the pipeline's own scheduler.
+        known: solvers that work with the pipeline.
+        pipeline: its class name, for messages.
+
+    Raises:
+        ConfigError: the solver does not work with the pipeline, or what is to be forecast not with the scheduler.
+    """
+    scheduler = stock
+    if config.solver is not None:
+        if config.solver not in known:
+            raise ConfigError(
+                f"solver={config.solver!r} with {pipeline}: one of {', '.join(known)} is needed, or None for the "
+                "pipeline's own scheduler."
+            )
+        if _kind_or_none(stock) != config.solver:
+            scheduler = build_scheduler(config.solver, stock)
+    # Every run asks anew; what does not fit is better refused now.
+    if config.compute < 1.0:
+        check_noise(scheduler)
+    forecast_for(config, scheduler)
+    correct_for(config, scheduler)
+    return scheduler
+
+
+def _kind_or_none(scheduler: Any) -> str | None:
+    """Return the scheduler's kind, None for one that HSA cannot work with (and the config replaces)."""
+    try:
+        return kind_of(scheduler)
+    except ConfigError:
+        return None
+
+
+def adds_noise(scheduler: Any) -> bool:
+    """Whether a scheduler's step adds fresh random noise."""
+    config = scheduler.config
+    return bool(config.get("stochastic_sampling")) or str(config.get("algorithm_type")).startswith("sde-")
+
+
+def check_noise(scheduler: Any) -> None:
+    """Refuse a scheduler whose steps add noise, for runs that leave out tokens.
+
+    A token's velocity depends on its noise, so that none can be forecast over a step that replaces it.
+
+    Raises:
+        ConfigError: the scheduler adds noise.
+    """
+    if not adds_noise(scheduler):
+        return
+    config = scheduler.config
+    setting, instead = (
+        ("stochastic_sampling=True", "stochastic_sampling=False")
+        if config.get("stochastic_sampling")
+        else (f"algorithm_type={config.algorithm_type!r}", 'algorithm_type="dpmsolver++"')
+    )
+    raise ConfigError(
+        f"{type(scheduler).__name__} with {setting} adds fresh noise at each step, which no forecast of a skipped "
+        f"token can know: use {instead}, or compute=1.0."
+    )
+
+
+def check_levels(sigmas: Sequence[float]) -> None:
+    """Refuse noise levels that no velocity can be forecast over, for runs that leave out tokens.
+
+    The last two may be equal: some schedulers end where their last step begins.
+
+    Raises:
+        ConfigError: they do not fall from step to step, or lie outside of 0 to 1, where flows are.
+    """
+    if max(sigmas) > 1.0 + 1e-6 or min(sigmas) < 0.0:
+        raise ConfigError(
+            f"The scheduler's sigmas lie between {min(sigmas):.4g} and {max(sigmas):.4g}, and those of a flow between "
+            "0 and 1: use the scheduler's flow sigmas (no Karras, exponential, beta or Lu ones), or compute=1.0."
+        )
+    for step, (sigma, after) in enumerate(pairwise(sigmas)):
+        if after > sigma or (after == sigma and step < len(sigmas) - 2):
+            raise ConfigError(
+                f"The scheduler's sigmas do not fall at step {step}, from {sigma:.4g} to {after:.4g}: a run that "
+                "leaves out tokens needs falling noise levels; give others, or use compute=1.0."
+            )
+
+
+def forecast_for(config: HSAConfig, scheduler: Any) -> str:
+    """Return the forecast: the configured one, or Taylor's.
+
+    Taylor's forecasts what the model would have returned, so that it suits one-step and multistep schedulers
+    alike; on a flow between Gaussian mixtures it came nearer to the true solution than holding.
+
+    Raises:
+        ConfigError: ``forecast="ab2"`` with a multistep scheduler, which adds its own second order.
+    """
+    kind = kind_of(scheduler)
+    if config.forecast == "ab2" and kind != "euler" and scheduler.config.solver_order > 1:
+        raise ConfigError(
+            f'forecast="ab2" with {type(scheduler).__name__} would apply the second order twice: '
+            'use forecast="taylor", or solver="euler".'
+        )
+    return config.forecast or "taylor"
+
+
+def correct_for(config: HSAConfig, scheduler: Any) -> bool:
+    """Return whether forecasts are corrected in hindsight.
+
+    Raises:
+        ConfigError: ``correct=True`` with a multistep scheduler, whose history would not know of the correction.
+    """
+    euler = kind_of(scheduler) == "euler"
+    if config.correct and not euler:
+        raise ConfigError(
+            f"correct=True with {type(scheduler).__name__}: a multistep history cannot be corrected afterwards; "
+            'use solver="euler", or leave correct out.'
+        )
+    if config.correct is not None:
+        return config.correct
+    # Beside stale keys and values a token's velocity jumps with theirs, and the correction multiplies the jump.
+    whole = config.policy in ("joint", "steps")
+    return euler and whole and forecast_for(config, scheduler) != "hold"
+
+
+def scheduler_state(scheduler: Any) -> dict[str, Any]:
+    """Return everything a scheduler holds beside its settings, whatever it is called: tensors, numbers, lists of them.
+
+    Raises:
+        ConfigError: it holds something else, such as a second scheduler. (Functions, as of a compiled step, may be.)
+    """
+    held = vars(scheduler).items()
+    state = {name: value for name, value in held if name not in _SETTINGS and not callable(value)}
+    for name, value in state.items():
+        if not _is_plain(value):
+            raise ConfigError(
+                f"{type(scheduler).__name__} keeps a {type(value).__name__} in {name}, which cannot be saved: run "
+                "without checkpoints, or with another scheduler."
+            )
+    return state
+
+
+def restore_scheduler(scheduler: Any, state: Mapping[str, Any], device: torch.device) -> None:
+    """Put a `scheduler_state` back, every tensor on the device of the one that it replaces, new ones on `device`."""
+    for name, value in state.items():
+        setattr(scheduler, name, _placed(value, getattr(scheduler, name, None), device))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str | Tensor)
+
+
+def _placed(value: Any, like: Any, device: torch.device) -> Any:
+    if isinstance(value, list):
+        beside = like if isinstance(like, list) and len(like) == len(value) else [None] * len(value)
+        return [_placed(item, other, device) for item, other in zip(value, beside, strict=True)]
+    if isinstance(value, Tensor):
+        return value.to(like.device if isinstance(like, Tensor) else device)
+    return value

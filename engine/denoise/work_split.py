@@ -1,0 +1,304 @@
+"""One rank's share of a run: which tokens it evaluates at a step, and what it sends to and gets from the others."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLLTX2Video
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...parallel.attention import Placement, Plan, placement_for
+from ...parallel.collectives import Agreement, Traffic, Transport, exchange_rows
+from ...parallel.config import ParallelConfig, check
+from ...parallel.mesh import ParallelMesh
+from ...parallel.partition import Speeds, imbalance, sizes_for, slices
+from ..models import Adapter
+from ..report import ParallelRecord, RankReport, Sent
+from .schedulers import adds_noise
+
+_PASS = "pass"
+_OUTSIDE = ("plan", "velocity", "result")
+"""Traffic that is not part of a pass of the transformer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """This rank's part of one step.
+
+    Attributes:
+        sizes: tokens of each rank of the sequence axis.
+        rows: n, tokens of this rank, which may be none.
+        tokens: their indices, int64 [n] or [B, n]. Of a rank without any: token 0, for a pass must have one; its rows
+            are dropped.
+        plan: of the attention.
+    """
+
+    sizes: list[int]
+    rows: int
+    tokens: Tensor
+    plan: Plan
+
+
+class Sharding:
+    """What a run on many ranks shares: the mesh, the attention's placement, and a record of all traffic.
+
+    Every rank runs the same pipeline on the same latents.
+
+    Attributes:
+        mesh: this rank's place.
+        config: the degrees.
+        traffic: what was sent since the last `record`.
+        placement: the attention.
+        agreement: how the ranks come to one decision.
+        speeds: of the ranks, where they are measured.
+    """
+
+    def __init__(self, mesh: ParallelMesh, config: ParallelConfig) -> None:
+        """Share the work over `mesh` as `config` says.
+
+        Raises:
+            ConfigError: an attention kernel that is not there.
+        """
+        self.mesh, self.config = mesh, config
+        self.traffic = Traffic()
+        self.placement: Placement = placement_for(mesh, config, self.traffic)
+        self._sequence, self._world = Transport(mesh.sequence, self.traffic), Transport(mesh.world, self.traffic)
+        self._groups = Transport(mesh.cfg, self.traffic)
+        self.agreement = Agreement(mesh, self.traffic)
+        self.speeds = Speeds(mesh, self.agreement)
+
+    def check(self, num_heads: int, num_branches: int) -> None:
+        """Raise ConfigError unless the degrees suit a model's heads and a request's guidance branches."""
+        check(self.config, world_size=self.mesh.world.size, num_heads=num_heads, num_branches=num_branches)
+
+    def own(self, names: Sequence[str]) -> str:
+        """Return the one of `names`, as many as the cfg degree, that this rank's group evaluates."""
+        return names[self.mesh.cfg.rank]
+
+    def share(self, active: Tensor | None, grid: tuple[int, int, int], batch_size: int) -> Share:
+        """Cut the active tokens (None: all of `grid`; [A]; [B, A]) anew, and plan the attention to them."""
+        num_tokens = grid[0] * grid[1] * grid[2]
+        sizes = sizes_for(self.config, num_tokens, active, self.speeds.weights)
+        listed = torch.arange(num_tokens, device=self.mesh.device) if active is None else active
+        rank = self.mesh.sequence.rank
+        tokens = listed[..., slices(sizes)[rank]]
+        if not sizes[rank]:
+            tokens = listed.new_zeros((*listed.shape[:-1], 1))
+        plan = self.placement.prepare(active, sizes, num_tokens, batch_size)
+        return Share(sizes=sizes, rows=sizes[rank], tokens=tokens, plan=plan)
+
+    def attend(
+        self, share: Share, q: Tensor, k: Tensor, v: Tensor, cache: Any, weight: Tensor | None, everywhere: bool = False
+    ) -> Tensor:
+        """Attention of one layer to all tokens, over all ranks: with this rank's rows of k and v [B, n, H, D].
+
+        q are the same rows, or, `everywhere`, queries [B, M, H, D] that all ranks have alike; of the shape of q.
+        """
+        attend = self.placement.attend_everywhere if everywhere else self.placement.attend
+        if share.rows == k.shape[1]:
+            return attend(q, k, v, plan=share.plan, cache=cache, weight=weight)
+        k, v = k[:, :0], v[:, :0]  # the token that stands for none
+        if everywhere:
+            return attend(q, k, v, plan=share.plan, cache=cache, weight=weight)
+        attend(q[:, :0], k, v, plan=share.plan, cache=cache, weight=weight)
+        return q.new_zeros(q.shape[0], 1, *q.shape[2:])
+
+    def gather(self, rows: Tensor, share: Share) -> Tensor:
+        """This rank's velocity rows [B, n or 1, D] of a branch -> those of all active tokens [B, A, D]."""
+        return exchange_rows(rows[:, : share.rows], share.sizes, self._sequence, "velocity")
+
+    def gather_branches(self, rows: Tensor, share: Share) -> list[Tensor]:
+        """The same where each cfg group evaluated a branch of its own: [B, A, D] for each, in their order."""
+        sizes = share.sizes * self.mesh.cfg.size
+        every = exchange_rows(rows[:, : share.rows], sizes, self._world, "velocity")
+        return list(every.split(sum(share.sizes), dim=1))
+
+    def same(self, others: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What each rank of the sequence axis has computed alike, such as sound, in the bits of the first of them."""
+        return tuple(self._sequence.broadcast(other.contiguous(), 0, "velocity") for other in others)
+
+    def same_branches(self, others: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """The same where each cfg group evaluated a branch of its own: one tuple for each, in their order."""
+        groups, batch = self.mesh.cfg.size, len(others[0]) if others else 0
+        every = [self._groups.gather(other, [batch] * groups, "velocity").split(batch) for other in self.same(others)]
+        return list(zip(*every, strict=True)) if others else [()] * groups
+
+    def timed(self) -> AbstractContextManager[None]:
+        """Take the time of this rank's pass, without making a GPU wait."""
+        return self.traffic.recorded(_PASS, 0, self.mesh.device)
+
+    def record(self, sizes: Sequence[int]) -> ParallelRecord:
+        """Describe the step that ends: tokens of each rank, and what this rank did since the last call."""
+        totals = self.traffic.take()
+        passed = totals.pop(_PASS, None)
+        sent = {
+            name: Sent(calls=count.calls, bytes=count.bytes, seconds=count.seconds) for name, count in totals.items()
+        }
+        inside = sum(count.seconds for name, count in sent.items() if name not in _OUTSIDE)
+        seconds = max(passed.seconds - inside, 0.0) if passed is not None else 0.0
+        if sizes and self.config.cut == "measured":
+            self.speeds.observe(sizes[self.mesh.sequence.rank] * (passed.calls if passed is not None else 1), seconds)
+        return ParallelRecord(tokens=list(sizes), imbalance=imbalance(sizes), seconds=seconds, sent=sent)
+
+    def rank_report(self, steps: Sequence[ParallelRecord], kv_bytes: int, models: Sequence[Any]) -> RankReport:
+        """Sum up this rank's steps, and look at its memory."""
+        sent: dict[str, Sent] = {}
+        for step in steps:
+            for name, more in step.sent.items():
+                had = sent.get(name, Sent(calls=0, bytes=0, seconds=0.0))
+                sent[name] = Sent(
+                    calls=had.calls + more.calls, bytes=had.bytes + more.bytes, seconds=had.seconds + more.seconds
+                )
+        weights = sum(_held(parameter) for model in models for parameter in model.parameters())
+        return RankReport(
+            rank=self.mesh.world.rank,
+            sent=sent,
+            kv_bytes=kv_bytes,
+            weight_bytes=weights,
+            peak_bytes=_peak_bytes(self.mesh.device),
+        )
+
+
+def _held(parameter: Tensor) -> int:
+    """Bytes of a parameter that are on this rank."""
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return local.nbytes
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """The most memory in use so far: of the GPU by this process, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+_NEEDED = ("tiled_decode", "decoder", "use_tiling", "tile_sample_min_height", "spatial_compression_ratio")
+_WAN = "clear_cache"
+"""What only Wan's VAEs have, which decode a few frames at a time."""
+
+
+def can_share(vae: Any, latents: Tensor) -> bool:
+    """Whether a VAE would cut latents [B, C, F, Y, X] into tiles, and in the way that `decode_shared` follows."""
+    if not all(hasattr(vae, name) for name in _NEEDED):
+        return False
+    if isinstance(vae, AutoencoderKLLTX2Video):
+        if any(vae.config.decoder_inject_noise):  # which each rank would draw for itself
+            return False
+    elif not hasattr(vae, _WAN):
+        return False
+    ratio, (height, width) = vae.spatial_compression_ratio, latents.shape[-2:]
+    return bool(height > vae.tile_sample_min_height // ratio or width > vae.tile_sample_min_width // ratio)
+
+
+def decode_shared(
+    vae: Any, latents: Tensor, agreement: Agreement, decode: Callable[[Any, Tensor], Tensor]
+) -> Tensor | None:
+    """Decode as `vae` does with tiling enabled, the tiles shared among all ranks; each rank must call it.
+
+    The VAE's own code cuts and blends, and runs twice for it: first every rank goes over all tiles and decodes its own,
+    those with number % P = rank; then rank 0, which was sent all of them, goes over them again. The result is that of
+    one rank, bit for bit.
+
+    Args:
+        vae: diffusers' AutoencoderKLLTX2Video, which calls its decoder once for each tile; or AutoencoderKLWan and
+            what is built like it, which calls it several times, with ``first_chunk=True`` at the first frames.
+        latents: [B, C, F, Y, X], alike on all ranks; `can_share` is true for them.
+        agreement: speaks to the ranks.
+        decode: calls `vae.decode` on latents; `Adapter.decode` of the model.
+
+    Returns:
+        The video [B, 3, frames, height, width] on rank 0, None on all others.
+    """
+    rank, size = agreement.mesh.world.rank, agreement.mesh.world.size
+    nothing = latents.new_empty(latents.shape[0], vae.config.out_channels, 0, 0, 0)
+    own: dict[int, list[Tensor]] = {}
+
+    def decode_own(stock: Callable[[], Tensor], number: int, first: bool) -> Tensor:
+        if number % size == rank:
+            own.setdefault(number, []).append(stock())
+        return nothing  # so that there is nothing to blend yet
+
+    with _tiled(vae, decode_own):
+        decode(vae, latents)
+    tiles: dict[int, Tensor] = {}
+    for part, some in enumerate(agreement.bring([torch.cat(own.pop(number), dim=2) for number in sorted(own)])):
+        tiles |= {part + size * i: tile for i, tile in enumerate(some)}
+    if not agreement.leads:
+        return None
+
+    def hand_out(stock: Callable[[], Tensor], number: int, first: bool) -> Tensor:
+        return tiles[number] if first else tiles[number][:, :, :0]  # all frames of a tile at once
+
+    with _tiled(vae, hand_out):
+        return decode(vae, latents)
+
+
+@contextlib.contextmanager
+def _tiled(vae: Any, answer: Callable[[Callable[[], Tensor], int, bool], Tensor]) -> Iterator[None]:
+    """Enable tiling, and let `answer` stand for the decoder.
+
+    It is given a function that decodes, the number of the tile, and whether its first frames are asked for.
+    """
+    decoder, before, by_frames = vae.decoder, vae.use_tiling, hasattr(vae, _WAN)
+    stock, own = decoder.forward, "forward" in vars(decoder)
+    number = -1
+
+    def forward(*args: Any, **options: Any) -> Tensor:
+        nonlocal number
+        first = options.get("first_chunk", not by_frames)
+        number += first
+        return answer(lambda: stock(*args, **options), number, first)
+
+    vae.use_tiling, decoder.forward = True, forward
+    try:
+        yield
+    finally:
+        vae.use_tiling = before
+        if own:
+            decoder.forward = stock
+        else:
+            del decoder.forward
+
+
+def check_degrees(sharding: Sharding, adapter: Adapter, pipe: Any) -> None:
+    """Refuse degrees of parallelism that do not suit a model, or what guides a call of `pipe`.
+
+    Raises:
+        ConfigError: on all ranks alike.
+    """
+    sites = adapter.sites(adapter.transformers(pipe)[0][1])
+    units = [unit for name in adapter.branches(pipe) for unit in adapter.units(pipe, name)]
+    sharding.check(math.gcd(*(site.attention.heads for site in sites)), len(units))
+
+
+def check_ranks(sharding: Sharding, adapter: Adapter, pipe: Any, latents: Tensor) -> None:
+    """Refuse ranks that cannot work on one video together; `latents` are those that a run begins with.
+
+    Raises:
+        ConfigError: on all ranks alike.
+    """
+    check_degrees(sharding, adapter, pipe)
+    if not sharding.agreement.same(latents):
+        raise ConfigError(
+            "The ranks begin with different latents: they must make the same video, so give the pipeline the same "
+            "prompt and size and a generator with the same seed on every rank."
+        )
+    if adds_noise(pipe.scheduler) and not sharding.agreement.same(random_state(latents.device)):
+        raise ConfigError(
+            f"{type(pipe.scheduler).__name__} adds random noise at each step, and the ranks' random numbers differ: "
+            "call torch.manual_seed with one seed on every rank."
+        )
+
+
+def random_state(device: torch.device) -> Tensor:
+    """State of the random numbers that are drawn on a device without a generator of their own."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()

@@ -1,0 +1,1 @@
+"""Jobs: one video whose making survives its process."""

@@ -1,0 +1,1 @@
+"""Images, videos with sound, and heat maps: files in and out."""

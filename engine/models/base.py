@@ -1,0 +1,195 @@
+"""What a model must say about itself, so that the hook can run it on some of its tokens and the engine can call it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+
+from .attention import AttentionCall, Grid
+from .hook_registry import OwnHook
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..facts import ModelFacts
+    from ..media.video import Audio
+    from ..request import ResolvedRequest
+
+
+class Site(NamedTuple):
+    """An attention module whose keys and values come from the video's tokens, and so are cached.
+
+    Attributes:
+        attention: the module; its processor is replaced.
+        everywhere: its queries are no video tokens, but something that every rank has whole (sound).
+    """
+
+    attention: Any
+    everywhere: bool = False
+
+
+class Adapter(Protocol):
+    """A model and its diffusers pipelines; `docs/adding_a_model.md` shows how one is written.
+
+    `arguments` are those of a call of the transformer, by name, without ``return_dict``; ``hidden_states`` is always
+    among them, its first dimension is the batch. A *branch* is what a pipeline names by
+    ``transformer.cache_context(name)``. Its call evaluates one guidance unit, or several that are stacked in its batch,
+    each with all B videos: `units` names them. What has a body here suits most models.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]]
+    """Class names of the pipelines."""
+    stock_processors: ClassVar[tuple[type, ...]]
+    """Types of the attention processors that may be replaced."""
+    moving: ClassVar[tuple[str, ...]]
+    """Arguments that change from step to step; where another one changes, forecasts of its branch begin anew."""
+    solvers: ClassVar[tuple[str, ...]]
+    """Schedulers that may replace the pipeline's own."""
+    step_tensors: ClassVar[tuple[str, ...]]
+    """Tensors besides the latents that the pipeline's loop carries from step to step, by the names it gives them."""
+    output: ClassVar[Any]
+    """What the transformer returns where it is not asked for a tuple."""
+
+    @classmethod
+    def recognises(cls, pipe: Any) -> bool:
+        """Whether `pipe` is one of `pipelines` (or derived from one) with stock transformers."""
+
+    @staticmethod
+    def transformers(pipe: Any) -> list[tuple[int, Any]]:
+        """Return (expert, transformer) pairs; expert 0 does the high noise, 1 the low noise."""
+
+    @staticmethod
+    def blocks(transformer: Any) -> list[Any]:
+        """The layers, in the order in which they run."""
+
+    @staticmethod
+    def sites(transformer: Any) -> list[Site]:
+        """All places where tokens meet, in a fixed order."""
+
+    @staticmethod
+    def processor(call: AttentionCall, replaced: Any, *, everywhere: bool = False) -> Any:
+        """Return what stands in for the stock processor `replaced` at a site."""
+
+    @staticmethod
+    def text_attentions(transformer: Any) -> list[Any]:
+        """Cross-attention modules whose keys and values are those of the prompt, constant until that changes."""
+        return []
+
+    @staticmethod
+    def text_processor(replaced: Any) -> Any:
+        """Return what stands in for the stock processor of one of `text_attentions`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def hooks(transformer: Any, call: AttentionCall) -> list[tuple[Any, OwnHook]]:
+        """(module, hook) for modules that must know which tokens are active, such as rotary embeddings."""
+        return []
+
+    @staticmethod
+    def conditioned(timestep: Tensor) -> Tensor | None:
+        """Indices int64 [C] of the tokens that are given, by the timesteps [B] or [B, N] of a first call; or None.
+
+        An image is the first latent frame of most models, whose tokens stand at timestep 0 from the start.
+        """
+        return (timestep == 0).all(0).nonzero()[:, 0] if timestep.ndim == 2 else None
+
+    @staticmethod
+    def experts(pipe: Any) -> list[int]:
+        """Expert that the pipeline will call at each step."""
+        return [0] * len(pipe.scheduler.timesteps)
+
+    @staticmethod
+    def branches(pipe: Any) -> tuple[str, ...]:
+        """Names of the branches of the running pipeline call, in the order of its calls."""
+
+    @staticmethod
+    def units(pipe: Any, branch: str) -> tuple[str, ...]:
+        """Guidance units in the batch of a branch's call, in their order there; names unique among all branches."""
+
+    @staticmethod
+    def guidance(pipe: Any, units: Sequence[str], expert: int) -> dict[str, float]:
+        """Weights with which the pipeline mixes the units' velocities into the guided one."""
+
+    @staticmethod
+    def grid(module: Any, arguments: Mapping[str, Any]) -> Grid:
+        """Tokens of the video of a call."""
+
+    @staticmethod
+    def video(module: Any, arguments: Mapping[str, Any]) -> Tensor:
+        """The noisy latents of a call [batch, C, F, Y, X], without what else the model gets as channels."""
+
+    @staticmethod
+    def subset(module: Any, arguments: Mapping[str, Any], active: Tensor) -> dict[str, Any]:
+        """The call for the active tokens [A] or [batch, A] alone."""
+
+    @staticmethod
+    def rows(module: Any, out: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What the transformer returned: velocity rows [batch, A, D] of the tokens in the call, and all else."""
+
+    @staticmethod
+    def answer(module: Any, grid: Grid, rows: Tensor, others: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The inverse of `rows` for all tokens [batch, N, D]."""
+
+    @staticmethod
+    def nothing(module: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """Zeros in the form of the transformer's answer, which cost no memory."""
+
+    # How the engine calls a pipeline, and what becomes of its latents. Everything runs on stock parts.
+
+    embeds: ClassVar[tuple[str, ...]]
+    """Arguments of the pipeline that hold the prompts, encoded, in the order of what its `encode_prompt` gives."""
+    max_sequence_length: ClassVar[int]
+    """Of a prompt, in the text encoder's tokens: what the pipeline itself uses when it is given one."""
+
+    @classmethod
+    def embed(cls, pipeline: Any, request: ResolvedRequest) -> dict[str, Tensor | None]:
+        """Encode the prompts: values for all of `embeds`, None where a request has no use for one."""
+        found = pipeline.encode_prompt(
+            request.prompt,
+            request.negative_prompt,
+            do_classifier_free_guidance=request.guidance_scale > 1.0,
+            max_sequence_length=cls.max_sequence_length,
+        )
+        return dict(zip(cls.embeds, found, strict=True))
+
+    @staticmethod
+    def told(embeds: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """What the transformer will get as ``encoder_hidden_states``, by guidance unit, as far as it is known."""
+        return {}
+
+    @staticmethod
+    def arguments(facts: ModelFacts, request: ResolvedRequest) -> dict[str, Any]:
+        """Arguments of the pipeline's call besides embeddings, image, width, height, steps, seed and callback."""
+
+    @staticmethod
+    def set_timesteps(scheduler: Any, facts: ModelFacts, request: ResolvedRequest) -> None:
+        """Set a scheduler's timesteps as the pipeline's call does it."""
+        scheduler.set_timesteps(request.num_inference_steps)
+
+    @staticmethod
+    def start(facts: ModelFacts, image: Image.Image | None) -> dict[str, Any]:
+        """Arguments about the image that a video starts from."""
+
+    @staticmethod
+    def results(output: Any) -> tuple[Tensor, Tensor | None]:
+        """Latents of the video [1, C, F, Y, X], and of the sound, out of a call with ``output_type="latent"``."""
+
+    @staticmethod
+    def finished(pipeline: Any, latents: Tensor) -> Tensor:
+        """Latents of the loop [1, C, F, Y, X] as the pipeline would give them in the end."""
+        return latents
+
+    @staticmethod
+    def decodable(vae: Any, latents: Tensor) -> Tensor:
+        """Latents in the form and type that the VAE decodes."""
+
+    @staticmethod
+    def decode(vae: Any, latents: Tensor) -> Tensor:
+        """Decode `decodable` latents: [1, 3, F, H, W], nominally from -1 to 1."""
+
+    @staticmethod
+    def audio(pipeline: Any, latents: Tensor) -> Audio:
+        """Decode latents of sound; only asked for where there are any."""
+        raise NotImplementedError
