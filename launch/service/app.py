@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,27 +11,27 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import FileResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from ...errors import RequestError
 from ...version import __version__
 from .answers import add_error_answers, openapi_body
+from .condition import StoreUnavailable
 from .guard import Guard
 from .intake import Asked, read_create
 from .prefix import Prefix
 from .results import FILES
+from .rows import FINISHED
 from .schemas import DeletedVideo, ErrorBody, Health, ModelCard, ModelList, Status, Video, VideoList
-from .service import VideoService
-from .streams import video_events, wait_for
+from .service import Version, VideoService
 
-_PAGE = Path(__file__).parent / "page"
-_PAGE_FILES = {
-    **dict.fromkeys(("api.js", "app.js", "docs.js", "form.js", "text.js", "videos.js", "viewer.js"), "text/javascript"),
-    "style.css": "text/css",
-    "icon.svg": "image/svg+xml",
-}
+# The job store is asked, not a queue in memory: the runner may be in another process.
+_POLL_SECONDS = 0.1
+_PAGE = StaticFiles(directory=Path(__file__).parent / "page")
 # The page needs nothing from anywhere else; whatever gets into it can load nothing and send nothing.
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src blob:; "
@@ -63,6 +65,14 @@ def owner_of(
 
 
 Owner = Annotated[str, Depends(owner_of)]
+
+
+def video_of(video_id: str, service: Service, owner: Owner) -> Video:
+    """The video that a path names, if it is the caller's."""
+    return _found(service.find(video_id, owner), video_id)
+
+
+Found = Annotated[Video, Depends(video_of)]
 IdempotencyKey = Annotated[
     str | None, Header(min_length=1, max_length=255, description="The same key again gives the same video again.")
 ]
@@ -91,7 +101,7 @@ async def create_and_wait(
     """Make a video and answer with its file. When the client goes away, the video is cancelled."""
     asked = await read_create(request, service.takes_images)
     queued, _ = await run_in_threadpool(service.submit, asked, owner, idempotency_key)
-    video = await wait_for(service, request, queued.id, owner)
+    video = await _finished(service, request, queued.id, owner)
     if video is None:
         raise HTTPException(503, f"the wait for video {queued.id} was broken off; ask for it by its id")
     if video.status != "completed":
@@ -122,9 +132,8 @@ def list_videos(
 
 
 @router.get("/v1/videos/{video_id}")
-def retrieve(video_id: str, service: Service, owner: Owner, response: Response) -> Video:
+def retrieve(video: Found, response: Response) -> Video:
     """Tell how a video goes."""
-    video = _found(service.find(video_id, owner), video_id)
     # The openai client asks again after this time.
     response.headers["openai-poll-after-ms"] = "500"
     return video
@@ -144,16 +153,35 @@ def cancel(video_id: str, service: Service, owner: Owner) -> Video:
     return _found(service.cancel(video_id, owner), video_id)
 
 
-@router.get(
-    "/v1/videos/{video_id}/events",
-    response_class=StreamingResponse,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
-)
-def events(video_id: str, service: Service, owner: Owner) -> StreamingResponse:
-    """Follow a video by server-sent events: queued, starting, step, decoding, then completed, failed or cancelled."""
-    _found(service.find(video_id, owner), video_id)
-    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    return StreamingResponse(video_events(service, video_id, owner), media_type="text/event-stream", headers=headers)
+@router.get("/v1/videos/{video_id}/events", response_class=EventSourceResponse)
+async def events(video: Found, service: Service, owner: Owner) -> AsyncIterator[ServerSentEvent]:
+    """Follow a video by server-sent events: queued, starting, step, decoding, then completed, failed or cancelled.
+
+    The data is the video, and in a `step` the field `preview` where there is a new picture (a data URL). Steps that are
+    quicker than ten in a second are told together.
+    """
+    version: Version = (-1, None)
+    shown, id = -1, video.id
+    while not service.stopping:
+        change = picture = None
+        with contextlib.suppress(StoreUnavailable):
+            try:
+                change = await run_in_threadpool(service.changed, id, owner, version)
+            except KeyError:
+                return
+            if change is not None and change[0].status == "in_progress":
+                picture = await run_in_threadpool(service.preview, id, shown)
+        if change is not None:
+            video, version = change
+            data = video.model_dump()
+            if picture is not None:
+                shown = picture[0]
+                data["preview"] = f"data:image/webp;base64,{base64.b64encode(picture[1]).decode()}"
+            name = video.status if video.status != "in_progress" else video.stage
+            yield ServerSentEvent(event="step" if name == "denoising" else name, data=data)
+            if video.status in FINISHED:
+                return
+        await asyncio.sleep(_POLL_SECONDS)
 
 
 @router.api_route(
@@ -169,20 +197,18 @@ def events(video_id: str, service: Service, owner: Owner) -> StreamingResponse:
     },
 )
 def content(
-    video_id: str,
+    video: Found,
     service: Service,
-    owner: Owner,
     variant: Literal["video", "thumbnail", "spritesheet", "heatmap", "report"] = "video",
 ) -> FileResponse:
     """Download a completed video, or a picture, map or report of it; Range requests are honoured."""
-    video = _found(service.find(video_id, owner), video_id)
     if video.status != "completed":
-        raise RequestError(f"video {video_id} is {video.status}; its content is there when it is completed")
-    path, media_type = service.file(video_id, variant)
+        raise RequestError(f"video {video.id} is {video.status}; its content is there when it is completed")
+    path, media_type = service.file(video.id, variant)
     return FileResponse(
         path,
         media_type=media_type,
-        filename=f"{video_id}-{path.name}",
+        filename=f"{video.id}-{path.name}",
         content_disposition_type="inline",
         headers={"cache-control": "private, max-age=3600"},
     )
@@ -229,28 +255,52 @@ def metrics(service: Service) -> Response:
 
 
 @router.get("/", include_in_schema=False)
-def page() -> FileResponse:
+async def page(request: Request) -> Response:
     """The web page."""
-    return _html("index.html")
+    return await page_file("index.html", request)
 
 
 @router.get("/docs", include_in_schema=False)
-def documentation() -> FileResponse:
+async def documentation(request: Request) -> Response:
     """The description of the API, for people; for programs it is at /openapi.json."""
-    return _html("docs.html")
-
-
-def _html(name: str) -> FileResponse:
-    headers = {"content-security-policy": _PAGE_POLICY, "cache-control": "no-cache"}
-    return FileResponse(_PAGE / name, media_type="text/html", headers=headers)
+    return await page_file("docs.html", request)
 
 
 @router.get("/page/{name}", include_in_schema=False)
-def page_file(name: str) -> FileResponse:
+async def page_file(name: str, request: Request) -> Response:
     """What the web page is made of."""
-    if name not in _PAGE_FILES:
-        raise HTTPException(404, "there is no such file")
-    return FileResponse(_PAGE / name, media_type=_PAGE_FILES[name], headers={"cache-control": "no-cache"})
+    try:
+        response = await _PAGE.get_response(name, request.scope)
+    except HTTPException as error:
+        raise HTTPException(404, "there is no such file") from error
+    response.headers.update({"content-security-policy": _PAGE_POLICY, "cache-control": "no-cache"})
+    return response
+
+
+async def _finished(service: VideoService, request: Request, id: str, owner: str) -> Video | None:
+    """Wait until a video is finished; cancel it when the client goes away.
+
+    Returns:
+        The video; None if the client is gone, the video was deleted or the service stops.
+    """
+    finished = False
+    try:
+        while not service.stopping:
+            with contextlib.suppress(StoreUnavailable):
+                video = await run_in_threadpool(service.find, id, owner)
+                if video is None or video.status in FINISHED:
+                    finished = True
+                    return video
+            if await request.is_disconnected():
+                return None
+            await asyncio.sleep(_POLL_SECONDS)
+        finished = True  # it goes on when the service starts again
+        return None
+    finally:
+        if not finished:
+            # Not awaited: where the server cancels this task there is no time left.
+            with contextlib.suppress(StoreUnavailable):
+                service.cancel(id, owner)
 
 
 def _ignored(asked: Asked) -> dict[str, str]:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import pydantic
 from pydantic_core import from_json, to_json
-from starlette.datastructures import UploadFile
-from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from ...engine.facts import ModelFacts
@@ -63,18 +63,6 @@ class Asked(NamedTuple):
         return [name for name in IGNORED if getattr(self.body, name) is not None]
 
 
-class _FormParser(MultiPartParser):
-    """Keeps the texts of a form. A file's name is not used, and its bytes are kept only where they are wanted."""
-
-    # In memory: the guard limits the body, and a disk would keep what was sent.
-    spool_max_size = 1 << 30
-    keep_files = False
-
-    def on_part_data(self, data: bytes, start: int, end: int) -> None:
-        if self._current_part.file is None or self.keep_files:
-            super().on_part_data(data, start, end)
-
-
 async def read_create(request: Request, takes_images: bool = False) -> Asked:
     """Read the body of a request for a video.
 
@@ -92,7 +80,7 @@ async def read_create(request: Request, takes_images: bool = False) -> Asked:
             fields = _json_object("the body", await request.body())
             body = CreateVideo.model_validate(_unfolded(fields, fields.pop("extra_body", None)), strict=True)
         elif kind in (_PLAIN_FORM, "multipart/form-data"):
-            texts, image = await _read_form(request, takes_images, plain=kind == _PLAIN_FORM)
+            texts, image = await _read_form(request, takes_images)
             body = CreateVideo.model_validate_strings(_unfolded_texts(texts))
         else:
             raise BadField(None, f"the body must be application/json, multipart/form-data or {_PLAIN_FORM}")
@@ -139,21 +127,25 @@ def _unfolded_texts(texts: dict[str, str]) -> dict[str, str]:
     return {name: text for name, text in _unfolded(texts, as_texts).items() if text or name not in optional}
 
 
-async def _read_form(request: Request, keep_files: bool, plain: bool) -> tuple[dict[str, str], bytes | None]:
-    """The texts of a form, and its file: it can only be the image. `plain`: the form that has no files."""
-    parser: FormParser | _FormParser
-    limits = {"max_fields": _MAX_FIELDS, "max_part_size": _MAX_FIELD}
-    if plain:
-        parser = FormParser(request.headers, request.stream(), **limits)
-    else:
-        parser = _FormParser(request.headers, request.stream(), max_files=1, **limits)
-        parser.keep_files = keep_files
+async def _read_form(request: Request, keep_files: bool) -> tuple[dict[str, str], bytes | None]:
+    """The texts of a form, and its file: it can only be the image."""
     try:
-        form = await parser.parse()
-    except MultiPartException as error:
-        raise BadField(None, f"the form cannot be read ({error.message.rstrip('.')})") from error
+        form = await request.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD)
+    except HTTPException as error:
+        if error.status_code != 400:  # it is too large, or took too long
+            raise
+        raise BadField(None, f"the form cannot be read ({error.detail.rstrip('.')})") from error
+    except OSError as error:
+        raise HTTPException(503, f"the form cannot be taken now ({error.strerror}); try again later") from error
     except (LookupError, ValueError) as error:  # a charset that is none, a boundary that cannot be
         raise BadField(None, "the form cannot be read") from error
+    try:
+        return await _fields_of(form, keep_files)
+    finally:
+        await form.close()
+
+
+async def _fields_of(form: FormData, keep_files: bool) -> tuple[dict[str, str], bytes | None]:
     values: dict[str, str] = {}
     image = None
     for name, value in form.multi_items():
@@ -168,7 +160,6 @@ async def _read_form(request: Request, keep_files: bool, plain: bool) -> tuple[d
         values[name] = value if isinstance(value, str) else _FILE
         if isinstance(value, UploadFile) and name == "input_reference" and keep_files:
             image = await value.read()
-    await form.close()
     return values, image
 
 

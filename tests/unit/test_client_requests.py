@@ -229,7 +229,27 @@ def test_the_description_has_the_bounds_of_a_number(client, name, bounds):
         assert number == bounds | {"type": number["type"]}
 
 
-# HEAD, and what is not there.
+# The page, HEAD, and what is not there.
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("/", "text/html"), ("/docs", "text/html"), ("/page/app.js", "/javascript"), ("/page/style.css", "text/css"),
+     ("/page/icon.svg", "image/svg+xml")],
+)  # fmt: skip
+def test_files_of_the_page(client, path, kind):
+    answer = client.get(path)
+    assert answer.status_code == 200 and kind in answer.headers["content-type"]
+    assert answer.headers["cache-control"] == "no-cache" and answer.headers["x-content-type-options"] == "nosniff"
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    again = client.get(path, headers={"if-none-match": answer.headers["etag"]})
+    assert again.status_code == 304 and again.content == b""
+
+
+@pytest.mark.parametrize("name", ["x.js", "%00", "%2e%2e", ".", "a" * 300, "%2e%2e%5capp.py"])
+def test_what_is_no_file_of_the_page(client, name):
+    answer = client.get(f"/page/{name}")
+    assert answer.status_code == 404 and answer.json()["error"]["message"], answer.text
 
 
 def test_head_answers_as_get_does_without_a_body(client):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import io
 import sqlite3
 import time
@@ -14,6 +15,7 @@ from PIL import Image
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 import heterostep as hs
@@ -200,3 +202,14 @@ def test_the_worker_starts_from_the_image(tmp_path):
     again = engine.generate(hs.GenerateRequest(**task["request"]))
     assert again.request == request and again.report.conditioned == 16
     assert torch.isfinite(again.latents).all()
+
+
+def test_a_form_that_the_disk_has_no_room_for(monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile.rollover", full)
+    assert read(form(b"\0" * 1000)).image == b"\0" * 1000  # is kept in memory
+    with pytest.raises(HTTPException, match=r"cannot be taken now \(No space left on device\); try again") as caught:
+        read(form(b"\0" * (2 << 20)))
+    assert caught.value.status_code == 503
