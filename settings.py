@@ -7,7 +7,7 @@ docs are made from these declarations.
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +83,9 @@ class Setting:
             return isinstance(value, bool)
         if self.kind in ("int", "float"):
             number = int if self.kind == "int" else int | float
-            if isinstance(value, bool) or not isinstance(value, number) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, number):
+                return False
+            if not abs(value) <= sys.float_info.max:  # NaN, or what no float holds: `math.isfinite` fails at that
                 return False
             return (
                 (self.least is None or value >= self.least)

@@ -128,6 +128,7 @@ def test_what_cannot_change_a_video_is_ignored_and_named(client):
         ({"width": 64.5, "height": 48}, "width", "integer"),
         ({"fps": 8.5}, "fps", "integer"),
         ({"seed": -2}, "seed", "-1"),
+        ({"num_frames": 10**400}, None, "num_frames must be"),
         ({"flow_shift": 3.0}, "flow_shift", "there is no field 'flow_shift'"),
         ({"extra_body": {"fps": 8}, "fps": 9}, "fps", "another value in extra_body"),
         ({"extra_body": {"flow_shift": 3.0}}, "flow_shift", "there is no field 'flow_shift'"),
