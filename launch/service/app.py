@@ -38,6 +38,10 @@ _PAGE_POLICY = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+# Where answers have another type, FastAPI would give it to the model of the errors too.
+_JSON_ERRORS: dict[int | str, dict[str, Any]] = {
+    code: {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}} for code in _ERRORS
+}
 _BEARER = HTTPBearer(auto_error=False, description="A key of the service's key file.")
 
 router = APIRouter(responses=_ERRORS)
@@ -153,7 +157,7 @@ def cancel(video_id: str, service: Service, owner: Owner) -> Video:
     return _found(service.cancel(video_id, owner), video_id)
 
 
-@router.get("/v1/videos/{video_id}/events", response_class=EventSourceResponse)
+@router.get("/v1/videos/{video_id}/events", response_class=EventSourceResponse, responses=_JSON_ERRORS)
 async def events(video: Found, service: Service, owner: Owner) -> AsyncIterator[ServerSentEvent]:
     """Follow a video by server-sent events: queued, starting, step, decoding, then completed, failed or cancelled.
 
