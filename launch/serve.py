@@ -57,9 +57,9 @@ def _remove_unknown(settings: ServiceSettings) -> int:
         store.close()
     count = f"{len(removed)} folder{'s' * (len(removed) != 1)}"
     if removed:
-        print(f"removed {count} that belonged to no video: {', '.join(map(str, removed))}")
+        print(f"deleted {count} that belonged to no video: {', '.join(map(str, removed))}")
     else:
-        print(f"removed nothing: every folder in {settings.results} and {settings.state} belongs to a video")
+        print(f"deleted nothing: every folder in {settings.results} and {settings.state} belongs to a video")
     return 0
 
 
@@ -76,7 +76,9 @@ def _serve_here(settings: ServiceSettings, host: str, port: int) -> int:
     listener = _listen(host, port)  # before anything is written
     service = VideoService(settings)
     if not is_loopback(host) and service.keys is None:
-        say("everybody who reaches this machine may use the service: --api-key-file is not given", logging.WARNING)
+        say(
+            "anyone who can reach this machine may use the service, because no --api-key-file is given", logging.WARNING
+        )
     config = uvicorn.Config(
         create_app(service),
         http=BoundedConnection,

@@ -38,7 +38,7 @@ def refuse_compiled(pipe: Any) -> None:
         if transformer is not None and _compiled(transformer):
             raise ConfigError(
                 f"{type(pipe).__name__}.{name} is compiled as a whole, which leaves HSA no place to choose a step's "
-                "tokens: give the pipeline the uncompiled model (torch.compile keeps it as _orig_mod, or load it anew) "
+                "tokens: give the pipeline the uncompiled model (torch.compile keeps it as _orig_mod, or reload it) "
                 f"and compile its blocks instead, pipe.{name}.compile_repeated_blocks()."
             )
 

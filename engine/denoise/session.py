@@ -193,8 +193,8 @@ class HSASession(registry.Uncopied):
         replaced = any(now is not then for now, then in zip(models, self._models, strict=True))
         if replaced or not all(isinstance(registry.registered(model), HSAHook) for model in found):
             raise ConfigError(
-                f"A transformer of {type(self.pipe).__name__} was replaced after hs.apply, or its hook taken off, and "
-                "HSA is not on the one that is there: call hs.apply(pipe) again, or hs.remove(pipe) to go without."
+                f"A transformer of {type(self.pipe).__name__} was replaced after hs.apply, or its hook was removed, "
+                "so HSA is not on it any more: call hs.apply(pipe) again, or hs.remove(pipe) to run without HSA."
             )
         for model in found:
             check_forward("The transformer", model)
@@ -210,8 +210,8 @@ class HSASession(registry.Uncopied):
             hooked = all(module in present and registry.registered(module) for module in modules)
             if not hooked or not all(site.attention in ours for site in adapter.sites(transformer)) or ours - present:
                 raise ConfigError(
-                    f"Hooks or layers of the {type(transformer).__name__} were taken away or replaced after hs.apply, "
-                    "and HSA is not on the new ones: call hs.apply(pipe) again."
+                    f"Hooks or layers of the {type(transformer).__name__} were removed or replaced after hs.apply, "
+                    "so HSA is not on the new ones: call hs.apply(pipe) again."
                 )
 
     def _check_others(self, others: Mapping[str, Tensor]) -> None:

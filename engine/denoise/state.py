@@ -68,7 +68,7 @@ def restore_run(run: Run, state: Mapping[str, Any], num_sites: int, device: torc
         raise ConfigError(
             f"the saved run has {len(state['sigmas']) - 1} steps of {state['batch_size']} x {state['grid']} tokens, "
             f"this one {run.num_steps} of {run.batch_size} x {list(run.grid)}, or other noise levels: resume with the "
-            "settings that it was begun with"
+            "settings it was started with"
         )
     if run.counts != state["counts"]:
         raise ConfigError("the saved run was planned by another version or planner: start it from the beginning")

@@ -99,7 +99,7 @@ def read_saved(folder: Path, name: str, kind: str) -> Saved:
     try:
         tensors = load(data)
     except SafetensorError as error:
-        raise Damaged(f"{path.name} is no safetensors file ({first_line(error)})") from error
+        raise Damaged(f"{path.name} is not a safetensors file ({first_line(error)})") from error
     return Saved(
         kind=kind,
         step=manifest["step"],
@@ -137,9 +137,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise Damaged(f"{path.name} is no JSON") from error
+        raise Damaged(f"{path.name} is not valid JSON") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "version" not in manifest:
-        raise Damaged(f"{path.name} is no manifest of heterostep")
+        raise Damaged(f"{path.name} is not a manifest of heterostep")
     try:
         # The very bytes that were written: nothing is hashed that could be said in two ways.
         intact = _sealed({key: value for key, value in manifest.items() if key != "sha256"}) == data

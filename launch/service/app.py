@@ -78,7 +78,7 @@ def video_of(video_id: str, service: Service, owner: Owner) -> Video:
 
 Found = Annotated[Video, Depends(video_of)]
 IdempotencyKey = Annotated[
-    str | None, Header(min_length=1, max_length=255, description="The same key again gives the same video again.")
+    str | None, Header(min_length=1, max_length=255, description="Repeating a key returns the same video.")
 ]
 
 
@@ -107,7 +107,7 @@ async def create_and_wait(
     queued, _ = await run_in_threadpool(service.submit, asked, owner, idempotency_key)
     video = await _finished(service, request, queued.id, owner)
     if video is None:
-        raise HTTPException(503, f"the wait for video {queued.id} was broken off; ask for it by its id")
+        raise HTTPException(503, f"the wait for video {queued.id} was interrupted; fetch it by its id")
     if video.status != "completed":
         assert video.error is not None, "a video that is not completed says why"
         raise HTTPException(400 if video.error.code == "invalid_request" else 500, video.error.message)
@@ -121,7 +121,9 @@ async def create_and_wait(
 def list_videos(
     service: Service,
     owner: Owner,
-    after: Annotated[str | None, Query(max_length=200, description="Id of the last video of the page before.")] = None,
+    after: Annotated[
+        str | None, Query(max_length=200, description="Id of the last video of the previous page.")
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
     status: Annotated[
@@ -207,7 +209,7 @@ def content(
 ) -> FileResponse:
     """Download a completed video, or a picture, map or report of it; Range requests are honoured."""
     if video.status != "completed":
-        raise RequestError(f"video {video.id} is {video.status}; its content is there when it is completed")
+        raise RequestError(f"video {video.id} is {video.status}; its content is available when it is completed")
     path, media_type = service.file(video.id, variant)
     return FileResponse(
         path,

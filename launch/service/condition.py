@@ -22,8 +22,8 @@ from .logs import say
 _ROOM = 1 << 20
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _HELP = (
-    "stop the service, and put back a backup of it or move it away (with -wal and -shm): finished videos are then "
-    "found again in results/"
+    "stop the service, and restore a backup of it or move it away (with -wal and -shm); the service then finds "
+    "finished videos in results/"
 )
 
 T = TypeVar("T")

@@ -95,7 +95,7 @@ class Database:
             except (sqlite3.Error, UnicodeDecodeError) as error:
                 raise ConfigError(_refusal(path, error)) from error
             if found > SCHEMA:
-                raise ConfigError(f"{str(path)!r} was made by a newer version of heterostep; use that one")
+                raise ConfigError(f"{str(path)!r} was written by a newer version of heterostep; use that version")
             undo.pop_all()
 
     def _check(self, path: Path) -> None:

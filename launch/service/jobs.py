@@ -121,13 +121,15 @@ class JobStore:
                 rows = self._db.select("owner = ? AND idempotency_key = ? AND NOT deleted", (owner, idempotency_key))
                 if rows and rows[0].fingerprint != fingerprint:
                     raise KeyReused(
-                        "this Idempotency-Key was used for another request; take a new key for a new request"
+                        "this Idempotency-Key was used for another request; use a new key for a new request"
                     )
                 if rows:
                     return rows[0], False
             waiting = self._db.execute("SELECT count(*) FROM jobs WHERE status = 'queued'").fetchone()[0]
             if waiting >= max_queue:
-                raise QueueFull(f"{waiting} videos are waiting, and at most {max_queue} may; try again later")
+                raise QueueFull(
+                    f"{waiting} videos are waiting, and the queue holds at most {max_queue}; try again later"
+                )
             self._db.execute(
                 "INSERT INTO jobs (id, owner, model, request, num_steps, idempotency_key, fingerprint, created_at) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -167,7 +169,9 @@ class JobStore:
             if after is not None:
                 cursor = self.get(after, owner)
                 if cursor is None:
-                    raise RequestError("after must be the id of one of your videos; leave it out to begin at the start")
+                    raise RequestError(
+                        "after must be the id of one of your videos; leave it out to start at the first page"
+                    )
                 where, values = f"{where} AND seq {sign} ?", (owner, cursor.seq)
             if statuses:
                 where, values = f"{where} AND status IN ({', '.join('?' * len(statuses))})", (*values, *statuses)

@@ -191,7 +191,7 @@ def _check_request(request: dict[str, Any], finished: bool) -> None:
         try:
             ResolvedRequest(**request)
         except (TypeError, RequestError) as error:
-            raise BadRow("the column request is no request of this version") from error
+            raise BadRow("the column request is not a request of this version") from error
 
 
 def _check_meaning(values: Mapping[str, Any]) -> None:
@@ -201,7 +201,7 @@ def _check_meaning(values: Mapping[str, Any]) -> None:
     # They are names of files and folders.
     for name in ("id", "lease"):
         if values[name] is not None and not _NAME.fullmatch(values[name]):
-            raise BadRow(f"the column {name} is no name")
+            raise BadRow(f"the column {name} is not a name")
     if values["status"] == "in_progress" and values["lease"] is None:
         raise BadRow("the column lease does not say who makes it")
     if values["status"] in FINISHED and values["completed_at"] is None:
@@ -215,7 +215,7 @@ def _check_meaning(values: Mapping[str, Any]) -> None:
             raise BadRow(f"the column {name} is below 0")
     for name in ("created_at", "started_at", "completed_at"):
         if values[name] is not None and not 0 <= values[name] < _LATEST:
-            raise BadRow(f"the column {name} is no date")
+            raise BadRow(f"the column {name} is not a date")
     if values["error"] is not None and not _has(values["error"], _PROBLEM):
         raise BadRow("the column error holds something else")
     if not all(_has(fault, _FAULT) and _is(fault.get("saved", 0), int) for fault in values["faults"]):

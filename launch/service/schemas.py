@@ -72,25 +72,27 @@ class CreateVideo(_Asked):  # type: ignore[valid-type, misc]
     seed: Annotated[int, Field(ge=-1, lt=2**63), _WHOLE] | None = Field(
         None,
         title="Seed",
-        description="Of the initial noise; left out or -1, the service draws one and tells it.",
+        description="Seed of the initial noise; if it is left out or -1, the service draws one and returns it.",
         json_schema_extra={"x-setting": True},
     )
     model: str | None = Field(None, description="The model that this service runs.", examples=["demo"])
-    seconds: str | float | None = Field(None, description="Length; the nearest number of frames that the model makes.")
+    seconds: str | float | None = Field(
+        None, description="Length in seconds, rounded to the nearest number of frames that the model can make."
+    )
     size: str | None = Field(
-        None, pattern=r"^[0-9]{1,5}x[0-9]{1,5}$", description="Width x height in pixels; instead of both."
+        None, pattern=r"^[0-9]{1,5}x[0-9]{1,5}$", description="Width x height in pixels, in place of the two fields."
     )
     input_reference: Any = Field(
         None, description="An image to start from, for models that take one: a PNG, JPEG or WebP file in a form."
     )
-    n: One | None = Field(None, description="Videos to make: one.")
+    n: One | None = Field(None, description="Number of videos; it must be 1.")
     num_outputs_per_prompt: One | None = Field(None, description="The same as `n`.")
     extra_body: dict[str, Any] | None = Field(
-        None, description="More of these fields, in one object; in a form, as JSON. SGLang's clients send it."
+        None, description="An object with more of these fields, in a form as JSON. SGLang's clients send it."
     )
-    user: Any = Field(None, description="Ignored: OpenAI's name for the caller's own user.")
+    user: Any = Field(None, description="Ignored: OpenAI's id of the caller's user.")
     safety_identifier: Any = Field(None, description="Ignored: the newer name of `user`.")
-    metadata: Any = Field(None, description="Ignored: OpenAI's notes of the caller's own.")
+    metadata: Any = Field(None, description="Ignored: the caller's notes.")
     response_format: Any = Field(None, description="Ignored: the file is always fetched from `/content`.")
 
 
@@ -106,8 +108,8 @@ class Fault(BaseModel):
 
     cause: str = Field(description="died, frozen, node, memory, timeout, error or restart.")
     message: str
-    step: int = Field(description="Steps that were done.")
-    saved: int = Field(0, description="Steps that were saved, where it went on.")
+    step: int = Field(description="Steps that were done when it happened.")
+    saved: int = Field(0, description="Steps that were saved, from which the job resumed.")
     at: int = Field(description="Unix time.")
 
 

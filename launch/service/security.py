@@ -48,14 +48,14 @@ class ApiKeys:
             if len(words) > 2 or len(words[-1]) < _MIN_KEY:
                 raise ConfigError(
                     f"api-key-file {str(path)!r}, line {number}: a line is a key of at least {_MIN_KEY} characters, "
-                    "with a name before it if you like"
+                    "optionally after a name"
                 )
             key = words[-1]
             keys.append((words[0] if len(words) == 2 else hashlib.sha256(key.encode()).hexdigest()[:16], key))
         if not keys:
-            raise ConfigError(f"api-key-file {str(path)!r} holds no key; write one in a line")
+            raise ConfigError(f"api-key-file {str(path)!r} holds no key; write one key on a line")
         if len({key for _, key in keys}) < len(keys):
-            raise ConfigError(f"api-key-file {str(path)!r} holds a key twice; one key is one owner")
+            raise ConfigError(f"api-key-file {str(path)!r} holds a key twice; each key belongs to one owner")
         return cls(keys)
 
     def owner(self, authorization: str | None) -> str | None:

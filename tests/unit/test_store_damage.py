@@ -161,7 +161,7 @@ def test_no_damage_costs_a_video_or_stops_the_queue(damage, data, caplog):
     refused = refusal(settings)
     if refused is not None:
         assert (damage in REFUSED or "flips" in damage) and files(folder) == before
-        assert re.search(r"is damaged \(.*\); stop the service, and put back a backup of it or move it away", refused)
+        assert re.search(r"is damaged \(.*\); stop the service, and restore a backup of it or move it away", refused)
         settings.database.rename(folder / "away")  # as it says
     else:
         assert damage not in REFUSED
@@ -243,9 +243,9 @@ def test_only_a_command_removes_what_is_unknown(data, capsys):
     command = ["serve", "--no-ray", "--data-dir", str(folder), "--remove-unknown"]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert said.startswith("removed 2 folders that belonged to no video: ") and "holiday" in said and "copy of" in said
+    assert said.startswith("deleted 2 folders that belonged to no video: ") and "holiday" in said and "copy of" in said
     assert {path.name for path in (folder / "results").iterdir()} == {*done}  # these were found again before
-    assert main(command) == 0 and capsys.readouterr().out.startswith("removed nothing: every folder in ")
+    assert main(command) == 0 and capsys.readouterr().out.startswith("deleted nothing: every folder in ")
 
 
 def test_results_of_an_older_version_are_described_while_the_store_knows_them(data):
