@@ -5,6 +5,11 @@
     HeterostepError
     ├── ConfigError   (also a ValueError)    a setting is wrong; raised before any work or process starts
     ├── RequestError  (also a ValueError)    one request is wrong; the engine stays usable for the next one
+    │   ├── BadField                         of the HTTP API: one field is wrong, and which
+    │   └── KeyReused                        of the HTTP API: an Idempotency-Key came again with another request
+    ├── QueueFull                            of the service: as many jobs wait as may wait
+    ├── StoreUnavailable                     of the service: jobs can be neither read nor written now
+    ├── FileGone                             of the service: a finished file was removed from outside
     ├── OutputElsewhere                      a finished file lies elsewhere than it was asked to be
     └── RankFailure   (also a RuntimeError)  a process of the fleet died or froze; the fleet is rebuilt
 
@@ -24,6 +29,31 @@ class ConfigError(HeterostepError, ValueError):
 
 class RequestError(HeterostepError, ValueError):
     """A request that cannot be served; found identically on every rank, so the fleet survives it."""
+
+
+class BadField(RequestError):
+    """A request that names what is wrong: `param` is the field, None if it is the whole body."""
+
+    def __init__(self, param: str | None, message: str) -> None:
+        """Name the field and say the rule."""
+        super().__init__(message)
+        self.param = param
+
+
+class KeyReused(RequestError):
+    """An Idempotency-Key came again with another request."""
+
+
+class QueueFull(HeterostepError):
+    """As many jobs wait as may wait."""
+
+
+class StoreUnavailable(HeterostepError):
+    """The job store cannot be read or written: a full or failing disk, or a lock that is never released."""
+
+
+class FileGone(HeterostepError):
+    """A file of a completed video is not there any more."""
 
 
 class OutputElsewhere(HeterostepError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,13 +13,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from ...errors import RequestError
-from .condition import StoreUnavailable
-from .intake import BadField
-from .jobs import QueueFull
+from ...errors import BadField, FileGone, QueueFull, RequestError, StoreUnavailable
 from .logs import say
 from .schemas import CreateVideo
-from .service import FileGone, VideoService
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 # Calls of OpenAI's client by the end of their path, and what to do instead.
@@ -40,8 +37,13 @@ def error_answer(
     return JSONResponse({"error": error}, status, headers)
 
 
-def add_error_answers(app: FastAPI, service: VideoService) -> None:
-    """Turn every exception into an answer of that form."""
+def add_error_answers(app: FastAPI, retry_after: Callable[[], int]) -> None:
+    """Turn every exception into an answer of that form.
+
+    Args:
+        app: the application.
+        retry_after: seconds after which a place in the queue should be free.
+    """
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
@@ -61,7 +63,7 @@ def add_error_answers(app: FastAPI, service: VideoService) -> None:
 
     @app.exception_handler(QueueFull)
     async def full(request: Request, error: QueueFull) -> Response:
-        headers = {"retry-after": str(service.retry_after())}
+        headers = {"retry-after": str(retry_after())}
         return error_answer(429, str(error), code="queue_full", headers=headers)
 
     @app.exception_handler(StoreUnavailable)

@@ -17,10 +17,9 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from ...errors import RequestError
+from ...errors import RequestError, StoreUnavailable
 from ...version import __version__
 from .answers import add_error_answers, openapi_body
-from .condition import StoreUnavailable
 from .guard import Guard
 from .intake import Asked, read_create
 from .prefix import Prefix
@@ -348,7 +347,7 @@ def create_app(service: VideoService) -> FastAPI:
     )
     app.state.service = service
     app.include_router(router)
-    add_error_answers(app, service)
+    add_error_answers(app, service.retry_after)
 
     def counted(method: str, route: str, status: int) -> None:
         service.metrics.count("heterostep_http_requests", method=method, route=route, code=str(status))

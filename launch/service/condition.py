@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from ...errors import HeterostepError
+from ...errors import StoreUnavailable
 from .logs import say
 
 # Less than this is a full disk: results are larger.
@@ -27,10 +27,6 @@ _HELP = (
 )
 
 T = TypeVar("T")
-
-
-class StoreUnavailable(HeterostepError):
-    """The job store cannot be read or written: a full or failing disk, or a lock that is never released."""
 
 
 def is_damage(error: BaseException | None) -> bool:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError
-from .condition import Condition, StoreUnavailable, damage, is_damage
+from ...errors import ConfigError, StoreUnavailable
+from .condition import Condition, damage, is_damage
 from .logs import say
 from .rows import COLUMNS, JSON_COLUMNS, BadRow, Job, mended, read_row
 

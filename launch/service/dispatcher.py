@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from ...engine.request import Cancelled, ResolvedRequest, StepDone
-from ...errors import ConfigError, RequestError
+from ...errors import ConfigError, RequestError, StoreUnavailable
 from ..workers.losses import reason_to_give_up, reason_to_give_up_restarts
-from .condition import StoreUnavailable, no_room, when_there_is_room
+from .condition import no_room, when_there_is_room
 from .events import Made, RunnerLost, Stopped
 from .follower import Follower, num_pixels
 from .jobs import JobStore

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...engine.request import Decoding, Started, StepDone
-from .condition import StoreUnavailable
+from ...errors import StoreUnavailable
 from .events import Event, Made
 from .jobs import JobStore
 from .metrics import Metrics

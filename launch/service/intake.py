@@ -17,7 +17,7 @@ from starlette.requests import Request
 from ...engine.facts import ModelFacts
 from ...engine.media.image import png, read_image
 from ...engine.request import EngineConfig, GenerateRequest, ResolvedRequest, allocation, prepare, resolve
-from ...errors import ConfigError, RequestError
+from ...errors import BadField, ConfigError, RequestError
 from ...hsa.config import HSAConfig
 from .schemas import IGNORED, SETTINGS, CreateVideo
 from .settings import Limits
@@ -33,15 +33,6 @@ _FILE = "file"
 _MAX_SECONDS = 3600.0
 # C0 controls but tab and line ends, and halves of surrogate pairs, which no encoding can carry.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-
-
-class BadField(RequestError):
-    """A request that names what is wrong: `param` is the field."""
-
-    def __init__(self, param: str | None, message: str) -> None:
-        """Name the field and say the rule."""
-        super().__init__(message)
-        self.param = param
 
 
 class Asked(NamedTuple):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...engine.request import ResolvedRequest
-from ...errors import HeterostepError, RequestError
+from ...errors import KeyReused, QueueFull, RequestError
 from .database import Database
 from .rows import COLUMNS, DAMAGED, JSON_COLUMNS, Job, read_row
 
@@ -30,14 +30,6 @@ _ADOPTED: Mapping[str, Any] = {
     **{"eta_seconds": None, "error": None, "faults": [], "attempt": 1, "lease": None},
     **{"cancel_requested": 0, "deleted": 0, "version": 1},
 }
-
-
-class QueueFull(HeterostepError):
-    """As many jobs wait as may wait."""
-
-
-class KeyReused(RequestError):
-    """An Idempotency-Key came again with another request."""
 
 
 class JobStore:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .security import is_path_prefix
+from .settings import is_path_prefix
 
 
 class Prefix:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +11,6 @@ from ...errors import ConfigError
 
 # Shorter ones can be guessed.
 _MIN_KEY = 16
-# It becomes part of links: no host, no query, no dots that climb.
-_PREFIX = re.compile(r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
-_MAX_PREFIX = 200
 
 
 class ApiKeys:
@@ -88,11 +84,6 @@ def stranger(host: str, origin: str | None, allowed_hosts: Sequence[str]) -> str
     if origin is not None and origin.lower().partition("://")[2] != host.lower():
         return "pages of other sites may not call this service"
     return None
-
-
-def is_path_prefix(text: str) -> bool:
-    """Whether a text is a path such as "/video", without a slash at its end, that links may begin with."""
-    return len(text) <= _MAX_PREFIX and _PREFIX.fullmatch(text) is not None
 
 
 def _name(host: str) -> str:

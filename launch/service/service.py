@@ -12,11 +12,10 @@ from pathlib import Path
 
 from ...engine.facts import read_facts
 from ...engine.request import GenerateRequest, allocation, resolve
-from ...errors import HeterostepError
-from .condition import StoreUnavailable
+from ...errors import FileGone, QueueFull, StoreUnavailable
 from .dispatcher import Dispatcher
 from .intake import Asked, check_plan, to_request
-from .jobs import JobStore, QueueFull
+from .jobs import JobStore
 from .logs import say
 from .metrics import Metrics
 from .process_runner import ProcessRunner
@@ -37,10 +36,6 @@ _DAY = 86400.0
 _MAX_RETRY_AFTER = 60
 # Nobody has made a video here yet.
 _UNKNOWN_SECONDS = 10.0
-
-
-class FileGone(HeterostepError):
-    """A file of a completed video is not there any more."""
 
 
 class VideoService:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,12 @@ from ...engine.facts import ModelFacts
 from ...engine.request import EngineConfig, JobConfig
 from ...errors import ConfigError
 from ...settings import check, like, setting
-from .security import is_path_prefix
 
 # A request may ask for this many times the model's default of pixels, frames or steps, unless a setting says otherwise.
 _GENEROSITY = 4
+# It becomes part of links: no host, no query, no dots that climb.
+_PREFIX = re.compile(r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
+_MAX_PREFIX = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,3 +131,8 @@ def limits_for(settings: ServiceSettings, facts: ModelFacts) -> Limits:
 def public_name(model: str) -> str:
     """What the API calls a model: of a local folder only its own name, for paths are nobody's business."""
     return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
+
+
+def is_path_prefix(text: str) -> bool:
+    """Whether a text is a path such as "/video", without a slash at its end, that links may begin with."""
+    return len(text) <= _MAX_PREFIX and _PREFIX.fullmatch(text) is not None

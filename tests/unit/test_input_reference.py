@@ -23,10 +23,10 @@ from folders import complete_pipeline
 from heterostep.engine.denoise.preview import Preview
 from heterostep.engine.facts import read_facts
 from heterostep.engine.media.image import fingerprint, png, read_image
-from heterostep.errors import RequestError
+from heterostep.errors import BadField, RequestError
 from heterostep.launch.service.database import SCHEMA
 from heterostep.launch.service.events import Made
-from heterostep.launch.service.intake import Asked, BadField, read_create, to_request
+from heterostep.launch.service.intake import Asked, read_create, to_request
 from heterostep.launch.service.jobs import JobStore
 from heterostep.launch.service.making import _make
 from heterostep.launch.service.schemas import CreateVideo

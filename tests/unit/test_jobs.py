@@ -11,9 +11,8 @@ import pytest
 
 from heterostep.engine.facts import read_facts
 from heterostep.engine.request import GenerateRequest, resolve
-from heterostep.errors import ConfigError, RequestError
-from heterostep.launch.service.condition import StoreUnavailable
-from heterostep.launch.service.jobs import JobStore, KeyReused, QueueFull
+from heterostep.errors import ConfigError, KeyReused, QueueFull, RequestError, StoreUnavailable
+from heterostep.launch.service.jobs import JobStore
 
 REQUEST = resolve(GenerateRequest(prompt="x", compute=0.5), read_facts("demo"))
 

@@ -25,10 +25,10 @@ from heterostep.engine.denoise.checks import rehearse
 from heterostep.engine.facts import read_facts
 from heterostep.engine.report import HSAReport
 from heterostep.engine.request import EngineConfig, GenerateRequest, resolve
-from heterostep.errors import ConfigError, RequestError
+from heterostep.errors import BadField, ConfigError, RequestError
 from heterostep.hsa.config import HSAConfig
 from heterostep.launch.service import render
-from heterostep.launch.service.intake import Asked, BadField, surely_met, to_request
+from heterostep.launch.service.intake import Asked, surely_met, to_request
 from heterostep.launch.service.jobs import JobStore
 from heterostep.launch.service.lease import Lease, is_held
 from heterostep.launch.service.logs import LOGGER, JsonLines, say

@@ -15,9 +15,8 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 
 from heterostep.engine.request import ResolvedRequest
-from heterostep.errors import ConfigError
+from heterostep.errors import ConfigError, StoreUnavailable
 from heterostep.launch.cli import main
-from heterostep.launch.service.condition import StoreUnavailable
 from heterostep.launch.service.database import Database
 from heterostep.launch.service.jobs import JobStore
 from heterostep.launch.service.logs import LOGGER
