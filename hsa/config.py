@@ -31,9 +31,9 @@ class HSAConfig:
     policy: str = setting(
         "joint",
         choices=POLICIES,
-        help="how the share is spent: joint places whole steps, and adds a partial step where they miss the "
-        "target, tokens ranks single tokens at every evaluated step, groups follows the paper (step "
-        "divisors 1, 2, 4, 8), steps evaluates whole steps only",
+        help="how the share is spent: joint places whole steps, and adds a partial step where they miss the target; "
+        "tokens ranks single tokens at every evaluated step; groups follows the paper (step divisors 1, 2, 4, 8); "
+        "steps evaluates whole steps only",
     )
     warmup: int | None = setting(None, least=1, help="number of first steps at which all tokens are active")
     cooldown: int | None = setting(None, least=0, help="number of last steps at which all tokens are active")
@@ -49,7 +49,7 @@ class HSAConfig:
     forecast: str | None = setting(
         None,
         choices=FORECASTS,
-        help="velocity of a skipped token: hold keeps its last one (the paper), taylor extrapolates it in sigma, ab2 "
+        help="velocity of a skipped token: hold keeps its last one (the paper); taylor extrapolates it in sigma; ab2 "
         "(with --solver euler) follows the exact solution of the flow",
     )
     correct: bool | None = setting(

@@ -15,22 +15,21 @@ from heterostep.settings import settings_of
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 _HEAD = """# Settings
 
-Each setting is declared once, at a dataclass field; this page, the flags, the checks and the HTTP API are made from
-these declarations (`python tests/settings_page.py` writes the page, a test compares it). From Python a setting has the
-name of its field, on the command line that of its flag. In the HTTP API a request has the fields of `GenerateRequest`.
-Where the default is "deduced", the model's own value or what the run needs is taken.
+Each setting is declared once, at a dataclass field. This page, the flags, the checks and the HTTP API are generated
+from these declarations: `python tests/settings_page.py` writes the page, and a test compares it. In Python, a setting
+has the name of its field; on the command line, the name of its flag. A request of the HTTP API has the fields of
+`GenerateRequest`. A default of "deduced" is the model's own value, or follows from the run.
 """
 SECTIONS = (
-    (GenerateRequest, "One video. `generate`, and the body of `POST /v1/videos`. The flag of `width` and `height` is "
-     "`--size WxH`."),
-    (HSAConfig, "How the work is spread over steps and tokens. `generate` and `serve`."),
-    (EngineConfig, "What is loaded, and where it runs. `generate` and `serve`; `info` takes the model."),
-    (ParallelConfig, "How ranks share a video. `generate` and `serve`; degrees that are left out are chosen."),
-    (JobConfig, "A job that survives its process. `generate`."),
-    (Ranks, "Processes that `generate` starts."),
+    (GenerateRequest, "One video, for `generate` and for `POST /v1/videos`. `--size WxH` sets `width` and `height`."),
+    (HSAConfig, "How the work is spread over steps and tokens, for `generate` and `serve`."),
+    (EngineConfig, "What is loaded and where it runs, for `generate` and `serve`. `info` takes `--model` only."),
+    (ParallelConfig, "How ranks share a video, for `generate` and `serve`. Degrees that are left out are chosen."),
+    (JobConfig, "A job that survives its process, for `generate`."),
+    (Ranks, "The processes that `generate` starts."),
     (Outputs, "What `generate` writes and prints."),
     (Serving, "Where `serve` listens, and which processes it starts."),
-    (ServiceSettings, "The service. `serve`."),
+    (ServiceSettings, "The service, for `serve`."),
 )  # fmt: skip
 
 
