@@ -32,6 +32,8 @@ _WORDS = {
 }
 _TRANSFORMERS = ("transformer", "transformer_2")
 _NO_ADAPTERS = "none"
+# Without an image, these parts see nothing but final latents.
+_DECODERS = {f"pipeline.parts.{name}" for name in ("vae", "audio_vae", "vocoder")}
 _CUTS = ("use_tiling", "use_slicing", "use_framewise_decoding")
 # Of these an older version may not have written all; what is not known is not different.
 _MAY_BE_UNKNOWN = ("model", "pipeline", "versions")
@@ -66,13 +68,21 @@ def identity_of(
     }
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Say what differs between two identities, one phrase each; nothing differs where one of them says None."""
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any], *, finished: bool = True) -> list[str]:
+    """Say what differs between two identities, one phrase each; nothing differs where one of them says None.
+
+    Args:
+        saved: of the job in the folder.
+        now: of the job that is asked for.
+        finished: whether the job has its video. Until then it does not depend on what only decodes: a VAE that was
+            mended decodes what was denoised.
+    """
     found = []
+    decoded_later = set() if finished or now["request"]["image"] is not None else _DECODERS
     before, after = _flat(saved), _flat(now)
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
-        if old == new or (key.split(".")[0] in _MAY_BE_UNKNOWN and None in (old, new)):
+        if old == new or key in decoded_later or (key.split(".")[0] in _MAY_BE_UNKNOWN and None in (old, new)):
             continue
         if key in _WORDS:
             found.append(_WORDS[key])

@@ -211,7 +211,7 @@ class Job:
             return None
 
     def _check(self, saved: Saved) -> None:
-        found = differences(saved.job, self._identity)
+        found = differences(saved.job, self._identity, finished=saved.kind == "result")
         if found:
             raise JobDiffers(
                 f"the job folder {str(self.folder)!r} holds another job, which differs in {', '.join(found)}: repeat "

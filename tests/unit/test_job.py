@@ -17,9 +17,9 @@ import torch
 
 import heterostep as hs
 from folders import complete_pipeline
+from heterostep.engine.denoise import inputs
 from heterostep.engine.engine import Cancelled, Decoding, Interrupted, Started, StepDone, find_finished
 from heterostep.engine.jobs.identity import differences, identity_of
-from heterostep.engine.models import base as conditions
 from heterostep.engine.record import run_record
 from heterostep.engine.request import resolve
 
@@ -182,7 +182,7 @@ def test_save_and_stop_without_a_job_is_cancel(engine):
 
 
 def test_stopped_before_the_first_step_and_while_passing_over(engine, tmp_path, monkeypatch):
-    stock = conditions.encode_prompts
+    stock = inputs.encode_prompts
 
     def encode(*arguments):
         engine.save_and_stop()
@@ -387,6 +387,9 @@ def test_a_changed_pipeline_makes_another_job(tiny_model, tmp_path, change, says
         == []
     )
     change(again.pipeline)
+    if state == "broken off" and says == "the weights of the vae":  # what was denoised is decoded by the VAE of now
+        assert again.generate(request(), job(tmp_path)).frames.shape == engine.generate(request()).frames.shape
+        return
     with pytest.raises(hs.ConfigError, match=rf"differs in (the |its )?.*{says}"):
         again.generate(request(), job(tmp_path))
 
