@@ -4,14 +4,20 @@
 
     HeterostepError
     ├── ConfigError   (also a ValueError)    a setting is wrong; raised before any work or process starts
+    │   ├── JobInUse                         another process works on the job
+    │   └── JobDiffers                       the job's folder holds another job
     ├── RequestError  (also a ValueError)    one request is wrong; the engine stays usable for the next one
     │   ├── BadField                         of the HTTP API: one field is wrong, and which
     │   └── KeyReused                        of the HTTP API: an Idempotency-Key came again with another request
     ├── QueueFull                            of the service: as many jobs wait as may wait
     ├── StoreUnavailable                     of the service: jobs can be neither read nor written now
     ├── FileGone                             of the service: a finished file was removed from outside
+    ├── Cancelled                            a run was stopped
+    │   └── Interrupted                      a run was stopped and saved; its job can be resumed
     ├── OutputElsewhere                      a finished file lies elsewhere than it was asked to be
     └── RankFailure   (also a RuntimeError)  a process of the fleet died or froze; the fleet is rebuilt
+
+Two are not errors of a caller: `Damaged` (a checkpoint that is skipped) and `JobStopped` (a signal told a job to stop).
 
 A message is one sentence: what was given, the rule it broke, and what would do.
 """
@@ -25,6 +31,14 @@ class HeterostepError(Exception):
 
 class ConfigError(HeterostepError, ValueError):
     """A setting that cannot work, found before any work is done."""
+
+
+class JobInUse(ConfigError):
+    """Another process works on the job."""
+
+
+class JobDiffers(ConfigError):
+    """The folder holds another job, or what another version of heterostep saved."""
 
 
 class RequestError(HeterostepError, ValueError):
@@ -56,12 +70,37 @@ class FileGone(HeterostepError):
     """A file of a completed video is not there any more."""
 
 
+class Cancelled(HeterostepError):
+    """The run was stopped by `Engine.cancel` or by closing its stream."""
+
+
+class Interrupted(Cancelled):
+    """The run was stopped by `Engine.save_and_stop`; the job can go on in another process.
+
+    Attributes:
+        step: number of steps that need not be done again.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        """Say what happened, and where the job goes on."""
+        super().__init__(message)
+        self.step = step
+
+
 class OutputElsewhere(HeterostepError):
     """What was made could not be written where it was asked to be; the message says why, and where it lies."""
 
 
 class RankFailure(HeterostepError, RuntimeError):
     """A rank died or stopped answering; the message names the rank and the step."""
+
+
+class Damaged(Exception):
+    """A saved state that is incomplete, altered, or no saved state of this version; the message says what is wrong."""
+
+
+class JobStopped(BaseException):
+    """A signal stopped a job that can go on; no Exception, so that no library takes it for a failure of its own."""
 
 
 TOO_LARGE = "the device's memory is too small for this request; take a smaller size or fewer frames"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from ..errors import ConfigError, HeterostepError, RankFailure, RequestError
+from ..errors import Cancelled, ConfigError, HeterostepError, Interrupted, RankFailure, RequestError
 from ..hsa.config import HSAConfig
 from ..parallel.mesh import ParallelMesh
 from .denoise.inputs import encode_prompts, seen_image
@@ -32,12 +32,10 @@ from .models import adapter_named
 from .progress import Progress as Shown
 from .record import run_record
 from .request import (
-    Cancelled,
     Decoding,
     EngineConfig,
     Event,
     GenerateRequest,
-    Interrupted,
     JobConfig,
     ResolvedRequest,
     Started,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ..errors import ConfigError, HeterostepError, RequestError
+from ..errors import ConfigError, RequestError
 from ..hsa.config import HSAConfig
 from ..parallel.config import ParallelConfig
 from ..settings import check, like, setting
@@ -27,23 +27,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RESUME = ("auto", "never")
-
-
-class Cancelled(HeterostepError):
-    """The run was stopped by `Engine.cancel` or by closing its stream."""
-
-
-class Interrupted(Cancelled):
-    """The run was stopped by `Engine.save_and_stop`; the job can go on in another process.
-
-    Attributes:
-        step: number of steps that need not be done again.
-    """
-
-    def __init__(self, message: str, step: int) -> None:
-        """Say what happened, and where the job goes on."""
-        super().__init__(message)
-        self.step = step
 
 
 @dataclass(frozen=True, kw_only=True)

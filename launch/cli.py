@@ -10,12 +10,19 @@ from typing import NoReturn
 
 from ..engine.progress import Progress
 from ..engine.request import EngineConfig, GenerateRequest, JobConfig
-from ..errors import TOO_LARGE, ConfigError, HeterostepError, OutputElsewhere, RequestError, is_out_of_memory
+from ..errors import (
+    TOO_LARGE,
+    ConfigError,
+    HeterostepError,
+    JobStopped,
+    OutputElsewhere,
+    RequestError,
+    is_out_of_memory,
+)
 from ..hsa.config import HSAConfig
 from ..parallel.config import ParallelConfig
 from .options import Outputs, Ranks, Serving, add_flags, command_of, given, service_settings, size_of
 from .service.settings import ServiceSettings
-from .signals import JobStopped
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2

@@ -19,19 +19,18 @@ from ..engine.request import (
     EngineConfig,
     Event,
     GenerateRequest,
-    Interrupted,
     JobConfig,
     Started,
     VideoOutput,
     allocation,
     resolve,
 )
-from ..errors import ConfigError
+from ..errors import ConfigError, Interrupted, JobStopped
 from .degrees import own_flags, parallel_from
 from .local import run_ranks
 from .logs import silence_libraries
 from .outputs import OutputFiles, elsewhere
-from .signals import JobStopped, saving_signals
+from .signals import saving_signals
 
 if TYPE_CHECKING:
     from ..engine.facts import ModelFacts

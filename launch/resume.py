@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 
 from ..engine.engine import Engine
-from ..engine.jobs.job import JobDiffers, JobInUse
 from ..engine.request import Event, GenerateRequest, JobConfig
+from ..errors import JobDiffers, JobInUse
 
 # A process that was killed holds its job's folder until the system has cleared it away.
 _TRIES, _PAUSE_SECONDS = 80, 0.25

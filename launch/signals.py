@@ -9,10 +9,6 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 
-class JobStopped(BaseException):
-    """A signal stopped a job that can go on; no Exception, so that no library takes it for a failure of its own."""
-
-
 @contextlib.contextmanager
 def saving_signals(stop: Callable[[], None]) -> Iterator[None]:
     """Call `stop` on SIGTERM and SIGUSR1 while the context lasts; in the main thread, between two of its instructions.

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ...errors import Damaged
 from ..facts import first_line
 from ..media.files import checkpoint_name, write_durably
 
@@ -32,10 +33,6 @@ _TENSOR, _NUMBER = "$tensor", "$number"
 _OURS = re.compile(r"\.?(checkpoint-\d+|result)(-[0-9a-f]+)?(\.[0-9a-f]+)?\.(json|safetensors)")
 # A manifest has some hundred bytes a step; reading more than this is reading something else.
 _MAX_MANIFEST = 1 << 26
-
-
-class Damaged(Exception):
-    """A saved state that is incomplete, altered, or no saved state of this version; the message says what is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,27 +21,19 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
-from ...errors import ConfigError
+from ...errors import ConfigError, Damaged, JobDiffers, JobInUse
 from ...hsa.config import HSAConfig
 from ..facts import first_line
 from ..media.files import checkpoint_name, checkpoint_steps
 from ..media.video import Audio
 from ..report import HSAReport, plain_step, step_from
 from ..request import JobConfig, ResolvedRequest, StepDone, VideoOutput
-from .checkpoint import Damaged, Saved, read_saved, remove_others, write_saved
+from .checkpoint import Saved, read_saved, remove_others, write_saved
 from .identity import differences
 
 KEPT = 2
 """Checkpoints that are kept: the newest, and one to fall back to."""
 _RESULT = "result"
-
-
-class JobInUse(ConfigError):
-    """Another process works on the job."""
-
-
-class JobDiffers(ConfigError):
-    """The folder holds another job, or what another version of heterostep saved."""
 
 
 class Finished(NamedTuple):

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...errors import Cancelled, Interrupted
 from ..report import HSAReport, StepRecord
-from ..request import Cancelled, Event, Interrupted, StepDone
+from ..request import Event, StepDone
 from .checkpoint import Saved
 from .job import Job
 

@@ -14,8 +14,8 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ...engine.request import Cancelled, EngineConfig
-from ...errors import ConfigError, RequestError
+from ...engine.request import EngineConfig
+from ...errors import Cancelled, ConfigError, RequestError
 from .actor import rank_actor
 from .cluster import place
 from .config import GangConfig

@@ -18,12 +18,12 @@ from ...engine.jobs.checkpoint import remove_others
 from ...engine.loading import pick_device, pick_dtype
 from ...engine.media.image import read_image
 from ...engine.record import compare
-from ...engine.request import Cancelled, EngineConfig, Event, GenerateRequest, JobConfig, VideoOutput, resolve
-from ...errors import ConfigError
+from ...engine.request import EngineConfig, Event, GenerateRequest, JobConfig, VideoOutput, resolve
+from ...errors import Cancelled, ConfigError, JobStopped
 from ...parallel.config import ParallelConfig
 from ..degrees import parallel_from
 from ..options import Command
-from ..signals import JobStopped, saving_signals
+from ..signals import saving_signals
 from .cluster import check_room, cluster_address, connected, has_gpus
 from .config import GangConfig, threads_asked
 from .gang import Gang

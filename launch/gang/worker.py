@@ -23,8 +23,8 @@ from ...engine.engine import Engine
 from ...engine.facts import first_line, read_facts
 from ...engine.media.files import checkpoint_steps
 from ...engine.record import run_record
-from ...engine.request import Cancelled, EngineConfig, Event, JobConfig, StepDone, VideoOutput
-from ...errors import TOO_LARGE, ConfigError, RequestError, is_out_of_memory
+from ...engine.request import EngineConfig, Event, JobConfig, StepDone, VideoOutput
+from ...errors import TOO_LARGE, Cancelled, ConfigError, RequestError, is_out_of_memory
 from ...parallel.config import ParallelConfig
 from ...parallel.mesh import ParallelMesh
 from ..degrees import refit

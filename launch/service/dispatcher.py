@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ...engine.request import Cancelled, ResolvedRequest, StepDone
-from ...errors import ConfigError, RequestError, StoreUnavailable
+from ...engine.request import ResolvedRequest, StepDone
+from ...errors import Cancelled, ConfigError, RequestError, StoreUnavailable
 from ..workers.losses import reason_to_give_up, reason_to_give_up_restarts
 from .condition import no_room, when_there_is_room
 from .events import Made, RunnerLost, Stopped

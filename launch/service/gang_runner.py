@@ -10,8 +10,8 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from ...engine.media.image import read_image
-from ...engine.request import Cancelled, GenerateRequest
-from ...errors import ConfigError, RankFailure
+from ...engine.request import GenerateRequest
+from ...errors import Cancelled, ConfigError, RankFailure
 from .condition import no_room, when_there_is_room
 from .events import Event, Made, RunnerLost, Stopped
 from .logs import say

@@ -14,17 +14,8 @@ import torch
 
 from ...engine.denoise.preview import Preview
 from ...engine.engine import Engine
-from ...engine.request import (
-    Cancelled,
-    Decoding,
-    EngineConfig,
-    GenerateRequest,
-    JobConfig,
-    Started,
-    StepDone,
-    VideoOutput,
-)
-from ...errors import TOO_LARGE, ConfigError, RequestError, is_out_of_memory
+from ...engine.request import Decoding, EngineConfig, GenerateRequest, JobConfig, Started, StepDone, VideoOutput
+from ...errors import TOO_LARGE, Cancelled, ConfigError, RequestError, is_out_of_memory
 from ...hsa.config import HSAConfig
 from ..logs import silence_libraries
 from ..resume import go_on

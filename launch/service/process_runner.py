@@ -17,8 +17,8 @@ import time
 from collections.abc import Generator
 from typing import IO, Any
 
-from ...engine.request import Cancelled, Decoding, ResolvedRequest, Started, StepDone
-from ...errors import RequestError
+from ...engine.request import Decoding, ResolvedRequest, Started, StepDone
+from ...errors import Cancelled, RequestError
 from .events import Event, Made, RunnerLost, Stopped
 from .logs import say
 from .runner import Pauses, Task

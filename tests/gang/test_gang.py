@@ -16,8 +16,8 @@ from heterostep.engine.engine import Engine
 from heterostep.engine.facts import read_facts
 from heterostep.engine.jobs.job import JobConfig
 from heterostep.engine.media.files import checkpoint_steps
-from heterostep.engine.request import Cancelled, EngineConfig, GenerateRequest, Started, StepDone, resolve
-from heterostep.errors import ConfigError, RankFailure, RequestError
+from heterostep.engine.request import EngineConfig, GenerateRequest, Started, StepDone, resolve
+from heterostep.errors import Cancelled, ConfigError, RankFailure, RequestError
 from heterostep.hsa.config import HSAConfig
 from heterostep.launch.cli import main
 from heterostep.launch.gang.cluster import connected, place

@@ -13,8 +13,8 @@ import pytest
 
 import forked
 from heterostep.engine.facts import read_facts
-from heterostep.engine.request import Cancelled, Decoding, EngineConfig, GenerateRequest, Started, StepDone, resolve
-from heterostep.errors import RequestError
+from heterostep.engine.request import Decoding, EngineConfig, GenerateRequest, Started, StepDone, resolve
+from heterostep.errors import Cancelled, RequestError
 from heterostep.launch.service.events import Made, RunnerLost, Stopped
 from heterostep.launch.service.process_runner import ProcessRunner
 from heterostep.launch.service.results import FILES

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import heterostep as hs
-from heterostep.engine.jobs.checkpoint import Damaged, Saved, read_saved, remove_others, write_saved
+from heterostep.engine.jobs.checkpoint import Saved, read_saved, remove_others, write_saved
 from heterostep.engine.jobs.job import Job, JobConfig
 from heterostep.engine.media import files
 from heterostep.engine.media.files import checkpoint_name, checkpoint_steps
+from heterostep.errors import Damaged
 from tiny import generate, tiny_pipeline
 
 NAME = checkpoint_name(4)

@@ -8,9 +8,8 @@ import time
 import pytest
 
 from heterostep.engine.engine import Engine, EngineConfig
-from heterostep.engine.jobs.job import JobDiffers, JobInUse
 from heterostep.engine.request import GenerateRequest, JobConfig, StepDone
-from heterostep.errors import ConfigError
+from heterostep.errors import ConfigError, JobDiffers, JobInUse
 from heterostep.launch import resume
 from heterostep.launch.degrees import refit
 from heterostep.launch.gang.copies import read_copies, write_copies
