@@ -16,6 +16,8 @@
     │   └── Interrupted                      a run was stopped and saved; its job can be resumed
     ├── OutputElsewhere                      a finished file lies elsewhere than it was asked to be
     └── RankFailure   (also a RuntimeError)  a process of the fleet died or froze; the fleet is rebuilt
+        ├── RankLost                         a rank is gone, and why; its worker group can recover
+        └── GroupClosed                      a worker group was closed while somebody waited for it
 
 Two are not errors of a caller: `Damaged` (a checkpoint that is skipped) and `JobStopped` (a signal told a job to stop).
 
@@ -93,6 +95,23 @@ class OutputElsewhere(HeterostepError):
 
 class RankFailure(HeterostepError, RuntimeError):
     """A rank died or stopped answering; the message names the rank and the step."""
+
+
+class RankLost(RankFailure):
+    """A rank is gone or no longer usable; the worker group can recover, and the video resumes where it was saved.
+
+    Attributes:
+        cause: one word: "died", "frozen", "node", "memory", "timeout" or "error".
+    """
+
+    def __init__(self, cause: str, message: str) -> None:
+        """Say why in one word and in one sentence."""
+        super().__init__(message)
+        self.cause = cause
+
+
+class GroupClosed(RankFailure):
+    """The worker group was closed while somebody waited for it."""
 
 
 class Damaged(Exception):

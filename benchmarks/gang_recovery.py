@@ -1,9 +1,9 @@
-"""Kill or freeze a random rank of a gang at a random step, many times: `python benchmarks/gang_recovery.py`.
+"""Kill or freeze a random rank of a worker group at a random step, many times: `python benchmarks/gang_recovery.py`.
 
 Every job must end by itself, with the bits of an unbroken one on as many ranks. The time that counts is from the kill
 to the next denoising step that is done: notice, rendezvous, the spare process or a new one, and the step itself.
 
-Before most jobs the gang is given the time to have its spare process ready again, as it would have where ranks die
+Before most jobs the group is given the time to have its standby ready again, as it would have where ranks die
 hours apart; before the `--rapid` ones it is not.
 """
 
@@ -24,12 +24,13 @@ import torch
 from harness import REPORTS, environment
 
 from heterostep.engine.request import EngineConfig, GenerateRequest, Started, StepDone
+from heterostep.errors import RankLost
 from heterostep.hsa.config import HSAConfig
-from heterostep.launch.gang.cluster import connected
-from heterostep.launch.gang.config import GangConfig
-from heterostep.launch.gang.gang import Gang
-from heterostep.launch.gang.messages import RankLost, Work
-from heterostep.launch.gang.video import make_video
+from heterostep.launch.workers.config import GroupConfig
+from heterostep.launch.workers.group import WorkerGroup
+from heterostep.launch.workers.messages import Work
+from heterostep.launch.workers.ray_cluster import RayCluster, connected
+from heterostep.launch.workers.video import make_video
 
 EVERY = 3
 
@@ -42,9 +43,9 @@ class Attack:
         self.struck = self.noticed = self.seconds = None
         self.cause, self.resumed_at, self.spared, self.load = None, None, None, None
 
-    def strike(self, gang: Gang) -> None:
-        self.spared, self.load = gang.spared, os.getloadavg()[0]
-        os.kill(gang.pids[self.rank], signal.SIGSTOP if self.kind == "SIGSTOP" else signal.SIGKILL)
+    def strike(self, group: WorkerGroup) -> None:
+        self.spared, self.load = group.standby_ready, os.getloadavg()[0]
+        os.kill(group.pids[self.rank], signal.SIGSTOP if self.kind == "SIGSTOP" else signal.SIGKILL)
         self.struck = time.monotonic()
 
     def result(self) -> dict:
@@ -61,7 +62,7 @@ class Attack:
         }
 
 
-def job(gang: Gang, work: Work, folder: pathlib.Path, attacks: list[Attack]) -> tuple[torch.Tensor, bool]:
+def job(group: WorkerGroup, work: Work, folder: pathlib.Path, attacks: list[Attack]) -> tuple[torch.Tensor, bool]:
     """Make the video while it is attacked; its latents, and whether every step was done."""
     due, current, steps = list(attacks), None, set()
 
@@ -69,7 +70,7 @@ def job(gang: Gang, work: Work, folder: pathlib.Path, attacks: list[Attack]) -> 
         assert current is not None, f"lost without an attack: {loss}"
         current.noticed, current.cause = time.monotonic() - current.struck, loss.cause
 
-    run = make_video(gang, work, folder, lost)
+    run = make_video(group, work, folder, lost)
     while True:
         try:
             event = next(run)
@@ -85,7 +86,7 @@ def job(gang: Gang, work: Work, folder: pathlib.Path, attacks: list[Attack]) -> 
                 current.seconds, current = time.monotonic() - current.struck, None
             if current is None and due and event.step == due[0].at:
                 current = due.pop(0)
-                current.strike(gang)
+                current.strike(group)
 
 
 def plan(args: argparse.Namespace, rng: random.Random) -> list[tuple[Attack, bool]]:
@@ -98,10 +99,10 @@ def plan(args: argparse.Namespace, rng: random.Random) -> list[tuple[Attack, boo
     return [(Attack(kind, *where), wait) for kind, where, wait in zip(kinds, places, waits, strict=True)]
 
 
-def await_spare(gang: Gang) -> None:
-    """Look after an idle gang until it has its spare process."""
-    while not gang.spared:
-        gang.watch()
+def await_standby(group: WorkerGroup) -> None:
+    """Look after an idle group until it has its standby."""
+    while not group.standby_ready:
+        group.watch()
         time.sleep(0.2)
 
 
@@ -119,46 +120,46 @@ def main() -> None:
     args = parser.parse_args()
     attacks, jobs = [], []
     engine = EngineConfig(model="demo", device="cpu", dtype="float32", hsa=HSAConfig(compute=0.5, policy="tokens"))
-    config = GangConfig(size=args.nproc, threads=1, spare=True, frozen_after=args.frozen_after)
+    config = GroupConfig(size=args.nproc, threads=1, standby=True, frozen_after=args.frozen_after)
     request = GenerateRequest(prompt="a red disc moves right", seed=7, num_frames=9, num_inference_steps=args.steps)
-    work = Work(id="video", request=request, checkpoint_every=EVERY)
+    work = Work(request=request, checkpoint_every=EVERY)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary, connected(None, args.nproc, "cpu"):
-        root, gang = pathlib.Path(temporary), Gang(config, engine)
-        gang.heal(work)
-        wanted, whole = job(gang, work, root / "unbroken", [])
+        root, group = pathlib.Path(temporary), WorkerGroup(config, engine, RayCluster(gpus=False))
+        group.recover(work)
+        wanted, whole = job(group, work, root / "unbroken", [])
         assert whole
         for number, (attack, wait) in enumerate(plan(args, random.Random(args.seed))):
             if wait:
-                await_spare(gang)
-            latents, whole = job(gang, work, root / str(number), [attack])
+                await_standby(group)
+            latents, whole = job(group, work, root / str(number), [attack])
             attacks.append(attack.result())
             jobs.append({"same_bits": torch.equal(latents, wanted), "all_steps": whole})
             line = json.dumps(jobs[-1] | attacks[-1])
             print(f"{time.monotonic() - start:.0f} s", number, line, flush=True)
-        lives = gang.lives
-        gang.close()
-    write(args, jobs, attacks, lives, time.monotonic() - start)
+        rendezvous = group.rendezvous
+        group.close()
+    write(args, jobs, attacks, rendezvous, time.monotonic() - start)
 
 
-def write(args: argparse.Namespace, jobs: list[dict], attacks: list[dict], lives: int, seconds: float) -> None:
+def write(args: argparse.Namespace, jobs: list[dict], attacks: list[dict], rendezvous: int, seconds: float) -> None:
     """JSON and Markdown."""
     good = sum(job["same_bits"] and job["all_steps"] for job in jobs)
     settings = {name: getattr(args, name) for name in ("nproc", "steps", "frozen_after", "rapid", "seed")}
     report = {"environment": environment("cpu"), "settings": settings | {"checkpoint_every": EVERY}}
-    report |= {"seconds": seconds, "lives": lives, "jobs": jobs, "kills": attacks}
+    report |= {"seconds": seconds, "rendezvous": rendezvous, "jobs": jobs, "kills": attacks}
     args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     causes = collections.Counter((attack["signal"], attack["cause"]) for attack in attacks)
     rows = [_row("all", attacks)]
     for kind in ("SIGKILL", "SIGSTOP"):
-        for spared, words in ((True, "spare ready"), (False, "spare still loading")):
+        for spared, words in ((True, "standby ready"), (False, "standby still loading")):
             chosen = [a for a in attacks if a["signal"] == kind and a["spare_ready"] == spared]
             rows += [_row(f"{kind}, {words}", chosen)] if chosen else []
     args.output.with_suffix(".md").write_text(
-        f"""# Killing ranks of a gang
+        f"""# Killing ranks of a worker group
 
 {len(jobs)} jobs of {args.nproc} ranks (Ray actors, gloo, demo model, policy `tokens`, {args.steps} steps, a checkpoint
-every {EVERY}), one after the other on one gang with a spare process; in each a random rank was killed at a random
+every {EVERY}), one after the other on one group with a standby process; in each a random rank was killed at a random
 step, in {args.freezes} of them frozen by SIGSTOP, which is noticed after {args.frozen_after:g} s of silence. Made by
 `python benchmarks/gang_recovery.py` in {seconds / 60:.0f} minutes on {os.cpu_count()} cores{_busy(attacks)}.
 
@@ -178,7 +179,7 @@ step, in {args.freezes} of them frozen by SIGSTOP, which is noticed after {args.
 def _busy(attacks: list[dict]) -> str:
     """What else ran on the machine, as far as the load tells."""
     load = statistics.median(attack["load"] for attack in attacks)
-    return f" (median load {load:.1f}: the gang's two busy ranks, and other programs)" if load > 3.0 else ""
+    return f" (median load {load:.1f}: the group's two busy ranks, and other programs)" if load > 3.0 else ""
 
 
 def _row(kind: str, attacks: list[dict]) -> str:

@@ -51,7 +51,7 @@ examples:
     heterostep generate --prompt "a red disc moves right" --compute 0.33 --compare-dense --report r.json
   on two ranks of this machine:
     heterostep generate --prompt "a red disc moves right" --nproc 2 --ulysses 2 --output two.mp4
-  on a group of Ray actors that replaces ranks that die:
+  on two ranks that are Ray actors:
     heterostep generate --prompt "a red disc moves right" --ray --nproc 2 --output two.mp4
   a long run that the same command resumes after an interruption:
     heterostep generate --prompt "a red disc moves right" --job-dir disc --output disc.mp4
@@ -171,7 +171,7 @@ def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    command = command_of(arguments, tuple(arguments.given))
+    command = command_of(arguments)
     with Progress(not command.outputs.quiet) as progress:
         if "torch" not in sys.modules:
             progress.stage("loading PyTorch")
@@ -211,7 +211,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = sys.argv[1:] if argv is None else list(argv)
         arguments = build_parser().parse_args(given)
-        arguments.given = given[1:]
         status: int = arguments.run(arguments)
         return status
     except BaseException as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +25,10 @@ from ..engine.request import (
     resolve,
 )
 from ..errors import ConfigError, Interrupted, JobStopped
-from .degrees import own_flags, parallel_from
-from .local import run_ranks
+from .degrees import parallel_from
 from .logs import silence_libraries
 from .outputs import OutputFiles, elsewhere
+from .ranks import generate_on_ranks
 from .signals import saving_signals
 
 if TYPE_CHECKING:
@@ -38,10 +37,10 @@ if TYPE_CHECKING:
     from ..engine.request import ResolvedRequest
     from ..parallel.config import ParallelConfig
     from .options import Command
-    from .rank import Rank
+    from .workers.rendezvous import TorchrunRank
 
 
-def generate(command: Command, progress: Progress, rank: Rank | None = None) -> int:
+def generate(command: Command, progress: Progress, rank: TorchrunRank | None = None) -> int:
     """Run the command; returns the exit code.
 
     Args:
@@ -61,22 +60,19 @@ def generate(command: Command, progress: Progress, rank: Rank | None = None) -> 
     files.check(resolved)
     rehearse(facts, allocation(config, resolved), resolved, None if job is None else job.checkpoint_every)
     files.announce(progress.say)
-    if command.ranks.ray or command.ranks.ray_address is not None:
-        output, record = _on_ray(command, rank, progress)
+    on_ray = command.ranks.ray or command.ranks.ray_address is not None
+    if on_ray and rank is not None:
+        raise ConfigError("--ray works only with `heterostep generate`: torchrun has already started the ranks")
+    if on_ray or (command.ranks.nproc or 1) > 1:
+        output, record = generate_on_ranks(command, lambda events, label: _run(events, label, progress), progress)
         return _done(output, record, files, job, progress)
-    parallel, reason = _degrees(command, facts, resolved, rank)
+    parallel, _ = _degrees(command, facts, resolved, rank)
     config = dataclasses.replace(config, parallel=parallel, shard_weights=command.shard_weights)
     if job is not None:
         found = _finished(config, request, job, rank)
         if found is not None:
             progress.say(f"the job in {job.folder} is finished; nothing was computed")
             return _done(found.output, found.record, files, job, progress)
-    if parallel is not None and rank is None:
-        progress.say(reason)
-        progress.stage(f"starting {parallel.world_size} ranks")
-        logs = None if job is None else Path(job.folder) / "logs"
-        flags = [*own_flags(command.flags), *([] if outputs.no_clobber else ["--overwrite"])]  # it was said here
-        return run_ranks(flags, parallel.world_size, restarts=3 if job else 0, log_dir=logs)
     if job is None:
         output, record = _compute(config, request, outputs.compare_dense, progress)
     else:
@@ -85,16 +81,27 @@ def generate(command: Command, progress: Progress, rank: Rank | None = None) -> 
 
 
 def _degrees(
-    command: Command, facts: ModelFacts, resolved: ResolvedRequest, rank: Rank | None
+    command: Command, facts: ModelFacts, resolved: ResolvedRequest, rank: TorchrunRank | None
 ) -> tuple[ParallelConfig | None, str]:
     """The degrees for the ranks, and why."""
     branches, device = facts.passes(resolved.guidance_scale), pick_device(command.engine.device)
     num_tokens = math.prod(facts.grid(resolved.width, resolved.height, resolved.num_frames))
     kv_bytes = branches * facts.cache_bytes(num_tokens, pick_dtype(command.engine.dtype, device).itemsize)
-    return parallel_from(command, facts.shared_heads, branches, kv_bytes, device, rank)
+    return parallel_from(
+        command.degrees,
+        1 if rank is None else rank.world_size,
+        facts.shared_heads,
+        branches,
+        kv_bytes,
+        device,
+        shard_weights=command.shard_weights,
+        decide=None if rank is None else rank.decide,
+    )
 
 
-def _finished(config: EngineConfig, request: GenerateRequest, job: JobConfig, rank: Rank | None) -> Finished | None:
+def _finished(
+    config: EngineConfig, request: GenerateRequest, job: JobConfig, rank: TorchrunRank | None
+) -> Finished | None:
     """The result of a job that is done; on many ranks each gets it."""
     if rank is None or rank.leads:
         found = find_finished(config, request, job)
@@ -106,16 +113,6 @@ def _finished(config: EngineConfig, request: GenerateRequest, job: JobConfig, ra
             return found
         raise SystemExit(0)
     return None
-
-
-def _on_ray(command: Command, rank: Rank | None, progress: Progress) -> tuple[VideoOutput, dict[str, Any]]:
-    if rank is not None:
-        raise ConfigError("--ray works only with `heterostep generate`: torchrun has already started the ranks")
-    if find_spec("ray") is None:
-        raise ConfigError("ray is not installed; pip install '.[ray]' in heterostep's folder, or leave out --ray")
-    from .gang.generate import generate_on_ray
-
-    return generate_on_ray(command, lambda events, label: _run(events, label, progress), progress.say, progress.stage)
 
 
 def _done(

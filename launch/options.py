@@ -15,8 +15,8 @@ from ..errors import ConfigError
 from ..hsa.config import HSAConfig
 from ..parallel.config import ParallelConfig
 from ..settings import Setting, check, setting, settings_of
-from .gang.config import threads_asked
 from .service.settings import ServiceSettings
+from .workers.config import threads_asked
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -104,7 +104,6 @@ class Command:
         job: where the job is kept; None for a video that does not survive its process.
         outputs: what is written.
         ranks: which processes are started.
-        flags: the command line.
     """
 
     request: GenerateRequest
@@ -114,10 +113,9 @@ class Command:
     job: JobConfig | None
     outputs: Outputs
     ranks: Ranks
-    flags: tuple[str, ...]
 
 
-def command_of(arguments: argparse.Namespace, flags: tuple[str, ...]) -> Command:
+def command_of(arguments: argparse.Namespace) -> Command:
     """Turn the parsed flags of `generate` into settings.
 
     Raises:
@@ -135,7 +133,6 @@ def command_of(arguments: argparse.Namespace, flags: tuple[str, ...]) -> Command
         job=_job(given(JobConfig, given_flags), outputs),
         outputs=outputs,
         ranks=Ranks(**given(Ranks, given_flags)),
-        flags=flags,
     )
 
 

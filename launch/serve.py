@@ -6,6 +6,7 @@ On a Ray cluster that runs already: `serve run heterostep.launch.serve:app model
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import logging
 import signal
@@ -35,11 +36,6 @@ def serve(settings: ServiceSettings, serving: Serving) -> int:
     if serving.remove_unknown:
         return _remove_unknown(settings)
     if serving.no_ray:
-        if settings.ranks > 1:
-            raise ConfigError(
-                f"--gpus-per-replica {settings.ranks} with --no-ray: several ranks for one video need Ray; leave out "
-                "one of the two"
-            )
         return _serve_here(settings, serving.host, serving.port)
     _require("ray", extra="ray", otherwise=", or serve without Ray: --no-ray")
     return _serve_on_ray(settings, serving)
@@ -187,14 +183,13 @@ def _application(settings: ServiceSettings, gpus: int | None) -> Any:
 
     class VideoReplica:
         def __init__(self, settings: ServiceSettings) -> None:
-            from .service.gang_runner import GangRunner
             from .service.logs import log_json_lines
-            from .service.process_runner import ProcessRunner
+            from .service.runner import Runner
             from .service.service import VideoService
 
             log_json_lines()
             replica = serve.get_replica_context().replica_id.unique_id if replicas > 1 else ""
-            make_runner = GangRunner if settings.ranks > 1 else ProcessRunner
+            make_runner = functools.partial(Runner, on_ray=settings.ranks > 1)
             self._service = VideoService(settings, make_runner, replica)
 
         def __serve_build_asgi_app__(self) -> Any:
@@ -221,7 +216,7 @@ def _serve_on_ray(settings: ServiceSettings, serving: Serving) -> int:
     import ray
     from ray import serve
 
-    from .gang.cluster import cluster_address, init
+    from .workers.ray_cluster import cluster_address, init
 
     ranks = settings.ranks if settings.ranks > 1 else 0
     init(cluster_address(serving.ray_address), settings.replicas * (1 + ranks), settings.engine.device)

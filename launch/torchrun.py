@@ -1,4 +1,8 @@
-"""One rank of `torchrun --nproc-per-node P -m heterostep.launch.torchrun ...`, which takes the flags of `generate`."""
+"""One rank of `torchrun --nproc-per-node P -m heterostep.launch.torchrun ...`, which takes the flags of `generate`.
+
+torchrun starts the ranks, and starts all of them again when one has failed: there is no driver. A rank that fails tells
+the others why, and those that wait for it in a collective end themselves.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if argv is None else list(argv)
     try:
-        command = command_of(build_parser().parse_args(["generate", *given]), tuple(given))
+        command = command_of(build_parser().parse_args(["generate", *given]))
     except (ConfigError, RequestError) as error:
         # Alike on all ranks; that it is said once needs no meeting.
         return _say(str(error), EXIT_BAD_INPUT) if os.environ.get("RANK", "0") == "0" else EXIT_BAD_INPUT
@@ -31,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with progress:
         progress.stage("loading PyTorch")
         from .generate import generate
-        from .rank import joined, wait_for_failure
+        from .workers.rendezvous import joined
 
     try:
         with joined(command.engine.device) as rank:
@@ -45,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     return _say(*said) if rank.leads and said else EXIT_BAD_INPUT
                 if isinstance(error, Exception):
                     # A connection that broke says only that some rank has ended: that one knows why.
-                    reason = wait_for_failure(rank)
+                    reason = rank.wait_for_failure()
                     rank.fail(str(error) if said else f"rank {rank.rank}: {type(error).__name__}: {error}")
                     said = (f"rank {rank.rank} ends: {reason}", EXIT_FAILED) if reason else said
                 if said is None:

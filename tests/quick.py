@@ -12,10 +12,10 @@ httpx2 = pytest.importorskip("httpx2", reason="the extra 'dev' is not installed"
 
 from heterostep.engine.request import Started, StepDone
 from heterostep.launch.service.app import create_app
-from heterostep.launch.service.events import Made
 from heterostep.launch.service.intake import Asked
-from heterostep.launch.service.results import FILES
 from heterostep.launch.service.schemas import CreateVideo
+from heterostep.launch.workers.files import FILES
+from heterostep.launch.workers.messages import Outcome
 
 STEPS = 4
 SECONDS = {"decode": 0.1, "write": 0.1, "checkpoint": 0.0, "total": 1.0}
@@ -44,7 +44,7 @@ class Quick:
             raise
         for name, _ in FILES.values():
             (task.folder / name).write_text(f"{name} of {task.id}")
-        yield Made(hsa={"steps": []}, seconds=SECONDS)
+        yield Outcome(hsa={"steps": []}, seconds=SECONDS)
 
     def cancel(self):
         pass

@@ -94,7 +94,7 @@ class Server:
 
     def workers(self) -> list[int]:
         """Process ids of the workers that live."""
-        pids = [record["pid"] for record in self.logged("runner started")]
+        pids = dict.fromkeys(pid for record in self.logged("runner ready") for pid in record["pids"])
         return [pid for pid in pids if alive(pid)]
 
     def kill_everything(self) -> None:

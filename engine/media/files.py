@@ -11,9 +11,11 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ...errors import ConfigError
+
+T = TypeVar("T")
 
 # Bytes that show whether a disk has room at all.
 _PROBE = 1 << 14
@@ -165,3 +167,24 @@ def checkpoint_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder by their names, newest first; whether they are whole is not known yet."""
     found = (re.fullmatch(r"checkpoint-(\d{6,})\.json", path.name) for path in folder.iterdir())
     return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def no_room(error: OSError) -> bool:
+    """Whether an error means that the disk is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def when_there_is_room(write: Callable[[], T], wait: Callable[[OSError], None]) -> T:
+    """Write something that must not be lost: as long as the disk is full, wait and try again.
+
+    Args:
+        write: may be called again after it failed.
+        wait: called with the error after each failure; returns when it is time for another try, or raises.
+    """
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            if not no_room(error):
+                raise
+            wait(error)

@@ -19,11 +19,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from ...errors import RequestError, StoreUnavailable
 from ...version import __version__
+from ..workers.files import FILES
 from .answers import add_error_answers, openapi_body
 from .guard import Guard
 from .intake import Asked, read_create
 from .prefix import Prefix
-from .results import FILES
 from .rows import FINISHED
 from .schemas import DeletedVideo, ErrorBody, Health, ModelCard, ModelList, Status, Video, VideoList
 from .service import Version, VideoService

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from ...errors import StoreUnavailable
 from .logs import say
@@ -25,8 +24,6 @@ _HELP = (
     "stop the service, and restore a backup of it or move it away (with -wal and -shm); the service then finds "
     "finished videos in results/"
 )
-
-T = TypeVar("T")
 
 
 def is_damage(error: BaseException | None) -> bool:
@@ -44,27 +41,6 @@ def damage(name: str, reason: object) -> str:
     """
     short = textwrap.shorten(str(reason), 100, placeholder=" ...")  # SQLite may quote half a schema
     return f"the job store {name!r} is damaged ({short}); {_HELP}"
-
-
-def no_room(error: OSError) -> bool:
-    """Whether an error means that the disk is full."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def when_there_is_room(write: Callable[[], T], wait: Callable[[OSError], None]) -> T:
-    """Write something that must not be lost: as long as the disk is full, wait and try again.
-
-    Args:
-        write: may be called again after it failed.
-        wait: called with the error after each failure; returns when it is time for another try, or raises.
-    """
-    while True:
-        try:
-            return write()
-        except OSError as error:
-            if not no_room(error):
-                raise
-            wait(error)
 
 
 class Condition:

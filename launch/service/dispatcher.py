@@ -11,17 +11,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from ...engine.media.files import no_room, when_there_is_room
 from ...engine.request import ResolvedRequest, StepDone
-from ...errors import Cancelled, ConfigError, RequestError, StoreUnavailable
-from ..workers.losses import reason_to_give_up, reason_to_give_up_restarts
-from .condition import no_room, when_there_is_room
-from .events import Made, RunnerLost, Stopped
+from ...errors import Cancelled, ConfigError, Interrupted, RankLost, RequestError, StoreUnavailable
+from ..workers.messages import Outcome
+from ..workers.video import reason_to_give_up, reason_to_give_up_restarts, saved_step
 from .follower import Follower, num_pixels
 from .jobs import JobStore
 from .lease import Lease, is_held
 from .logs import say
 from .metrics import Metrics
-from .results import complete, folder_bytes, is_complete, job_facts, read_manifest, saved_step
+from .results import complete, folder_bytes, is_complete, job_facts, read_manifest
 from .retention import describe_results, forget, sweep
 from .rows import Job
 from .runner import Runner, Task
@@ -205,14 +205,14 @@ class Dispatcher:
                         since, cause = self._lost.pop(job.id)
                         self._metrics.observe("heterostep_recovery_seconds", time.monotonic() - since, cause=cause)
             self._complete(job, follower.made, folder)
-        except Cancelled:
-            self._end(job, "cancelled", {"code": "cancelled", "message": f"cancelled after step {follower.step}"})
-        except Stopped:
+        except Interrupted:
             self._recorded(lambda: self._store.requeue(job, None))
             say("job saved", job=job.id, step=follower.step)
+        except Cancelled:
+            self._end(job, "cancelled", {"code": "cancelled", "message": f"cancelled after step {follower.step}"})
         except (RequestError, ConfigError) as error:  # no other attempt could do better
             self._end(job, "failed", {"code": "invalid_request", "message": str(error)})
-        except RunnerLost as error:
+        except RankLost as error:
             if self._stopping.is_set():  # it was closed, not lost
                 self._recorded(lambda: self._store.requeue(job, None))
             else:
@@ -245,9 +245,9 @@ class Dispatcher:
         """Estimate of the seconds from the last step to the files."""
         return self._after_denoising * pixels
 
-    def _complete(self, job: Job, made: Made | None, folder: Path) -> None:
+    def _complete(self, job: Job, made: Outcome | None, folder: Path) -> None:
         """Make the result visible: files first, then the row. After a kill between the two, the files are found."""
-        assert made is not None, "a run ends with Made or an exception"
+        assert made is not None, "a run ends with an outcome or an exception"
         if self._recorded(lambda: self._store.cancelled([job.id])):  # too late for the runner, but not for the user
             raise Cancelled("cancelled")
         timing = {"queued": (job.started_at or 0.0) - job.created_at, **made.seconds}

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ...engine.request import Decoding, Started, StepDone
+from ...engine.request import Decoding, Event, Started, StepDone
 from ...errors import StoreUnavailable
-from .events import Event, Made
+from ..workers.messages import Outcome
 from .jobs import JobStore
 from .metrics import Metrics
 from .rows import Job
@@ -41,9 +41,9 @@ class Follower:
         self._written, self._preview = 0.0, b""
         self._shares: list[float] = []
         self.step = 0
-        self.made: Made | None = None
+        self.made: Outcome | None = None
 
-    def see(self, event: Event) -> None:
+    def see(self, event: Event | Outcome) -> None:
         """Write down what an event says."""
         if isinstance(event, Started):
             self.step = event.resumed_at or 0
@@ -56,7 +56,7 @@ class Follower:
             self._step(event)
         elif isinstance(event, Decoding):
             self._tell(stage="decoding", step=self.step, progress=_DENOISED, eta_seconds=self._rest)
-        elif isinstance(event, Made):
+        elif isinstance(event, Outcome):
             self.made = event
 
     def _step(self, event: StepDone) -> None:

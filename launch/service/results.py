@@ -10,20 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...engine.media.files import checkpoint_steps, write_durably
+from ...engine.media.files import write_durably
+from ..workers.files import FILES
 from .rows import Job
 from .settings import public_name
 
 MANIFEST = "manifest.json"
-
-FILES: Mapping[str, tuple[str, str]] = {
-    "video": ("video.mp4", "video/mp4"),
-    "heatmap": ("heatmap.mp4", "video/mp4"),
-    "thumbnail": ("thumbnail.webp", "image/webp"),
-    "spritesheet": ("spritesheet.webp", "image/webp"),
-    "report": ("report.json", "application/json"),
-}
-"""What can be downloaded, by variant: file name and media type."""
 
 
 def complete(folder: Path, target: Path, manifest: Mapping[str, Any]) -> None:
@@ -136,11 +128,6 @@ def folder_bytes(folder: Path) -> int:
     with contextlib.suppress(FileNotFoundError):
         return sum(path.stat().st_size for path in folder.iterdir())
     return 0
-
-
-def saved_step(state: Path) -> int:
-    """How many steps of an unfinished job need not be done again, by the names in its folder of states."""
-    return next(iter(checkpoint_steps(state)), 0) if state.is_dir() else 0
 
 
 def _as_json(manifest: Mapping[str, Any]) -> bytes:

@@ -1,17 +1,33 @@
-"""`Runner`: whatever makes one video at a time, where no crash takes the service along."""
+"""What makes the service's videos: a worker group, of one rank or many, which no crash of a rank takes along."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import logging
+import tempfile
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from ...engine.request import ResolvedRequest
-from .events import Event
+from ...engine.media.files import no_room, place, when_there_is_room
+from ...engine.media.image import read_image
+from ...engine.request import EngineConfig, Event, GenerateRequest, ResolvedRequest
+from ...errors import Cancelled, ConfigError, GroupClosed, Interrupted, RankLost, RequestError
+from ..workers.config import GroupConfig
+from ..workers.files import FILES
+from ..workers.group import Machines, WorkerGroup
+from ..workers.messages import Outcome, Work
+from ..workers.process import ThisMachine
+from ..workers.video import run_once
+from .logs import say
+from .settings import ServiceSettings
 
 _MAX_PAUSE = 60.0
+# While the disk is full.
+_RETRY_SECONDS = 1.0
 
 
 class Pauses:
@@ -43,8 +59,8 @@ class Task:
     Attributes:
         id: the job's.
         request: what to make, valid for the runner's model.
-        folder: empty and this attempt's own; the files of `results.FILES` go there.
-        state: folder for what lets a later attempt go on where this one ended; shared by all attempts of the job.
+        folder: empty and this attempt's own; the files of `workers.files.FILES` go there.
+        state: folder for what lets a later attempt resume where this one ended; shared by all attempts of the job.
         image: file that the video starts from, if it starts from one; `request` holds its fingerprint alone.
     """
 
@@ -55,52 +71,202 @@ class Task:
     image: Path | None = None
 
 
-class Runner(Protocol):
-    """Makes one video at a time. Only `run` blocks; everything else may be called from other threads meanwhile."""
+class Runner:
+    """Makes one video at a time on `settings.ranks` ranks, on this machine or on Ray.
+
+    One thread may call `tend` and `run`; everything else may be called from other threads meanwhile. A task whose rank
+    was lost is not tried again here: the dispatcher does that, and `tend` lets the group recover before.
+    """
+
+    def __init__(
+        self, settings: ServiceSettings, index: int = 0, *, on_ray: bool = False, frozen_after: float | None = None
+    ) -> None:
+        """Prepare; `tend` starts the ranks. Ray, if it is used, is initialised already.
+
+        Args:
+            settings: model, device, ranks, and how to compute.
+            index: number of this runner, which chooses its GPUs on this machine.
+            on_ray: whether the ranks are started by Ray.
+            frozen_after: as in `GroupConfig`; None is its default.
+        """
+        self._settings, self._index, self._on_ray = settings, index, on_ray
+        self._frozen_after = frozen_after
+        self._group: WorkerGroup | None = None
+        self._trouble: str | None = None
+        self._pauses = Pauses()
+        self._closed = self._hopeless = False
+        self._stop_request: str | None = None
 
     @property
     def ready(self) -> bool:
         """Whether a task could run now."""
-        ...
+        return self._group is not None and self._group.ready
 
     @property
     def trouble(self) -> str | None:
         """Why not, in one sentence, if it is not just starting; None otherwise."""
-        ...
+        return self._trouble
 
     @property
     def hopeless(self) -> bool:
-        """Whether starting it again cannot help: its model cannot be loaded."""
-        ...
+        """Whether starting it again cannot help: the ranks refused the settings or the model."""
+        return self._hopeless
 
     @property
     def heartbeat_age(self) -> float:
-        """Seconds since the last sign of life; 0 before the first."""
-        ...
+        """Seconds since the rank that was silent longest was heard of; 0 before the first."""
+        return self._group.heartbeat_age if self._group is not None else 0.0
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the ranks, by rank."""
+        return self._group.pids if self._group is not None else []
 
     def tend(self) -> None:
-        """Start it, or start it again after it died; called every half second while no task runs."""
-        ...
+        """Start the ranks, or look after them; waits until they are complete. Called while no task runs."""
+        if self._closed or self._hopeless or not self._pauses.over:
+            return
+        try:
+            if self._group is None:
+                self._group = self._make_group()
+            self._watch(self._group)
+            if not self._group.ready:
+                self._recover(self._group)
+        except ConfigError as error:
+            self._trouble, self._hopeless = str(error), True
+        except RankLost as lost:
+            self._pauses.failed()
+            self._trouble = str(lost)
+            say("runner cannot start", logging.WARNING, runner=self._index, reason=str(lost))
+        except GroupClosed:
+            say("runner closed", runner=self._index)
 
-    def run(self, task: Task) -> Generator[Event]:
-        """Make a video.
+    def run(self, task: Task) -> Generator[Event | Outcome]:
+        """Make a video: the engine's events, and last the outcome, when the files are there.
 
         Raises:
             RequestError: this request cannot be served; the runner stays usable.
-            Cancelled: after `cancel`.
-            Stopped: after `stop`.
-            RunnerLost: it died, froze or failed; `tend` brings another one.
+            Cancelled: after `cancel`; `Interrupted` after `stop`.
+            RankLost: a rank died, froze or failed; `tend` replaces it.
+            OSError: the files could not be written.
         """
-        ...
+        group, self._stop_request = self._group, None
+        assert group is not None, "tend comes before run"
+        # Its file is on this machine, the ranks may be on others.
+        image = read_image(task.image) if task.image is not None else None
+        work = Work(
+            request=GenerateRequest(**dataclasses.asdict(task.request) | {"image": image}),
+            checkpoint_every=self._settings.checkpoint_every,
+            files=True,
+            previews=True,
+        )
+        try:
+            outcome = yield from run_once(group, work, task.state)
+        except RankLost as lost:
+            self._log_loss(lost)
+            raise
+        except GroupClosed as error:
+            raise RankLost("died", str(error)) from error
+        when_there_is_room(functools.partial(_write_files, task.folder, outcome), self._wait_for_room)
+        yield outcome
 
     def cancel(self) -> None:
         """Let the running task end within one step. Harmless when idle."""
-        ...
+        self._request_stop("cancel")
 
     def stop(self) -> None:
         """Let the running task save its state and end within one step. Harmless when idle."""
-        ...
+        self._request_stop("stop")
 
     def close(self) -> None:
-        """End its processes, a running task included."""
-        ...
+        """End the ranks, a running task included."""
+        self._closed = True
+        if self._group is not None:
+            self._group.close()
+
+    def _request_stop(self, verb: str) -> None:
+        self._stop_request = verb
+        if self._group is not None:
+            self._group.request_stop(verb)
+
+    def _wait_for_room(self, error: OSError) -> None:
+        if self._stop_request == "cancel":
+            raise Cancelled("cancelled while the disk was full") from error
+        if self._stop_request is not None or self._closed:
+            raise Interrupted("stopped while the disk was full", 0) from error
+        time.sleep(_RETRY_SECONDS)
+
+    def _make_group(self) -> WorkerGroup:
+        """A group for this machine, or for the cluster as it is now."""
+        settings = self._settings
+        config = GroupConfig(
+            size=settings.ranks,
+            degrees=settings.degrees,
+            shard_weights=settings.shard_weights and settings.ranks > 1,
+            standby=settings.ranks > 1 and not settings.shard_weights,
+            threads=settings.threads,
+        )
+        if self._frozen_after is not None:
+            config = dataclasses.replace(config, frozen_after=self._frozen_after)
+        machines, engine = self._cluster() if self._on_ray else (self._this_machine(), settings.engine)
+        return WorkerGroup(config, engine, machines)
+
+    def _this_machine(self) -> Machines:
+        def show(seat: int | None, line: str) -> None:
+            say("rank said", runner=self._index, rank=seat, text=line[:2000])
+
+        return ThisMachine(self._index, show)
+
+    def _cluster(self) -> tuple[Machines, EngineConfig]:
+        from ..workers.ray_cluster import RayCluster, check_room, has_gpus
+
+        engine = self._settings.engine
+        gpus = engine.device != "cpu" and has_gpus()
+        if engine.device.startswith("cuda") and not gpus:
+            raise ConfigError(f"device {engine.device!r} is not there: the Ray cluster has no GPU; take auto or cpu")
+        check_room(self._settings.ranks, gpus)
+        return RayCluster(gpus), dataclasses.replace(engine, device="cuda" if gpus else "cpu")
+
+    def _watch(self, group: WorkerGroup) -> None:
+        with contextlib.suppress(RankLost):
+            try:
+                group.watch()
+            except RankLost as lost:
+                self._log_loss(lost)
+                raise
+
+    def _recover(self, group: WorkerGroup) -> None:
+        start = time.monotonic()
+        group.recover()
+        self._trouble = None
+        self._pauses.succeeded()
+        seconds = round(time.monotonic() - start, 3)
+        say("runner ready", runner=self._index, pids=group.pids, rendezvous=group.rendezvous, seconds=seconds)
+
+    def _log_loss(self, lost: RankLost) -> None:
+        say("rank lost", logging.WARNING, runner=self._index, cause=lost.cause, reason=str(lost))
+
+
+def _write_files(folder: Path, outcome: Outcome) -> None:
+    """Write the files of a result.
+
+    Raises:
+        OSError: the disk is full.
+        RequestError: they cannot be written; the video is then kept in the system's folder for temporary files, and the
+            log says where.
+    """
+    assert outcome.files is not None, "rank 0 has the files"
+    files = outcome.files
+    try:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    except OSError as error:
+        if no_room(error):
+            raise
+        video = Path(tempfile.gettempdir(), f"heterostep-{folder.name.strip('.')}.mp4")
+        kept = place(video, lambda path: path.write_bytes(files[FILES["video"][0]])).path
+        say("results cannot be written", logging.ERROR, reason=str(error), video=str(kept))
+        raise RequestError(
+            f"the video is made, but its files could not be written ({error.strerror or error}); whoever runs the "
+            "service finds the video by its log"
+        ) from error

@@ -13,13 +13,13 @@ from pathlib import Path
 from ...engine.facts import read_facts
 from ...engine.request import GenerateRequest, allocation, resolve
 from ...errors import FileGone, QueueFull, StoreUnavailable
+from ..workers.files import FILES
 from .dispatcher import Dispatcher
 from .intake import Asked, check_plan, to_request
 from .jobs import JobStore
 from .logs import say
 from .metrics import Metrics
-from .process_runner import ProcessRunner
-from .results import FILES, gone
+from .results import gone
 from .retention import forget
 from .rows import Job
 from .runner import Runner
@@ -48,9 +48,7 @@ class VideoService:
         model: what the API calls the model.
     """
 
-    def __init__(
-        self, settings: ServiceSettings, make_runner: RunnerFactory = ProcessRunner, replica: str = ""
-    ) -> None:
+    def __init__(self, settings: ServiceSettings, make_runner: RunnerFactory = Runner, replica: str = "") -> None:
         """Check model and keys, and open the job store; `start` begins to work.
 
         Args:

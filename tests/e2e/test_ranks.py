@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import forked
 from heterostep.launch.cli import main
+from heterostep.launch.workers.process import ThisMachine
 
 PROMPT = ("--prompt", "a red disc moves right", "--seed", "7", "--steps", "8")
 GENERATE = (sys.executable, "-m", "heterostep", "generate")
@@ -23,6 +25,7 @@ JOB = ("--prompt", "a red disc moves right", "--seed", "7", "--frames", "9", "--
 JOB += ("--latents", "l.safetensors", "--report", "r.json", "--job-dir", "job", "--checkpoint-every", "3")
 ULYSSES = ("--ulysses", "2")
 RING = ("--ring", "2", "--ring-cache", "sharded", "--shard-weights")
+LAYOUTS = {"ulysses": ULYSSES, "ring": RING}
 
 
 def run(command, *flags, cwd, popen=forked.Popen, timeout=240, **settings):
@@ -95,10 +98,10 @@ def test_many_ranks_make_the_video_of_one(alone, layout, request):
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, flags, says):
     # Said before any rank is started.
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("heterostep.launch.generate.run_ranks", lambda *_, **__: pytest.fail("ranks were started"))
+    monkeypatch.setattr(ThisMachine, "start", lambda *_, **__: pytest.fail("ranks were started"))
     try:
         status = main(["generate", *PROMPT, *map(str, flags)])
-    except SystemExit as end:  # what the flag itself does not take
+    except SystemExit as end:  # argparse's own way
         status = end.code
     assert status == 2
     err = capsys.readouterr().err
@@ -112,11 +115,9 @@ def test_bad_input_under_torchrun_ends_all_ranks(tmp_path):
     assert done.stderr.count("heterostep: cfg 1 x ring 1 x ulysses 4") == 1
 
 
-def begun(folder, command, *flags, lines=8, **variables):
+def begun(folder, command, *flags, lines=8, popen=forked.Popen, **variables):
     """Start a job on ranks, and wait until some steps are done."""
-    process = forked.Popen(
-        [*command, *JOB, *flags], cwd=folder, env=os.environ | variables, stderr=subprocess.PIPE, text=True
-    )
+    process = popen([*command, *JOB, *flags], cwd=folder, env=os.environ | variables, stderr=subprocess.PIPE, text=True)
     progress = folder / "job" / "progress.jsonl"
     while not progress.exists() or progress.read_text().count("\n") < lines:
         assert process.poll() is None, process.stderr.read()
@@ -140,13 +141,38 @@ def test_a_killed_rank_is_replaced(ulysses, tmp_path):
 
 
 @needs_forks
-def test_local_ranks_start_again_after_a_kill(ring, tmp_path):
-    process = begun(tmp_path, GENERATE, "--nproc", "2", *RING, HETEROSTEP_TEST="local")
-    os.kill(forked.find(HETEROSTEP_TEST="local", RANK="0"), signal.SIGKILL)
+@pytest.mark.parametrize(
+    ("layout", "number", "rank", "says"),
+    [
+        ("ring", signal.SIGKILL, "0", "rank 0 of 2 was killed by SIGKILL"),
+        ("ulysses", signal.SIGSTOP, "1", "rank 1 of 2 was silent for"),
+    ],
+)
+def test_a_rank_of_this_machine_is_replaced(tmp_path, request, layout, number, rank, says):
+    whole, name = request.getfixturevalue(layout), f"local {layout}"
+    process = begun(tmp_path, GENERATE, "--nproc", "2", *LAYOUTS[layout], HETEROSTEP_TEST=name)
+    os.kill(forked.find(HETEROSTEP_TEST=name, RANK=rank), number)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
-    assert "starting again" in err
-    assert torch.equal(latents(tmp_path), latents(ring))
+    assert says in err and "starting again where the video was saved" in err
+    assert torch.equal(latents(tmp_path), latents(whole))
+    assert steps_done(tmp_path) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_on_ray_is_replaced(ulysses, tmp_path, number):
+    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    process = begun(tmp_path, GENERATE, "--ray", "--nproc", "2", *ULYSSES, popen=subprocess.Popen, lines=12)
+    family = psutil.Process(process.pid).children(recursive=True)
+    # The third is the standby.
+    ranks = [one for one in family if "WorkerActor" in " ".join(one.cmdline())]
+    busy = sorted(ranks, key=lambda one: sum(one.cpu_times()[:2]))[-1]
+    busy.send_signal(number)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "starting again where the video was saved" in err
+    assert torch.equal(latents(tmp_path), latents(ulysses))
+    assert steps_done(tmp_path) == list(range(1, STEPS + 1))
 
 
 def test_a_stopped_job_goes_on_with_other_degrees(alone, tmp_path):

@@ -1,4 +1,4 @@
-"""The same application as a Ray Serve deployment of gangs: the same API, a killed replica and rank, an orderly end."""
+"""The same application as a Ray Serve deployment of groups: the same API, a killed replica and rank, an orderly end."""
 
 from __future__ import annotations
 
@@ -56,6 +56,12 @@ class Deployment:
         family = psutil.Process(self.process.pid).children(recursive=True)
         return [process for process in family if "ServeReplica" in " ".join(process.cmdline())]
 
+    def ranks(self):
+        """Processes of the ranks, the busiest last."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        found = [process for process in family if "WorkerActor" in " ".join(process.cmdline())]
+        return sorted(found, key=lambda process: sum(process.cpu_times()[:2]))
+
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory):
@@ -94,6 +100,19 @@ def test_a_sync_client_that_goes_away(deployment):
         deployment.http.post("/v1/videos/sync", json=body, timeout=1.5)
     id = deployment.http.get("/v1/videos").json()["data"][0]["id"]
     wait_until(lambda: deployment.video(id)["status"] == "cancelled", 10)
+
+
+@pytest.mark.parametrize(("number", "cause"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "frozen")])
+def test_a_lost_rank_is_replaced_and_the_video_has_the_bits_of_an_unbroken_one(deployment, number, cause):
+    whole, broken = (deployment.create(num_inference_steps=100, compute=1, num_frames=5, seed=7) for _ in range(2))
+    wait_until(lambda: deployment.video(broken)["step"] >= 8, 120)
+    deployment.ranks()[-1].send_signal(number)
+    for id in (whole, broken):
+        wait_until(lambda id=id: deployment.video(id)["status"] == "completed", 120)
+    (fault,) = deployment.video(broken)["faults"]
+    assert fault["cause"] == cause and fault["step"] >= fault["saved"] >= 5
+    videos = [deployment.http.get(f"/v1/videos/{id}/content").content for id in (whole, broken)]
+    assert videos[0] == videos[1] and deployment.video(whole)["faults"] == []
 
 
 def test_a_killed_replica_loses_nothing(deployment):

@@ -1,4 +1,4 @@
-"""The worker process by itself: what it says, and what becomes of it when it dies, freezes or is told to end."""
+"""A runner of one rank by itself: what it says, and what becomes of it when its process dies, freezes or is stopped."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import pytest
 import forked
 from heterostep.engine.facts import read_facts
 from heterostep.engine.request import Decoding, EngineConfig, GenerateRequest, Started, StepDone, resolve
-from heterostep.errors import Cancelled, RequestError
-from heterostep.launch.service.events import Made, RunnerLost, Stopped
-from heterostep.launch.service.process_runner import ProcessRunner
-from heterostep.launch.service.results import FILES
-from heterostep.launch.service.runner import Task
+from heterostep.errors import Cancelled, Interrupted, RankLost, RequestError
+from heterostep.launch.service.runner import Runner, Task
 from heterostep.launch.service.settings import ServiceSettings
+from heterostep.launch.workers.files import FILES
+from heterostep.launch.workers.messages import Outcome
 from serving import alive, wait_until
 
 FROZEN = 5.0
@@ -34,9 +33,9 @@ def quick_starts():
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory, quick_starts):
-    runner = ProcessRunner(ServiceSettings(data_dir=tmp_path_factory.mktemp("runner")), frozen_after=FROZEN)
+    runner = Runner(ServiceSettings(data_dir=tmp_path_factory.mktemp("runner")), frozen_after=FROZEN)
     yield runner
-    pid = runner.pid
+    (pid,) = runner.pids
     runner.close()
     assert not alive(pid)
 
@@ -67,7 +66,7 @@ def test_from_a_task_to_files(runner, task):
     assert events[0] == Started(request=asked.request, num_tokens=3 * 8 * 8)
     steps = [event for event in events if isinstance(event, StepDone)]
     assert [event.step for event in steps] == [1, 2, 3, 4, 5, 6] and all(0 <= event.share <= 1 for event in steps)
-    assert isinstance(events[-2], Decoding) and isinstance(events[-1], Made)
+    assert isinstance(events[-2], Decoding) and isinstance(events[-1], Outcome)
     folder = task().folder
     assert {path.name for path in folder.iterdir()} == {name for name, _ in FILES.values()}
     with av.open(str(folder / "video.mp4")) as container:
@@ -79,14 +78,14 @@ def test_from_a_task_to_files(runner, task):
 
 
 def test_a_request_that_the_engine_refuses_leaves_it_usable(runner, task):
-    pid = runner.pid
+    pids = runner.pids
     with pytest.raises(RequestError, match=r"compute=0\.5 cannot be met with 1 step:"):
         list(runner.run(task(num_inference_steps=1)))
-    assert isinstance(list(runner.run(task(num_inference_steps=6)))[-1], Made) and runner.pid == pid
+    assert isinstance(list(runner.run(task(num_inference_steps=6)))[-1], Outcome) and runner.pids == pids
 
 
 def test_cancel_and_stop_within_a_step(runner, task):
-    for ask, error in ((runner.cancel, Cancelled), (runner.stop, Stopped)):
+    for ask, error in ((runner.cancel, Cancelled), (runner.stop, Interrupted)):
         seen = []
         with pytest.raises(error):
             for event in runner.run(task(num_inference_steps=500, compute=1.0)):
@@ -104,7 +103,7 @@ def test_cancel_and_stop_within_a_step(runner, task):
                 runner.cancel()
     # A wish without a task is none.
     runner.cancel()
-    assert isinstance(list(runner.run(task(num_inference_steps=6)))[-1], Made)
+    assert isinstance(list(runner.run(task(num_inference_steps=6)))[-1], Outcome)
 
 
 def test_a_wish_that_comes_before_the_first_step(runner, task):
@@ -122,54 +121,54 @@ def test_pictures_on_the_way(runner, task):
 
 
 def test_killed_and_gone_on_with(runner, task):
-    with pytest.raises(RunnerLost, match="killed by SIGKILL") as caught:
+    with pytest.raises(RankLost, match="killed by SIGKILL") as caught:
         for event in runner.run(task(num_inference_steps=30, compute=1.0)):
             if isinstance(event, StepDone) and event.step >= 7:
-                os.kill(runner.pid, signal.SIGKILL)
-    assert caught.value.cause == "died" and not runner.ready and runner.pid is None
+                os.kill(runner.pids[0], signal.SIGKILL)
+    assert caught.value.cause == "died" and not runner.ready and runner.pids == []
     until_ready(runner)
     events = list(runner.run(task(num_inference_steps=30, compute=1.0)))
     assert events[0].resumed_at in (5, 10) and events[1].step == events[0].resumed_at + 1
-    assert isinstance(events[-1], Made) and len(events[-1].hsa["steps"]) == 30
+    assert isinstance(events[-1], Outcome) and len(events[-1].hsa["steps"]) == 30
     # The same folder, another job: as after an update, it is made anew.
     events = list(runner.run(task(num_inference_steps=6)))
-    assert events[0].resumed_at is None and isinstance(events[-1], Made)
+    assert events[0].resumed_at is None and isinstance(events[-1], Outcome)
 
 
 def test_killed_while_idle(runner):
     until_ready(runner)
-    old = runner.pid
+    (old,) = runner.pids
     os.kill(old, signal.SIGKILL)
     wait_until(lambda: not runner.ready, 5)
     until_ready(runner)
-    assert runner.pid != old
+    assert runner.pids != [old]
 
 
 def test_frozen(runner, task):
     begin = None
-    with pytest.raises(RunnerLost, match="silent") as caught:
+    with pytest.raises(RankLost, match="silent") as caught:
         for event in runner.run(task(num_inference_steps=500, compute=1.0)):
             if isinstance(event, StepDone) and begin is None:
-                begin, frozen = time.monotonic(), runner.pid
+                begin, frozen = time.monotonic(), runner.pids[0]
                 os.kill(frozen, signal.SIGSTOP)
     assert caught.value.cause == "frozen" and FROZEN - 1 < time.monotonic() - begin < FROZEN + 8
     assert not alive(frozen)
 
 
 def test_a_task_that_nobody_follows_any_more_is_ended(runner, task):
+    pids = runner.pids
     events = runner.run(task(num_inference_steps=500, compute=1.0))
     next(events)
-    pid = runner.pid
     events.close()
-    assert not alive(pid) and not runner.ready
+    assert isinstance(list(runner.run(task(num_inference_steps=6)))[-1], Outcome) and runner.pids == pids
 
 
 def test_a_worker_outlives_its_service_by_no_moment(tmp_path):
     code = (
-        "import time; from heterostep.launch.service.process_runner import ProcessRunner\n"
+        "import time; from heterostep.launch.service.runner import Runner\n"
         "from heterostep.launch.service.settings import ServiceSettings\n"
-        f"runner = ProcessRunner(ServiceSettings(data_dir={str(tmp_path)!r}))\n"
-        "runner.tend(); print(runner.pid, flush=True); time.sleep(600)"
+        f"runner = Runner(ServiceSettings(data_dir={str(tmp_path)!r}))\n"
+        "runner.tend(); print(runner.pids[0], flush=True); time.sleep(600)"
     )
     service = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     worker = int(service.stdout.readline())
@@ -180,7 +179,7 @@ def test_a_worker_outlives_its_service_by_no_moment(tmp_path):
 
 
 def test_an_unusable_model_says_why(tmp_path):
-    runner = ProcessRunner(ServiceSettings(data_dir=tmp_path, engine=EngineConfig(model=str(tmp_path / "none"))))
+    runner = Runner(ServiceSettings(data_dir=tmp_path, engine=EngineConfig(model=str(tmp_path / "none"))))
     try:
 
         def given_up():

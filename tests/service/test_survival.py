@@ -9,6 +9,8 @@ import sqlite3
 import subprocess
 import time
 
+import pytest
+
 from serving import PROMPT, alive, wait_until
 
 LONG = {"num_inference_steps": 100, "compute": 1, "num_frames": 5}
@@ -68,6 +70,22 @@ def test_a_kill_between_the_files_and_the_row_is_not_made_twice(start):
     video = again.video(id)
     assert video["status"] == "completed" and video["timing"]["total"] > 0 and video["faults"] == []
     assert (again.data_dir / "results" / id / "video.mp4").stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize(
+    ("ranks", "number", "cause", "says"),
+    [(2, signal.SIGKILL, "died", "rank 1 of 2 was killed by SIGKILL"), (1, signal.SIGSTOP, "frozen", "was silent for")],
+)
+def test_a_rank_is_replaced_and_the_video_has_the_bits_of_an_unbroken_one(start, ranks, number, cause, says):
+    server = start("--ranks", ranks).healthy()
+    whole, broken = (server.create(seed=7, **LONG) for _ in range(2))
+    server.running(broken, 8)
+    os.kill(server.workers()[-1], number)
+    assert [server.finished(id)["status"] for id in (whole, broken)] == ["completed"] * 2
+    (fault,) = server.video(broken)["faults"]
+    assert fault["cause"] == cause and says in fault["message"] and fault["step"] >= fault["saved"] >= 5
+    videos = [server.http.get(f"/v1/videos/{id}/content").content for id in (whole, broken)]
+    assert videos[0] == videos[1] and server.video(whole)["faults"] == []
 
 
 def test_a_dead_worker_is_replaced_and_its_job_made(start):

@@ -12,15 +12,15 @@ pytest.importorskip("prometheus_client", reason="the extra 'serve' is not instal
 from heterostep.engine.facts import read_facts
 from heterostep.engine.media.files import checkpoint_name
 from heterostep.engine.request import GenerateRequest, Started, StepDone, resolve
-from heterostep.errors import ConfigError, RequestError
+from heterostep.errors import ConfigError, Interrupted, RankLost, RequestError
 from heterostep.launch.service import dispatcher, results
 from heterostep.launch.service.dispatcher import Dispatcher
-from heterostep.launch.service.events import Made, RunnerLost, Stopped
 from heterostep.launch.service.jobs import JobStore
 from heterostep.launch.service.metrics import Metrics
-from heterostep.launch.service.results import FILES
 from heterostep.launch.service.settings import ServiceSettings
-from heterostep.launch.workers import losses
+from heterostep.launch.workers import video
+from heterostep.launch.workers.files import FILES
+from heterostep.launch.workers.messages import Outcome
 
 REQUEST = resolve(GenerateRequest(prompt="x", num_inference_steps=20, compute=0.5), read_facts("demo"))
 
@@ -48,11 +48,11 @@ class Scripted:
                 (task.state / f"{checkpoint_name(step)}.json").touch()
             yield StepDone(step=step, num_steps=20, sigma=0.5, active=5, total=10, seconds=0.01, eta_seconds=1.0)
         if step < 20:
-            raise RunnerLost(self.cause, f"it died after step {step}") if self.cause != "stop" else Stopped("stopped")
+            raise RankLost(self.cause, f"it died after step {step}") if self.cause != "stop" else Interrupted("", 0)
         for name, _ in FILES.values():
             (task.folder / name).touch()
         seconds = {"decode": 0.1, "write": 0.1, "checkpoint": 0.2, "total": 1.0}
-        yield Made(hsa={"steps": []}, seconds=seconds, imbalances=(1.0, 1.04))
+        yield Outcome(hsa={"steps": []}, seconds=seconds, imbalances=(1.0, 1.04))
 
     def cancel(self):
         pass
@@ -110,7 +110,7 @@ def test_two_losses_without_a_step_saved_between_them_are_enough(ended):
 
 
 def test_losses_are_bounded_in_any_case(ended, monkeypatch):
-    monkeypatch.setattr(losses, "MAX_LOSSES", 3)
+    monkeypatch.setattr(video, "MAX_LOSSES", 3)
     job, _ = ended(Scripted(6, 11, 16, 20))
     assert job.status == "failed" and "given up after 3 attempts (3 losses)" in job.error["message"]
 

@@ -20,18 +20,19 @@ from starlette.requests import Request
 
 import heterostep as hs
 from folders import complete_pipeline
-from heterostep.engine.denoise.preview import Preview
 from heterostep.engine.facts import read_facts
 from heterostep.engine.media.image import fingerprint, png, read_image
+from heterostep.engine.request import GenerateRequest
 from heterostep.errors import BadField, RequestError
 from heterostep.launch.service.database import SCHEMA
-from heterostep.launch.service.events import Made
 from heterostep.launch.service.intake import Asked, read_create, to_request
 from heterostep.launch.service.jobs import JobStore
-from heterostep.launch.service.making import _make
 from heterostep.launch.service.schemas import CreateVideo
 from heterostep.launch.service.service import VideoService
 from heterostep.launch.service.settings import ServiceSettings, limits_for
+from heterostep.launch.workers.config import GroupConfig
+from heterostep.launch.workers.messages import Place, Work
+from heterostep.launch.workers.rank import Rank
 from tiny import picture
 
 PLAN = {"compute": 0.5, "engine": hs.EngineConfig(), "every": 5}
@@ -169,16 +170,6 @@ def test_the_dispatcher_hands_the_image_to_the_runner(tmp_path, monkeypatch):
     assert not list((tmp_path / "state").iterdir())
 
 
-class Line:
-    """The worker's end of the connection, with nobody at the other."""
-
-    def __init__(self):
-        self.wanted, self.answers = {}, []
-
-    def answer(self, event, **fields):
-        self.answers.append((event, fields))
-
-
 def test_the_worker_starts_from_the_image(tmp_path):
     complete_pipeline("ti2v5b").save_pretrained(tmp_path / "model")
     engine = hs.Engine(hs.EngineConfig(model=str(tmp_path / "model"), device="cpu"))
@@ -187,19 +178,14 @@ def test_the_worker_starts_from_the_image(tmp_path):
     request, image = to_request(
         Asked(body, "", png(picture())), model="demo", facts=engine.facts, limits=limits, **PLAN
     )
-    (tmp_path / "image.png").write_bytes(image)
-    (tmp_path / "files").mkdir()
-    task = {
-        "id": "video_1",
-        "request": dataclasses.asdict(request) | {"image": str(tmp_path / "image.png")},
-        "folder": str(tmp_path / "files"),
-        "state": str(tmp_path / "state"),
-    }
-    line = Line()
-    _make(line, engine, Preview(engine.pipeline), task, every=2)
-    made = Made(**line.answers[-1][1])
-    assert made.hsa["achieved"] == pytest.approx(0.5) and (tmp_path / "files" / "video.mp4").stat().st_size
-    again = engine.generate(hs.GenerateRequest(**task["request"]))
+    asked = GenerateRequest(**dataclasses.asdict(request) | {"image": read_image(image)})
+    place = Place(rank=0, size=1, neighbours=1, gpu=None, rendezvous=1, address="", port=0)
+    rank = Rank([].append, lambda: None)
+    rank.do("join", place, GroupConfig(size=1), engine.config, None)
+    work = Work(request=asked, folder=str(tmp_path / "state"), checkpoint_every=2, files=True)
+    made = rank.do("make", work)
+    assert made.hsa["achieved"] == pytest.approx(0.5) and made.files["video.mp4"]
+    again = engine.generate(asked)
     assert again.request == request and again.report.conditioned == 16
     assert torch.isfinite(again.latents).all()
 

@@ -123,7 +123,7 @@ def test_flags_reach_the_settings(tmp_path):
         "--kernel", "sdpa", "--size", "64x48", "--job-dir", str(tmp_path), "--kv-dtype", "bfloat16",
         "--dtype", "float16",
     ]  # fmt: skip
-    command = command_of(build_parser().parse_args(["generate", *flags]), tuple(flags))
+    command = command_of(build_parser().parse_args(["generate", *flags]))
     assert command.engine == EngineConfig(
         dtype="float16", hsa=HSAConfig(solver="euler", forecast="ab2", max_age=4, kv_dtype="bfloat16")
     )

@@ -13,34 +13,31 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 
 from heterostep.engine.denoise.checks import rehearse
 from heterostep.engine.facts import read_facts
-from heterostep.engine.report import HSAReport
 from heterostep.engine.request import EngineConfig, GenerateRequest, resolve
 from heterostep.errors import BadField, ConfigError, RequestError
 from heterostep.hsa.config import HSAConfig
-from heterostep.launch.service import render
+from heterostep.launch.service import runner
 from heterostep.launch.service.intake import Asked, surely_met, to_request
 from heterostep.launch.service.jobs import JobStore
 from heterostep.launch.service.lease import Lease, is_held
 from heterostep.launch.service.logs import LOGGER, JsonLines, say
 from heterostep.launch.service.metrics import COUNTERS, HISTOGRAMS, Metrics
-from heterostep.launch.service.process_runner import ProcessRunner
 from heterostep.launch.service.results import complete, is_complete, read_manifest
 from heterostep.launch.service.retention import sweep
-from heterostep.launch.service.runner import Pauses
+from heterostep.launch.service.runner import Pauses, Runner
 from heterostep.launch.service.schemas import CreateVideo
 from heterostep.launch.service.security import ApiKeys, stranger
 from heterostep.launch.service.service import VideoService
 from heterostep.launch.service.settings import ServiceSettings, limits_for, public_name
+from heterostep.launch.workers.files import FILES
+from heterostep.launch.workers.messages import Outcome
 
 FACTS = read_facts("demo")
 
@@ -318,7 +315,7 @@ def test_the_dashboard_asks_for_metrics_that_there_are(tmp_path):
         metrics.count(name, **dict.fromkeys(COUNTERS[name][1], "x"))
     for name in HISTOGRAMS:
         metrics.observe(name, 0.5, **dict.fromkeys(HISTOGRAMS[name][1], "x"))
-    runner = ProcessRunner(ServiceSettings(data_dir=tmp_path))
+    runner = Runner(ServiceSettings(data_dir=tmp_path))
     metrics.watch(store, [runner])
     told = family(re.findall(r"^(heterostep_\w+)", metrics.text().decode(), re.M))
     store.close()
@@ -364,19 +361,22 @@ def test_a_service_whose_usual_request_cannot_be_met_does_not_start(tmp_path):
 
 def test_a_video_whose_results_cannot_be_written_is_kept(tmp_path, monkeypatch, caplog):
     folder, kept = tmp_path / ".video_1.2.lease", tmp_path / "kept"
-    folder.mkdir(), kept.mkdir()
+    kept.mkdir()  # the other is gone
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(kept))
-    report = HSAReport(
-        steps=[], compute=1.0, evaluations=torch.ones(1, 2, 2, dtype=torch.int32), kv_bytes=0, num_steps=1
-    )
-    video = SimpleNamespace(frames=np.zeros((1, 32, 32, 3), np.uint8), fps=8, audio=None, report=report, hsa=None)
+    caplog.set_level(logging.INFO, LOGGER)
+    outcome = Outcome(files={name: b"content" for name, _ in FILES.values()})
+    with pytest.raises(RequestError, match=r"is made, but .* could not be written \(No such file") as refused:
+        runner._write_files(folder, outcome)
+    (path,) = kept.iterdir()
+    assert path.name == "heterostep-video_1.2.lease.mp4" and path.read_bytes() == b"content"
+    (record,) = [record for record in caplog.records if record.getMessage() == "results cannot be written"]
+    assert record.fields["video"] == str(path) and str(path) not in str(refused.value)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(render, "run_record", full)
-    with pytest.raises(RequestError, match=r"is made, but .* could not be written \(No space left") as refused:
-        render.write_files(folder, None, video)
-    (path,) = kept.iterdir()
-    assert path.name == "heterostep-video_1.2.lease.mp4" and path.stat().st_size > 0
-    assert str(path) in caplog.text and str(path) not in str(refused.value)
+    folder.mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space"):  # waited for
+            runner._write_files(folder, outcome)

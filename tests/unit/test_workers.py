@@ -1,21 +1,21 @@
-"""The parts of a gang that need no Ray: copies of a job's folder, messages, degrees for fewer ranks, begun jobs."""
+"""The parts of a worker group: copies of a job's folder, messages, degrees for fewer ranks, begun jobs."""
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 
 import pytest
 
 from heterostep.engine.engine import Engine, EngineConfig
-from heterostep.engine.request import GenerateRequest, JobConfig, StepDone
+from heterostep.engine.request import GenerateRequest, JobConfig
 from heterostep.errors import ConfigError, JobDiffers, JobInUse
-from heterostep.launch import resume
 from heterostep.launch.degrees import refit
-from heterostep.launch.gang.copies import read_copies, write_copies
-from heterostep.launch.gang.messages import Progress
-from heterostep.launch.gang.outbox import Outbox
-from heterostep.launch.resume import go_on
+from heterostep.launch.workers import rank
+from heterostep.launch.workers.files import read_copies, write_copies
+from heterostep.launch.workers.loop import Outbox
+from heterostep.launch.workers.rank import resume_job
 from heterostep.parallel.config import ParallelConfig
 
 
@@ -52,36 +52,31 @@ def test_only_files_of_a_job_are_written(tmp_path, name):
     assert names(tmp_path / "job") == []
 
 
-def said(step):
-    return Progress(event=StepDone(step=step, num_steps=9, sigma=0.5, active=1, total=1, seconds=0.1, eta_seconds=1.0))
-
-
-def test_what_a_rank_says_is_heard_once_and_at_once():
+def test_what_a_worker_says_is_heard_once_and_at_once():
     outbox = Outbox()
-    outbox.begin("a")
-    outbox.put(said(0))
-    outbox.put(said(1))
-    assert [message.event.step for message in outbox.since("a", 0, 0.0)] == [0, 1]
-    assert [message.event.step for message in outbox.since("a", 1, 0.0)] == [1]
-    assert outbox.since("a", 2, 0.0) == [] and outbox.since("other", 0, 0.0) == []
-    threading.Timer(0.1, outbox.put, [said(2)]).start()
+    outbox.put(0)
+    outbox.put(1)
+    assert outbox.take(20.0) == [0, 1]
+    assert outbox.take(0.0) == []
+    threading.Timer(0.1, outbox.put, [2]).start()
     begin = time.monotonic()
-    assert [message.event.step for message in outbox.since("a", 2, 20.0)] == [2]
+    assert outbox.take(20.0) == [2]
     assert time.monotonic() - begin < 10
-    outbox.begin("b")
-    assert outbox.since("a", 0, 0.0) == [] and outbox.since("b", 0, 0.0) == []
 
 
 def test_degrees_for_another_number_of_ranks():
     wished = ParallelConfig(ring=2, ulysses=2, kernel="sdpa", cut="measured", ring_cache="gathered")
-    assert refit(wished, 4, num_heads=4, num_branches=2) is wished
-    assert refit(wished, 1, num_heads=4, num_branches=2) is None
-    three = refit(wished, 3, num_heads=4, num_branches=2)
+    asked = dataclasses.asdict(wished)
+    assert refit(asked, 4, num_heads=4, num_branches=2) == wished
+    assert refit(asked, 1, num_heads=4, num_branches=2) is None
+    three = refit(asked, 3, num_heads=4, num_branches=2)
     assert (three.cfg, three.ring, three.ulysses) == (1, 3, 1)
     assert (three.kernel, three.cut, three.ring_cache) == ("sdpa", "measured", "gathered")
-    guided, single = (refit(None, 2, num_heads=4, num_branches=count) for count in (2, 1))
+    guided, single = (refit({}, 2, num_heads=4, num_branches=count) for count in (2, 1))
     assert (guided.cfg, guided.ulysses) == (2, 1) and (single.cfg, single.ulysses) == (1, 2)
-    assert refit(ParallelConfig(cfg=2), 2, num_heads=4, num_branches=1) == single
+    assert refit({"cfg": 2}, 2, num_heads=4, num_branches=1) == single
+    # A service names some of them.
+    assert (refit({"ring": 2}, 4, num_heads=4, num_branches=2).ring, refit({"ulysses": 2}, 2, 4, 2).ulysses) == (2, 2)
 
 
 class Busy:
@@ -98,16 +93,16 @@ class Busy:
 
 
 def test_a_job_is_waited_for_or_begun_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(resume, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(rank, "_PAUSE_SECONDS", 0.0)
     request, job = GenerateRequest(prompt="x"), JobConfig(folder=tmp_path)
     engine = Busy(JobInUse, 3)
-    assert list(go_on(engine, request, job, anew=False)) == ["event"] and engine.asked == ["auto"] * 4
+    assert list(resume_job(engine, request, job, anew=False)) == ["event"] and engine.asked == ["auto"] * 4
     with pytest.raises(JobInUse):
-        list(go_on(Busy(JobInUse, 1000), request, job, anew=True))
+        list(resume_job(Busy(JobInUse, 1000), request, job, anew=True))
     engine = Busy(JobDiffers, 1)
-    assert list(go_on(engine, request, job, anew=True)) == ["event"] and engine.asked == ["auto", "never"]
+    assert list(resume_job(engine, request, job, anew=True)) == ["event"] and engine.asked == ["auto", "never"]
     with pytest.raises(JobDiffers):
-        list(go_on(Busy(JobDiffers, 1), request, job, anew=False))
+        list(resume_job(Busy(JobDiffers, 1), request, job, anew=False))
 
 
 def test_an_engine_that_cannot_lead_does_not(tiny_model):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
-import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...engine.engine import Engine
-from ...engine.media.files import place, write_json
+from ...engine.media.files import write_json
 from ...engine.media.heatmap import overlay_frames, scale_for
 from ...engine.media.video import write_mp4
 from ...engine.record import run_record
 from ...engine.request import VideoOutput
-from ...errors import RequestError
-from .results import FILES
+from .files import FILES
 
 _THUMBNAIL_SIDE = 512
 _SPRITE_SIDE = 192
@@ -29,7 +25,7 @@ _SPRITE_COUNT = 16
 
 
 def write_files(folder: Path, engine: Engine, output: VideoOutput) -> dict[str, Any]:
-    """Write every file of `results.FILES`.
+    """Write every file of `files.FILES`.
 
     Args:
         folder: exists and is empty.
@@ -40,23 +36,8 @@ def write_files(folder: Path, engine: Engine, output: VideoOutput) -> dict[str, 
         The response's block `hsa`.
 
     Raises:
-        RequestError: the files cannot be written; the video is then kept in the system's folder for temporary files,
-            and the log says where.
+        OSError: the disk is full or failing.
     """
-    try:
-        _write(folder, engine, output)
-    except OSError as error:
-        write = partial(write_mp4, frames=output.frames, fps=output.fps, audio=output.audio)
-        kept = place(Path(tempfile.gettempdir(), f"heterostep-{folder.name.strip('.')}.mp4"), write).path
-        logging.getLogger("heterostep").error("heterostep: a video whose results cannot be written is at %s", kept)
-        raise RequestError(
-            f"the video is made, but its files could not be written ({error.strerror or error}); whoever runs the "
-            "service finds the video by its log"
-        ) from error
-    return _summary(output)
-
-
-def _write(folder: Path, engine: Engine, output: VideoOutput) -> None:
     frames, report = output.frames, output.report
     assert report.evaluations is not None, "a finished run has evaluations"
     evaluations = report.evaluations.cpu().numpy()
@@ -67,6 +48,7 @@ def _write(folder: Path, engine: Engine, output: VideoOutput) -> None:
     paths["thumbnail"].write_bytes(webp(frames[len(frames) // 2], _THUMBNAIL_SIDE, quality=85))
     paths["spritesheet"].write_bytes(webp(_spritesheet(frames), _SPRITE_SIDE * _SPRITE_COLUMNS, quality=80))
     write_json(paths["report"], run_record(engine, output))
+    return _summary(output)
 
 
 def _summary(output: VideoOutput) -> dict[str, Any]:

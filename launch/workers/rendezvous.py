@@ -1,4 +1,4 @@
-"""One rank of a job: how it joins the others, and how it leaves when one of them fails."""
+"""How ranks meet: the process group of one rendezvous, and the ranks that torchrun starts itself."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from ..errors import ConfigError
+from ...errors import ConfigError
 
-EXIT_FAILED = 1
 JOIN_SECONDS = 120.0
-"""How long ranks wait for each other at the start."""
+"""How long ranks wait for each other at a rendezvous."""
 COLLECTIVE_SECONDS = 1800.0
 """How long a collective may take before its rank gives up."""
 _WATCH_SECONDS = 0.5
@@ -28,22 +27,36 @@ _GRACE_SECONDS = 2.0
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def join_group(store: Store, name: str, rank: int, size: int, *, cuda: bool, seconds: float) -> Store:
+    """Initialise the process group of one rendezvous; return the store that its ranks share.
+
+    Args:
+        store: at which the ranks meet.
+        name: of the rendezvous. A store may outlive one: without a name of their own, ranks that meet again would find
+            the addresses of dead ones.
+        rank: of this process.
+        size: number of ranks.
+        cuda: whether NCCL is wanted beside gloo.
+        seconds: as `COLLECTIVE_SECONDS`.
+    """
+    shared = PrefixStore(name, store)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=shared, rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
+    return shared
+
+
 @dataclass(frozen=True, kw_only=True)
-class Rank:
-    """This process's place in the job.
+class TorchrunRank:
+    """This process's place among the ranks.
 
     Attributes:
         rank: its number.
         world_size: how many ranks there are.
-        local_rank: its number on this machine, and that of its GPU.
-        attempt: how often the job was restarted.
         store: what all ranks of this attempt can read and write.
     """
 
     rank: int
     world_size: int
-    local_rank: int
-    attempt: int
     store: Store
 
     @property
@@ -69,10 +82,17 @@ class Rank:
                 return self.store.get("failure").decode()
         return None
 
+    def wait_for_failure(self, seconds: float = 1.0) -> str | None:
+        """Return why another rank failed, given it a moment to say so: a broken connection is seldom the cause."""
+        deadline = time.monotonic() + seconds
+        while (reason := self.failure()) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return reason
+
 
 @contextlib.contextmanager
-def joined(device: str) -> Iterator[Rank]:
-    """Join the job that torchrun, or `local.run_ranks`, started this process for; leave it at the end.
+def joined(device: str) -> Iterator[TorchrunRank]:
+    """Join the job that torchrun started this process for; leave it at the end.
 
     A rank that hangs in a collective because another one failed is ended within seconds, with exit code 1.
 
@@ -92,23 +112,13 @@ def joined(device: str) -> Iterator[Rank]:
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    base = TCPStore(
-        address, port, world_size, is_master=rank == 0 and not hosted, timeout=timedelta(seconds=JOIN_SECONDS)
-    )
-    # A store outlives an attempt: without a prefix, restarted ranks find the addresses of dead ones.
-    store = PrefixStore(f"attempt_{attempt}", base)
+    wait = timedelta(seconds=JOIN_SECONDS)
+    base = TCPStore(address, port, world_size, is_master=rank == 0 and not hosted, timeout=wait)
     cuda = device != "cpu" and torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if cuda:
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
-    )
-    here = Rank(rank=rank, world_size=world_size, local_rank=local_rank, attempt=attempt, store=store)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    store = join_group(base, f"attempt_{attempt}", rank, world_size, cuda=cuda, seconds=COLLECTIVE_SECONDS)
+    here = TorchrunRank(rank=rank, world_size=world_size, store=store)
     done = threading.Event()
     threading.Thread(target=_watch, args=(here, done), name="heterostep-watch", daemon=True).start()
     try:
@@ -121,7 +131,7 @@ def joined(device: str) -> Iterator[Rank]:
             dist.destroy_process_group()
 
 
-def _watch(rank: Rank, done: threading.Event) -> None:
+def _watch(rank: TorchrunRank, done: threading.Event) -> None:
     """End this process when another rank has failed and this one has not noticed by itself."""
     while not done.wait(_WATCH_SECONDS):
         reason = rank.failure()
@@ -130,13 +140,5 @@ def _watch(rank: Rank, done: threading.Event) -> None:
         if not done.wait(_GRACE_SECONDS):
             # Inside a collective there is no other way out: an exception cannot reach the main thread.
             print(f"heterostep: rank {rank.rank} stops: {reason}", file=sys.stderr, flush=True)
-            os._exit(EXIT_FAILED)
+            os._exit(1)
         return
-
-
-def wait_for_failure(rank: Rank, seconds: float = 1.0) -> str | None:
-    """Return why another rank failed, given it a moment to say so: a broken connection is seldom the cause."""
-    deadline = time.monotonic() + seconds
-    while (reason := rank.failure()) is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return reason

@@ -1,12 +1,24 @@
-"""A job's folder whose rank 0 is on another machine: what the rank saves there is copied to the driver's."""
+"""Files that travel: of a job whose rank 0 is on another machine, copied to the driver's; and of a service's result."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from ...engine.media.files import write_durably
+from ...engine.media.files import checkpoint_steps, write_durably
+from .messages import Progress
+
+FILES: Mapping[str, tuple[str, str]] = {
+    "video": ("video.mp4", "video/mp4"),
+    "heatmap": ("heatmap.mp4", "video/mp4"),
+    "thumbnail": ("thumbnail.webp", "image/webp"),
+    "spritesheet": ("spritesheet.webp", "image/webp"),
+    "report": ("report.json", "application/json"),
+}
+"""What can be downloaded of a finished video, by variant: file name and media type."""
 
 _STATE = re.compile(r"(?:checkpoint-\d+|result)(?:-[0-9a-f]+)?\.(?:json|safetensors)")
 _PROGRESS = "progress.jsonl"
@@ -59,3 +71,31 @@ def write_copies(folder: Path, files: Mapping[str, bytes], before: Collection[st
         if _STATE.fullmatch(path.name) and path.name not in kept:
             path.unlink(missing_ok=True)
     return states
+
+
+class Copier:
+    """A folder of rank 0's own for a job whose folder it cannot reach; what is saved there is sent to the driver."""
+
+    def __init__(self, files: Mapping[str, bytes], report: Callable[[Progress], None]) -> None:
+        """Begin with the job's files."""
+        self.folder = Path(tempfile.mkdtemp(prefix="heterostep-job-"))
+        self._report, self._known = report, set(files)
+        self._newest: int | None = None
+        write_copies(self.folder, files, ())
+
+    def copy(self) -> None:
+        """Send what is new since the last time, if a step was saved."""
+        newest = next(iter(checkpoint_steps(self.folder)), None)
+        if newest != self._newest:
+            self._newest = newest
+            self._send()
+
+    def close(self) -> None:
+        """Send the rest, and remove the folder."""
+        self._send()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _send(self) -> None:
+        copies = read_copies(self.folder, self._known)
+        self._known |= copies.keys()
+        self._report(Progress(event=None, copies=copies))

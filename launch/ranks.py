@@ -1,0 +1,285 @@
+"""`heterostep generate` on several ranks: a worker group on this machine, or on Ray, makes the video."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..engine.engine import find_finished
+from ..engine.facts import read_facts
+from ..engine.jobs.checkpoint import remove_others
+from ..engine.loading import pick_device, pick_dtype
+from ..engine.media.image import read_image
+from ..engine.progress import Progress
+from ..engine.record import compare
+from ..engine.request import EngineConfig, Event, GenerateRequest, JobConfig, VideoOutput, resolve
+from ..errors import Cancelled, ConfigError, JobStopped, RankLost
+from ..parallel.config import ParallelConfig
+from .degrees import parallel_from
+from .options import Command
+from .signals import saving_signals
+from .workers.config import GroupConfig, threads_asked
+from .workers.group import WorkerGroup
+from .workers.messages import Work
+from .workers.process import ThisMachine
+from .workers.video import make_video
+
+Show = Callable[[Iterator[Event], str], VideoOutput]
+"""Shows a run's events under a label, and returns its video."""
+Made = tuple[VideoOutput, dict[str, Any]]
+"""A video and the record of its making."""
+_TAIL = 12
+
+
+def generate_on_ranks(command: Command, show: Show, progress: Progress) -> Made:
+    """Make the video that the flags ask for, on ranks of this machine or of Ray.
+
+    Args:
+        command: its request is valid for the model. Without a job its steps are saved in a temporary folder as long as
+            this process lives.
+        show: shows the events.
+        progress: shows what else is done.
+
+    Returns:
+        The video and the record of its making.
+
+    Raises:
+        ConfigError: flags that do not fit each other, the model, the machine or the cluster.
+        JobStopped: a signal told to go; what is done is saved.
+    """
+    if command.ranks.ray or command.ranks.ray_address is not None:
+        return _on_ray(command, show, progress)
+    job, size = command.job, command.ranks.nproc or 1
+    gpus = pick_device(command.engine.device).type == "cuda"
+    _check_gpus(size, command.engine.device, torch.cuda.device_count() if gpus else None)
+    config, reason = _settled(command, gpus)
+    found = _finished(config, command.request, job, progress.say)
+    if found is not None:
+        return found
+    progress.say(reason)
+    progress.stage(f"loading model {config.model} on {size} ranks")
+    output = _Output(Path(job.folder) / "logs" if job is not None else None)
+    group = WorkerGroup(_group_config(command, config), _alone(config), ThisMachine(show=output.show))
+    return _make(group, command, command.request, show, output.lost)
+
+
+def _on_ray(command: Command, show: Show, progress: Progress) -> Made:
+    if find_spec("ray") is None:
+        raise ConfigError("ray is not installed; pip install '.[ray]' in heterostep's folder, or leave out --ray")
+    from .workers.ray_cluster import RayCluster, check_room, cluster_address, connected, has_gpus
+
+    config, request, job = command.engine, command.request, command.job
+    size = command.ranks.nproc or 1
+    if request.image is not None:  # its file is on this machine, the ranks may be on others
+        request = dataclasses.replace(request, image=read_image(request.image))
+    if config.device.startswith("cuda:"):
+        raise ConfigError(f"--device {config.device} with --ray: Ray chooses the GPUs; take cuda, cpu or auto")
+    address = cluster_address(command.ranks.ray_address)
+    # What is wrong with a run on this machine is said before Ray starts, which takes seconds.
+    here = _settled(command, pick_device(config.device).type == "cuda") if address is None else None
+    found = _finished(here[0], request, job, progress.say) if here is not None else None
+    if found is not None:
+        return found
+    progress.stage("starting Ray")
+    with connected(address, size, config.device):
+        if here is None:
+            gpus = config.device != "cpu" and has_gpus()
+            if config.device == "cuda" and not gpus:
+                raise ConfigError("--device cuda: the Ray cluster has no GPU; take --device cpu or auto")
+            here = _settled(command, gpus)
+            found = _finished(here[0], request, job, progress.say)
+            if found is not None:
+                return found
+        config, reason = here
+        gpus = config.device == "cuda"
+        check_room(size, gpus)
+        progress.say(reason or "1 rank")
+        progress.stage(f"loading model {config.model} on {size} ranks")
+        standby = not gpus and size > 1 and not config.shard_weights
+        group = WorkerGroup(_group_config(command, config, standby), _alone(config), RayCluster(gpus))
+        return _make(group, command, request, show, _resuming)
+
+
+def _group_config(command: Command, config: EngineConfig, standby: bool = False) -> GroupConfig:
+    return GroupConfig(
+        size=command.ranks.nproc or 1,
+        degrees={} if config.parallel is None else dataclasses.asdict(config.parallel),
+        shard_weights=config.shard_weights,
+        standby=standby,
+        threads=threads_asked(),
+    )
+
+
+def _alone(config: EngineConfig) -> EngineConfig:
+    """The settings of the engine without those of the group."""
+    return dataclasses.replace(config, parallel=None, shard_weights=False)
+
+
+def _check_gpus(size: int, device: str, found: int | None) -> None:
+    """Refuse what a rank of this machine would refuse, before any is started; `found` GPUs, None: CPUs are used."""
+    if device.startswith("cuda:"):
+        raise ConfigError(f"--device {device} with --nproc: each rank takes a GPU of its own; take cuda, cpu or auto")
+    if found is not None and size > found:
+        raise ConfigError(
+            f"--nproc {size} needs as many GPUs, but this machine has {found}: ask for fewer ranks, or compute on the "
+            "CPU with --device cpu"
+        )
+
+
+def _settled(command: Command, gpus: bool) -> tuple[EngineConfig, str]:
+    """The settings without anything automatic, which might mean something else on the ranks' machines; and why."""
+    name = "cuda" if gpus else "cpu"
+    dtype = str(pick_dtype(command.engine.dtype, torch.device(name))).removeprefix("torch.")
+    config = dataclasses.replace(command.engine, device=name, dtype=dtype)
+    parallel, reason = _degrees(command, config, gpus)
+    return dataclasses.replace(config, parallel=parallel, shard_weights=command.shard_weights), reason
+
+
+def _finished(
+    config: EngineConfig, request: GenerateRequest, job: JobConfig | None, say: Callable[[str], None]
+) -> Made | None:
+    """The result of a job that is done."""
+    found = find_finished(dataclasses.replace(config, device="cpu"), request, job) if job is not None else None
+    if job is None or found is None:
+        return None
+    say(f"the job in {job.folder} is finished; nothing was computed")
+    return found.output, dict(found.record)
+
+
+def _degrees(command: Command, config: EngineConfig, gpus: bool) -> tuple[ParallelConfig | None, str]:
+    """The degrees for the ranks at the start, and why."""
+    facts, given, kernel = read_facts(config.model), dict(command.degrees), None
+    resolved = resolve(command.request, facts)
+    branches, device = facts.passes(resolved.guidance_scale), pick_device("auto" if gpus else "cpu")
+    num_tokens = math.prod(facts.grid(resolved.width, resolved.height, resolved.num_frames))
+    kv_bytes = branches * facts.cache_bytes(num_tokens, pick_dtype(config.dtype, device).itemsize)
+    if gpus and device.type == "cpu":  # kernels and memory are those of other machines: the ranks check them
+        kernel = given.pop("kernel", None)
+    size, shards = command.ranks.nproc or 1, command.shard_weights
+    heads = facts.shared_heads
+    parallel, reason = parallel_from(given, size, heads, branches, kv_bytes, device, shard_weights=shards)
+    if parallel is not None and kernel is not None:
+        parallel = dataclasses.replace(parallel, kernel=kernel)
+    return parallel, reason
+
+
+def _make(
+    group: WorkerGroup,
+    command: Command,
+    request: GenerateRequest,
+    show: Show,
+    on_loss: Callable[[RankLost], None],
+) -> Made:
+    """The video that is asked for, kept as a job, beside a dense one, or neither.
+
+    Args:
+        group: that makes it, and is closed.
+        command: what is asked for.
+        request: as the ranks need it.
+        show: shows the events.
+        on_loss: told of each loss.
+    """
+    with tempfile.TemporaryDirectory(prefix="heterostep-job-") as kept, contextlib.closing(group):
+        job = command.job or JobConfig(folder=kept)
+        work = Work(request=request, checkpoint_every=job.checkpoint_every)
+        if command.job is not None:
+            return _keep(group, work, job, show, on_loss)
+        if command.outputs.compare_dense:
+            return _compare(group, work, show, on_loss)
+        return _once(group, work, Path(kept), show, on_loss)
+
+
+def _once(
+    group: WorkerGroup,
+    work: Work,
+    folder: Path | None,
+    show: Show,
+    on_loss: Callable[[RankLost], None],
+    label: str = "denoising",
+) -> Made:
+    """One video through the group, and its record."""
+    records: list[dict[str, Any]] = []
+
+    def events() -> Iterator[Event]:
+        outcome = yield from make_video(group, work, folder, on_loss)
+        assert outcome.output is not None and outcome.record is not None, "rank 0 has the video"
+        records.append(dict(outcome.record))
+        yield outcome.output
+
+    output = show(events(), label)
+    return output, records[0]
+
+
+def _compare(group: WorkerGroup, work: Work, show: Show, on_loss: Callable[[RankLost], None]) -> Made:
+    """The video and a dense one after it; no step of either is saved."""
+    dense = dataclasses.replace(work.request, compute=1.0)
+    # The first steps of a process pay for allocations and kernel choices; neither side should.
+    first = dataclasses.replace(work, request=dataclasses.replace(dense, num_inference_steps=2))
+    for _ in make_video(group, first, None, on_loss):
+        pass
+    output, record = _once(group, work, None, show, on_loss)
+    other, _ = _once(group, dataclasses.replace(work, request=dense), None, show, on_loss, "dense")
+    record["against_dense"] = compare(output, other)
+    return output, record
+
+
+def _keep(group: WorkerGroup, work: Work, job: JobConfig, show: Show, on_loss: Callable[[RankLost], None]) -> Made:
+    """The video of a job that outlives this process."""
+    if job.resume == "never":  # once: after a loss it is resumed
+        remove_others(Path(job.folder), ())
+
+    def stop() -> None:
+        if not group.working:
+            raise JobStopped(f"stopped; the same command resumes the job in {job.folder}")
+        group.request_stop("stop")
+
+    try:
+        with saving_signals(stop):
+            return _once(group, work, Path(job.folder), show, on_loss)
+    except Cancelled as stopped:
+        raise JobStopped(str(stopped)) from stopped
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"; the same command resumes the job in {job.folder}") from interrupt
+
+
+def _resuming(lost: RankLost) -> None:
+    logging.getLogger("heterostep").warning("heterostep: %s; starting again where the video was saved", lost)
+
+
+class _Output:
+    """What ranks of this machine print: rank 0 has the terminal, the others a file each, shown when a rank is lost."""
+
+    def __init__(self, folder: Path | None) -> None:
+        """Keep the files in a folder; None: nowhere."""
+        self._folder = folder
+        self._tails: dict[int, collections.deque[str]] = {}
+
+    def show(self, seat: int | None, line: str) -> None:
+        """Take a line; called from a thread for each rank."""
+        if not seat:
+            print(line, file=sys.stderr, flush=True)
+            return
+        self._tails.setdefault(seat, collections.deque(maxlen=_TAIL)).append(line)
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with open(self._folder / f"rank-{seat}.log", "a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+
+    def lost(self, lost: RankLost) -> None:
+        """Say that a rank was lost, and what those printed that do not have the terminal."""
+        _resuming(lost)
+        for seat, tail in self._tails.items():
+            for line in tail:
+                print(f"  rank {seat}: {line}", file=sys.stderr)
+            tail.clear()

@@ -1,0 +1,178 @@
+"""What the driver of a worker group and its workers send each other.
+
+The values travel by pickle, through pipes between a process and its own children or through Ray: never from or to
+clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ...engine.request import Decoding, GenerateRequest, Started, StepDone
+
+if TYPE_CHECKING:
+    from ...engine.request import VideoOutput
+
+CAUSES = ("died", "frozen", "node", "memory", "timeout", "error")
+"""Why a rank was lost, the likelier root of the trouble first."""
+PEER = "peer"
+"""The cause of a rank that only saw that another one was gone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Where a worker's process runs; the first thing that it sends.
+
+    Attributes:
+        pid: its number on its machine.
+        node: Ray's id of the machine; empty without Ray.
+        address: of the machine, for the other ranks.
+        device: the number of the GPU that Ray gave it; empty without one.
+    """
+
+    pid: int
+    node: str = ""
+    address: str = "127.0.0.1"
+    device: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A rank's place in one rendezvous of the group.
+
+    Attributes:
+        rank: its number.
+        size: how many ranks there are.
+        neighbours: how many of them are on its machine.
+        gpu: which of the machine's GPUs it takes, where there are any, counted round; None: it sees its own alone.
+        rendezvous: number of the rendezvous, from 1.
+        address: of rank 0's store.
+        port: likewise.
+    """
+
+    rank: int
+    size: int
+    neighbours: int
+    gpu: int | None
+    rendezvous: int
+    address: str
+    port: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One attempt at one video, for all ranks alike.
+
+    Attributes:
+        request: what to make.
+        folder: of the job, on rank 0's machine; None: no step is saved, unless `copies` is given.
+        copies: files of the job's folder, where rank 0 cannot reach it: it saves into a folder of its own, and sends
+            what it saves.
+        checkpoint_every: steps from one checkpoint to the next.
+        files: whether the files of a service's result are wanted, instead of the video itself.
+        previews: whether pictures are wanted on the way.
+    """
+
+    request: GenerateRequest
+    folder: str | None = None
+    copies: Mapping[str, bytes] | None = None
+    checkpoint_every: int = 5
+    files: bool = False
+    previews: bool = False
+
+
+@dataclass(frozen=True)
+class Order:
+    """Something that a worker is to do.
+
+    Attributes:
+        number: every order of a worker has another one.
+        what: a method of `rank.Rank`.
+        arguments: of the method.
+    """
+
+    number: int
+    what: str
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class StopRequest:
+    """The order is to end within one step.
+
+    Attributes:
+        order: its number.
+        verb: "cancel", or "stop" after saving the step.
+    """
+
+    order: int
+    verb: str
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Another process of the worker's machine is to be killed: Ray needs five seconds for one that is frozen."""
+
+    pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Something happened on rank 0.
+
+    Attributes:
+        event: the engine's; None where there are only copies.
+        copies: files of the job's folder that are new, in the order in which to write them.
+    """
+
+    event: Started | StepDone | Decoding | None
+    copies: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a rank ended its part of an order.
+
+    Attributes:
+        ended: "done"; "refused": a foreseen error, the same on all ranks; "cancelled" or "stopped": by a stop request;
+            "failed".
+        message: of an error, in one sentence.
+        cause: of a failure, one of CAUSES or PEER.
+        saved: of a job that was stopped, how many steps need not be done again.
+        port: of the store, after `open_store`.
+        device: on which the model is, after `join`.
+        output: the video, from rank 0.
+        record: of its making, from rank 0 (`engine.record`).
+        files: of a service's result, by name, from rank 0.
+        hsa: the response's block of that name.
+        seconds: by stage: `encode_text`, `denoise`, `checkpoint`, `decode`, `write`, `total`.
+        imbalances: of the evaluated steps on several ranks: the most tokens of a rank over their mean.
+    """
+
+    ended: str = "done"
+    message: str = ""
+    cause: str = ""
+    saved: int = 0
+    port: int = 0
+    device: str = ""
+    output: VideoOutput | None = None
+    record: Mapping[str, Any] | None = None
+    files: Mapping[str, bytes] | None = None
+    hsa: Mapping[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    imbalances: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a worker says of an order.
+
+    Attributes:
+        order: its number.
+        content: a Progress, or last the Outcome.
+    """
+
+    order: int
+    content: Progress | Outcome
