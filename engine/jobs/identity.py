@@ -78,8 +78,8 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], *, finished: b
             mended decodes what was denoised.
     """
     found = []
-    decoded_later = set() if finished or now["request"]["image"] is not None else _DECODERS
     before, after = _flat(saved), _flat(now)
+    decoded_later = set() if finished or after.get("request.image") is not None else _DECODERS
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
         if old == new or key in decoded_later or (key.split(".")[0] in _MAY_BE_UNKNOWN and None in (old, new)):
