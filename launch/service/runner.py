@@ -223,7 +223,7 @@ class Runner:
         engine = self._settings.engine
         gpus = engine.device != "cpu" and has_gpus()
         if engine.device.startswith("cuda") and not gpus:
-            raise ConfigError(f"device {engine.device!r} is not there: the Ray cluster has no GPU; take auto or cpu")
+            raise ConfigError(f"device {engine.device!r} cannot be used: the Ray cluster has no GPU; take auto or cpu")
         check_room(self._settings.ranks, gpus)
         return RayCluster(gpus), dataclasses.replace(engine, device="cuda" if gpus else "cpu")
 

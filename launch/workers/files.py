@@ -60,7 +60,7 @@ def write_copies(folder: Path, files: Mapping[str, bytes], before: Collection[st
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         if not (_STATE.fullmatch(name) or name == _PROGRESS):
-            raise ValueError(f"no file of a job: {name!r}")
+            raise ValueError(f"not a file of a job: {name!r}")
         write_durably(folder / name, content)
     states = [name for name in files if name != _PROGRESS]
     if not states:

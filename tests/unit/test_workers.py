@@ -47,7 +47,7 @@ def test_written_copies_keep_the_last_two_checkpoints_or_the_result(tmp_path):
 
 @pytest.mark.parametrize("name", ["../result.json", "/etc/passwd", "checkpoint-1.json/..", "other.json", ".lock"])
 def test_only_files_of_a_job_are_written(tmp_path, name):
-    with pytest.raises(ValueError, match="no file of a job"):
+    with pytest.raises(ValueError, match="not a file of a job"):
         write_copies(tmp_path / "job", {name: b""}, ())
     assert names(tmp_path / "job") == []
 
