@@ -139,7 +139,7 @@ class GenerateRequest:
         None, least=1, flag="frames", help="number of frames: 4 k + 1 for Wan, 8 k + 1 for LTX-2"
     )
     fps: int | None = setting(
-        None, least=1, most=1000, help="frames per second of the file, and of the motion in models with sound"
+        None, least=1, most=1000, help="frames per second of the file; models with sound also generate for this rate"
     )
     num_inference_steps: int | None = setting(None, least=1, flag="steps", help="number of denoising steps")
     guidance_scale: float | None = setting(

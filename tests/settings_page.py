@@ -10,7 +10,7 @@ from heterostep.hsa.config import HSAConfig
 from heterostep.launch.options import Outputs, Ranks, Serving
 from heterostep.launch.service.settings import ServiceSettings
 from heterostep.parallel.config import ParallelConfig
-from heterostep.settings import settings_of
+from heterostep.settings import Setting, settings_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 _HEAD = """# Settings
@@ -43,15 +43,16 @@ def _table(cls: type) -> str:
     for item in settings_of(cls):
         flag = f"`--{item.flag}`" if item.flag else ""
         values = item.rule if item.kind in ("int", "float", "bool") or item.choices else ""
-        rows.append(f"| `{item.name}` | {flag} | {values} | {_default(item.default)} | {item.help} |")
+        rows.append(f"| `{item.name}` | {flag} | {values} | {_default(item)} | {item.help} |")
     return "\n".join(rows) + "\n"
 
 
-def _default(value: object) -> str:
+def _default(item: Setting) -> str:
+    value = item.default
     if value is dataclasses.MISSING:
         return "needed"
-    if value is None:
-        return "deduced"
+    if value is None:  # a name or a file that is left out stays out
+        return "deduced" if item.choices or item.kind in ("int", "float", "bool") else "none"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value!s}`" if value not in ("", ()) else "none"
 
 
