@@ -43,8 +43,8 @@ def serve(settings: ServiceSettings, serving: Serving) -> int:
 
 def _remove_unknown(settings: ServiceSettings) -> int:
     """Remove what a service keeps in its data directory though it belongs to no job."""
-    from .service.jobs import JobStore
-    from .service.retention import remove_unknown
+    from .service.results import remove_unknown
+    from .service.store import JobStore
 
     store = JobStore(settings.database)
     try:
@@ -63,8 +63,8 @@ def _serve_here(settings: ServiceSettings, host: str, port: int) -> int:
     """One process with the HTTP API, and a worker process for each replica."""
     import uvicorn
 
+    from .service.access import BoundedConnection
     from .service.app import create_app
-    from .service.connection import BoundedConnection
     from .service.logs import log_json_lines, say
     from .service.service import VideoService
 

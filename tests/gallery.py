@@ -12,8 +12,8 @@ from heterostep.engine.facts import read_facts
 from heterostep.engine.media.heatmap import overlay_frames
 from heterostep.engine.media.video import write_mp4
 from heterostep.engine.request import GenerateRequest, resolve
-from heterostep.launch.service.jobs import JobStore
-from heterostep.launch.service.lease import Lease
+from heterostep.launch.service.database import Lease
+from heterostep.launch.service.store import JobStore
 
 # The service makes videos of its own model only, so these wait as long as a test likes.
 MODEL = "nobody's"

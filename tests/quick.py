@@ -12,8 +12,8 @@ httpx2 = pytest.importorskip("httpx2", reason="the extra 'dev' is not installed"
 
 from heterostep.engine.request import Started, StepDone
 from heterostep.launch.service.app import create_app
-from heterostep.launch.service.intake import Asked
-from heterostep.launch.service.schemas import CreateVideo
+from heterostep.launch.service.bodies import CreateVideo
+from heterostep.launch.service.requests import Asked
 from heterostep.launch.workers.files import FILES
 from heterostep.launch.workers.messages import Outcome
 

@@ -20,12 +20,21 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from ...errors import RequestError, StoreUnavailable
 from ...version import __version__
 from ..workers.files import FILES
-from .answers import add_error_answers, openapi_body
-from .guard import Guard
-from .intake import Asked, read_create
-from .prefix import Prefix
+from .access import AccessMiddleware, PrefixMiddleware
+from .bodies import (
+    DeletedVideo,
+    ErrorBody,
+    Health,
+    ModelCard,
+    ModelList,
+    Status,
+    Video,
+    VideoList,
+    add_error_answers,
+    openapi_body,
+)
+from .requests import Asked, read_create
 from .rows import FINISHED
-from .schemas import DeletedVideo, ErrorBody, Health, ModelCard, ModelList, Status, Video, VideoList
 from .service import Version, VideoService
 
 # The job store is asked, not a queue in memory: the runner may be in another process.
@@ -352,6 +361,6 @@ def create_app(service: VideoService) -> FastAPI:
     def counted(method: str, route: str, status: int) -> None:
         service.metrics.count("heterostep_http_requests", method=method, route=route, code=str(status))
 
-    app.add_middleware(Guard, allowed_hosts=service.settings.allowed_hosts, counted=counted)
-    app.add_middleware(Prefix, root_path=service.settings.root_path)
+    app.add_middleware(AccessMiddleware, allowed_hosts=service.settings.allowed_hosts, counted=counted)
+    app.add_middleware(PrefixMiddleware, root_path=service.settings.root_path)
     return app

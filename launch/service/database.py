@@ -1,15 +1,18 @@
-"""The SQLite file of the jobs: its tables, its rows, and its transactions."""
+"""The SQLite file of the jobs: its tables, its rows, its transactions; and which processes that use it live."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
+import secrets
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ...errors import ConfigError, StoreUnavailable
 from .condition import Condition, damage, is_damage
@@ -54,7 +57,7 @@ CREATE TABLE previews (id TEXT PRIMARY KEY, step INTEGER NOT NULL, image BLOB NO
 """
 # Since version 2: what unfinished jobs start from, as PNG. Until version 2 there was a table of metrics.
 _IMAGES = "CREATE TABLE images (id TEXT PRIMARY KEY, image BLOB NOT NULL)"
-# What the statements below and those of `jobs.py` count on.
+# What the statements below and those of `store.py` count on.
 _EXPECTED = {
     "jobs": COLUMNS,
     "previews": ("id", "step", "image"),
@@ -238,3 +241,38 @@ def _refusal(path: Path, error: BaseException) -> str:
     if is_damage(error) or getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_ERROR:
         return damage(str(path), error)
     return f"{str(path)!r} cannot be used as a job store ({error})"
+
+
+class Lease:
+    """The proof that this process lives; whatever runs under its name was left behind if the lock is free.
+
+    Unlike a time stamp it needs no clock and no waiting: `kill -9` releases it at once.
+
+    Attributes:
+        name: unique among all processes that ever used the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Make and lock a file in `folder`."""
+        self.name = secrets.token_hex(8)
+        self._path = folder / f"{self.name}.lock"
+        self._lock = FileLock(self._path, thread_local=False, fallback_to_soft=False)
+        self._lock.acquire()
+
+    def release(self) -> None:
+        """Say that this process runs nothing any more."""
+        self._path.unlink(missing_ok=True)
+        self._lock.release()
+
+
+def is_held(folder: Path, name: str) -> bool:
+    """Whether the process that took the lease `name` lives."""
+    path = folder / f"{name}.lock"
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path, blocking=False, fallback_to_soft=False):
+            path.unlink(missing_ok=True)
+    except Timeout:
+        return True
+    return False

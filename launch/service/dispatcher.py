@@ -16,21 +16,29 @@ from ...engine.request import ResolvedRequest, StepDone
 from ...errors import Cancelled, ConfigError, Interrupted, RankLost, RequestError, StoreUnavailable
 from ..workers.messages import Outcome
 from ..workers.video import reason_to_give_up, reason_to_give_up_restarts, saved_step
+from .database import Lease, is_held
 from .follower import Follower, num_pixels
-from .jobs import JobStore
-from .lease import Lease, is_held
 from .logs import say
 from .metrics import Metrics
-from .results import complete, folder_bytes, is_complete, job_facts, read_manifest
-from .retention import describe_results, forget, sweep
+from .results import (
+    clean_up,
+    complete,
+    delete_job,
+    describe_results,
+    folder_bytes,
+    is_complete,
+    job_facts,
+    read_manifest,
+)
 from .rows import Job
 from .runner import Runner, Task
 from .settings import ServiceSettings
+from .store import JobStore
 
 _IDLE_SECONDS = 0.25
 _WATCH_SECONDS = 0.2
 _PROBE_SECONDS = 2.0
-_SWEEP_SECONDS = 60.0
+_CLEAN_UP_SECONDS = 60.0
 # While the disk is full.
 _RETRY_SECONDS = 1.0
 
@@ -99,7 +107,7 @@ class Dispatcher:
             self._store.mend()
             self._adopt()
             describe_results(self._settings, self._store)
-            self._sweep()
+            self._clean_up()
         except StoreUnavailable:  # the store has said why; the thread that watches tries again
             pass
         except OSError as error:
@@ -164,7 +172,7 @@ class Dispatcher:
     def _tell_failure(self, event: str, error: Exception) -> None:
         """Log what nobody foresaw; the same again and again is one record a minute."""
         last, when = self._said.get(event, ("", 0.0))
-        if repr(error) != last or time.monotonic() - when > _SWEEP_SECONDS:
+        if repr(error) != last or time.monotonic() - when > _CLEAN_UP_SECONDS:
             self._said[event] = repr(error), time.monotonic()
             say(event, logging.ERROR, exc_info=True)
 
@@ -229,7 +237,7 @@ class Dispatcher:
         # Whoever removed it while it ran left that to us; after the last look at that, it may even be complete.
         unwanted = self._store.unwanted(job.id)
         if unwanted is not None:
-            forget(self._settings, self._store, unwanted)
+            delete_job(self._settings, self._store, unwanted)
             say("job removed", job=job.id, why="deleted")
 
     def _image(self, job: Job, state: Path) -> Path | None:
@@ -317,7 +325,7 @@ class Dispatcher:
     # One thread for everything else.
 
     def _watch(self) -> None:
-        probed = swept = time.monotonic()
+        probed = cleaned = time.monotonic()
         while not self._stopping.is_set():
             try:
                 self._cancel_wanted()
@@ -326,9 +334,9 @@ class Dispatcher:
                     probed = now
                     self._store.probe()
                     self._adopt()
-                if now - swept > _SWEEP_SECONDS:
-                    swept = now
-                    self._sweep()
+                if now - cleaned > _CLEAN_UP_SECONDS:
+                    cleaned = now
+                    self._clean_up()
             except StoreUnavailable:  # the store has said why
                 self._stopping.wait(_RETRY_SECONDS)
             except Exception as error:  # as in _drive
@@ -336,8 +344,8 @@ class Dispatcher:
                 self._stopping.wait(_RETRY_SECONDS)
             self._pause(_WATCH_SECONDS)
 
-    def _sweep(self) -> None:
-        unknown = sweep(self._settings, self._store)
+    def _clean_up(self) -> None:
+        unknown = clean_up(self._settings, self._store)
         if unknown and unknown != self._unknown:
             folders = sorted({str(path.parent) for path in unknown})
             names = [path.name for path in unknown[:5]]

@@ -10,9 +10,9 @@ from typing import Any
 from ...engine.request import Decoding, Event, Started, StepDone
 from ...errors import StoreUnavailable
 from ..workers.messages import Outcome
-from .jobs import JobStore
 from .metrics import Metrics
 from .rows import Job
+from .store import JobStore
 
 # Progress of a quick model is written no more often than anybody can see it.
 _WRITE_SECONDS = 0.1

@@ -16,8 +16,8 @@ from prometheus_client import (
     generate_latest,
 )
 
-from .jobs import JobStore
 from .runner import Runner
+from .store import JobStore
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 _IMBALANCES = (1.0, 1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 4.0)

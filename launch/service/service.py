@@ -14,18 +14,17 @@ from ...engine.facts import read_facts
 from ...engine.request import GenerateRequest, allocation, resolve
 from ...errors import FileGone, QueueFull, StoreUnavailable
 from ..workers.files import FILES
+from .access import ApiKeys
+from .bodies import ModelCard, Video, to_video
 from .dispatcher import Dispatcher
-from .intake import Asked, check_plan, to_request
-from .jobs import JobStore
 from .logs import say
 from .metrics import Metrics
-from .results import gone
-from .retention import forget
+from .requests import Asked, check_plan, to_request
+from .results import delete_job, gone
 from .rows import Job
 from .runner import Runner
-from .schemas import ModelCard, Video, to_video
-from .security import ApiKeys
 from .settings import ServiceSettings, limits_for, public_name
+from .store import JobStore
 
 Version = tuple[int, int | None]
 """Of a job's row, and its place in the queue: something to show has changed when this has."""
@@ -196,9 +195,9 @@ class VideoService:
         if job is None:
             return False
         self._dispatcher.wake()
-        if job.status != "in_progress":  # else the runner still writes; it is swept away afterwards
+        if job.status != "in_progress":  # else the runner still writes; it is cleaned up afterwards
             with contextlib.suppress(OSError):  # it is tried again
-                forget(self.settings, self._store, job)
+                delete_job(self.settings, self._store, job)
         return True
 
     def file(self, id: str, variant: str) -> tuple[Path, str]:

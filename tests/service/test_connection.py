@@ -17,8 +17,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from heterostep.launch.service import guard
-from heterostep.launch.service.connection import BoundedConnection
+from heterostep.launch.service import access
+from heterostep.launch.service.access import BoundedConnection
 from serving import wait_until
 
 
@@ -29,9 +29,9 @@ class Hasty(BoundedConnection):
 
 @pytest.fixture
 def address(monkeypatch):
-    monkeypatch.setattr(guard, "_BODY_SECONDS", 1.0)
+    monkeypatch.setattr(access, "_BODY_SECONDS", 1.0)
     app = FastAPI()
-    app.add_middleware(guard.Guard, allowed_hosts=(), counted=lambda *_: None)
+    app.add_middleware(access.AccessMiddleware, allowed_hosts=(), counted=lambda *_: None)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException):

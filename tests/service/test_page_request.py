@@ -13,8 +13,8 @@ from browser import CHROMIUM, DRIVER, Browser
 from heterostep.engine.facts import DEFAULTS, read_facts
 from heterostep.launch.serve import _listen
 from heterostep.launch.service.app import create_app
-from heterostep.launch.service.intake import Asked
-from heterostep.launch.service.schemas import CreateVideo
+from heterostep.launch.service.bodies import CreateVideo
+from heterostep.launch.service.requests import Asked
 from heterostep.launch.service.service import VideoService
 from heterostep.launch.service.settings import ServiceSettings, limits_for
 from serving import PROMPT, wait_until

@@ -15,9 +15,9 @@ from heterostep.engine.request import GenerateRequest, Started, StepDone, resolv
 from heterostep.errors import ConfigError, Interrupted, RankLost, RequestError
 from heterostep.launch.service import dispatcher, results
 from heterostep.launch.service.dispatcher import Dispatcher
-from heterostep.launch.service.jobs import JobStore
 from heterostep.launch.service.metrics import Metrics
 from heterostep.launch.service.settings import ServiceSettings
+from heterostep.launch.service.store import JobStore
 from heterostep.launch.workers import video
 from heterostep.launch.workers.files import FILES
 from heterostep.launch.workers.messages import Outcome

@@ -24,12 +24,12 @@ from heterostep.engine.facts import read_facts
 from heterostep.engine.media.image import fingerprint, png, read_image
 from heterostep.engine.request import GenerateRequest
 from heterostep.errors import BadField, RequestError
+from heterostep.launch.service.bodies import CreateVideo
 from heterostep.launch.service.database import SCHEMA
-from heterostep.launch.service.intake import Asked, read_create, to_request
-from heterostep.launch.service.jobs import JobStore
-from heterostep.launch.service.schemas import CreateVideo
+from heterostep.launch.service.requests import Asked, read_create, to_request
 from heterostep.launch.service.service import VideoService
 from heterostep.launch.service.settings import ServiceSettings, limits_for
+from heterostep.launch.service.store import JobStore
 from heterostep.launch.workers.config import GroupConfig
 from heterostep.launch.workers.messages import Place, Work
 from heterostep.launch.workers.rank import Rank

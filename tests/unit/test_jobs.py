@@ -12,7 +12,7 @@ import pytest
 from heterostep.engine.facts import read_facts
 from heterostep.engine.request import GenerateRequest, resolve
 from heterostep.errors import ConfigError, KeyReused, QueueFull, RequestError, StoreUnavailable
-from heterostep.launch.service.jobs import JobStore
+from heterostep.launch.service.store import JobStore
 
 REQUEST = resolve(GenerateRequest(prompt="x", compute=0.5), read_facts("demo"))
 
@@ -174,7 +174,7 @@ def test_two_processes_share_the_queue_and_none_gets_a_job_twice(store, tmp_path
     for n in range(60):
         add(store, f"job{n:02}")
     code = (
-        "import sys; from pathlib import Path; from heterostep.launch.service.jobs import JobStore\n"
+        "import sys; from pathlib import Path; from heterostep.launch.service.store import JobStore\n"
         "store = JobStore(Path(sys.argv[1]))\n"
         "while job := store.claim(sys.argv[2], 'demo'):\n"
         "    print(job.id); store.progress(job, step=1); store.finish(job, 'completed')"
@@ -252,7 +252,7 @@ def test_a_store_that_kept_metrics_goes_on(tmp_path):
 
 def test_what_is_no_job_store_is_refused(tmp_path):
     (tmp_path / "text").write_text("not a database " * 100)
-    with pytest.raises(ConfigError, match=r"is damaged \(file is not a database\); stop the service, and put back"):
+    with pytest.raises(ConfigError, match=r"is damaged \(file is not a database\); stop the service, and restore"):
         JobStore(tmp_path / "text")
     with pytest.raises(ConfigError, match="cannot be used as a job store"):
         JobStore(tmp_path)

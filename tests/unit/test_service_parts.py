@@ -24,18 +24,17 @@ from heterostep.engine.request import EngineConfig, GenerateRequest, resolve
 from heterostep.errors import BadField, ConfigError, RequestError
 from heterostep.hsa.config import HSAConfig
 from heterostep.launch.service import runner
-from heterostep.launch.service.intake import Asked, surely_met, to_request
-from heterostep.launch.service.jobs import JobStore
-from heterostep.launch.service.lease import Lease, is_held
+from heterostep.launch.service.access import ApiKeys, check_origin
+from heterostep.launch.service.bodies import CreateVideo
+from heterostep.launch.service.database import Lease, is_held
 from heterostep.launch.service.logs import LOGGER, JsonLines, say
 from heterostep.launch.service.metrics import COUNTERS, HISTOGRAMS, Metrics
-from heterostep.launch.service.results import complete, is_complete, read_manifest
-from heterostep.launch.service.retention import sweep
+from heterostep.launch.service.requests import Asked, surely_met, to_request
+from heterostep.launch.service.results import clean_up, complete, is_complete, read_manifest
 from heterostep.launch.service.runner import Pauses, Runner
-from heterostep.launch.service.schemas import CreateVideo
-from heterostep.launch.service.security import ApiKeys, stranger
 from heterostep.launch.service.service import VideoService
 from heterostep.launch.service.settings import ServiceSettings, limits_for, public_name
+from heterostep.launch.service.store import JobStore
 from heterostep.launch.workers.files import FILES
 from heterostep.launch.workers.messages import Outcome
 
@@ -166,7 +165,7 @@ def test_key_files_that_are_none(tmp_path, text):
     ],
 )
 def test_where_a_request_may_come_from(host, origin, allowed, welcome):
-    assert (stranger(host, origin, allowed) is None) == welcome
+    assert (check_origin(host, origin, allowed) is None) == welcome
 
 
 # Leases.
@@ -176,7 +175,7 @@ def test_a_lease_is_free_as_soon_as_its_process_is_dead(tmp_path):
     mine = Lease(tmp_path)
     assert is_held(tmp_path, mine.name) and not is_held(tmp_path, "never")
     code = (
-        "import sys, time; from pathlib import Path; from heterostep.launch.service.lease import Lease\n"
+        "import sys, time; from pathlib import Path; from heterostep.launch.service.database import Lease\n"
         "lease = Lease(Path(sys.argv[1])); print(lease.name, flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
@@ -243,7 +242,7 @@ def test_old_and_too_many_results_are_removed(tmp_path):
     store = JobStore(settings.database)
     for id, size, age in (("a", 100, 90_000), ("b", 600, 300), ("c", 500, 200), ("d", 500, 100)):
         finished(store, settings, id, size, age)
-    sweep(settings, store)
+    clean_up(settings, store)
     assert store.known() == {"c", "d"}  # a was too old; without b the rest has room
     assert {path.name for path in settings.results.iterdir()} == {"c", "d"}
     assert list(settings.state.iterdir()) == []
@@ -251,7 +250,7 @@ def test_old_and_too_many_results_are_removed(tmp_path):
     (settings.results / ".video_x.1.deadbeef").mkdir()
     living = Lease(settings.leases)
     (settings.results / f".video_y.1.{living.name}").mkdir()
-    sweep(settings, store)
+    clean_up(settings, store)
     assert {path.name for path in settings.results.iterdir()} == {"d", f".video_y.1.{living.name}"}
     living.release()
     store.close()

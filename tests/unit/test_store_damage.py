@@ -18,12 +18,11 @@ from heterostep.engine.request import ResolvedRequest
 from heterostep.errors import ConfigError, StoreUnavailable
 from heterostep.launch.cli import main
 from heterostep.launch.service.database import Database
-from heterostep.launch.service.jobs import JobStore
 from heterostep.launch.service.logs import LOGGER
-from heterostep.launch.service.results import MANIFEST
-from heterostep.launch.service.retention import sweep
+from heterostep.launch.service.results import MANIFEST, clean_up
 from heterostep.launch.service.service import VideoService
 from heterostep.launch.service.settings import ServiceSettings
+from heterostep.launch.service.store import JobStore
 from quick import Quick, answers, finished, full_database, listed, submit
 
 
@@ -228,7 +227,7 @@ def test_what_was_deleted_is_not_found_again(data):
     service._store._db.execute("UPDATE jobs SET deleted = 1 WHERE id = ?", (done[1],))
     (settings.results / done[2]).rename(settings.results / f".{done[2]}.forgotten")
     for _ in range(2):
-        sweep(settings, service._store)
+        clean_up(settings, service._store)
     assert {*done[:2]}.isdisjoint(service._store.known())
     assert {path.name for path in settings.results.iterdir()} == {done[3], "holiday"}
     service.close()

@@ -244,9 +244,9 @@ def test_a_rank_that_dies_while_it_is_idle(group, unbroken):
 
 def test_the_service_drives_a_group(where, shared, tmp_path):
     pytest.importorskip("prometheus_client", reason="the extra 'serve' is not installed")
-    from heterostep.launch.service.intake import Asked
+    from heterostep.launch.service.bodies import CreateVideo
+    from heterostep.launch.service.requests import Asked
     from heterostep.launch.service.runner import Runner
-    from heterostep.launch.service.schemas import CreateVideo
     from heterostep.launch.service.service import VideoService
     from heterostep.launch.service.settings import ServiceSettings
 

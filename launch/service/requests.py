@@ -1,4 +1,4 @@
-"""From the bytes that a client sent to a request that the model can serve, or to one sentence that says why not."""
+"""Request parsing: what a client sent becomes a request that the model can serve, or one sentence that says why not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ...engine.media.image import png, read_image
 from ...engine.request import EngineConfig, GenerateRequest, ResolvedRequest, allocation, prepare, resolve
 from ...errors import BadField, ConfigError, RequestError
 from ...hsa.config import HSAConfig
-from .schemas import IGNORED, SETTINGS, CreateVideo
+from .bodies import IGNORED, SETTINGS, CreateVideo
 from .settings import Limits
 
 _PLAIN_FORM = "application/x-www-form-urlencoded"

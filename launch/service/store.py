@@ -197,7 +197,7 @@ class JobStore:
             return self._db.select("id = ?", (id,))[0]
 
     def delete(self, id: str, owner: str) -> Job | None:
-        """Make a job unfindable; a running one is cancelled and swept away afterwards (`swept`)."""
+        """Make a job unfindable; a running one is cancelled, and cleaned up afterwards."""
         with self._db.writing():
             job = self.cancel(id, owner)
             if job is not None:
