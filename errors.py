@@ -77,14 +77,14 @@ class Cancelled(HeterostepError):
 
 
 class Interrupted(Cancelled):
-    """The run was stopped by `Engine.save_and_stop`; the job can go on in another process.
+    """The run was stopped by `Engine.save_and_stop`; the job can resume in another process.
 
     Attributes:
         step: number of steps that need not be done again.
     """
 
     def __init__(self, message: str, step: int) -> None:
-        """Say what happened, and where the job goes on."""
+        """Say what happened, and where the job resumes."""
         super().__init__(message)
         self.step = step
 
@@ -119,7 +119,7 @@ class Damaged(Exception):
 
 
 class JobStopped(BaseException):
-    """A signal stopped a job that can go on; no Exception, so that no library takes it for a failure of its own."""
+    """A signal stopped a job that can resume; no Exception, so that no library takes it for a failure of its own."""
 
 
 TOO_LARGE = "the device's memory is too small for this request; take a smaller size or fewer frames"

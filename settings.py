@@ -111,7 +111,7 @@ def setting(
 ) -> Any:
     """Declare a dataclass field that is a setting; see `Setting` for the arguments.
 
-    `flag` None takes the field's own name. A mutable default is made anew for each instance by passing its class.
+    `flag` None takes the field's own name. To get a new mutable default for each instance, pass its class.
     """
     declared = {
         "help": help, "least": least, "above": above, "most": most, "choices": choices, "flag": flag,

@@ -156,7 +156,7 @@ class Engine:
 
         Args:
             request: checked here, before the iterator is returned.
-            job: a folder in which the work survives this process: the run goes on where an earlier one of the same
+            job: a folder in which the work survives this process: the run resumes where an earlier one of the same
                 job was saved, and one that is finished already gives its video without computing anything.
 
         Returns:
@@ -283,7 +283,7 @@ class Engine:
             raise stopped(0 if saved is None else saved.step, request.num_inference_steps, job if stop.save else None)
 
         hsa = allocation(self.config, request)
-        # With every token at every step the hook changes nothing, but only through it a run can go on, or be shared.
+        # At compute=1 the hook does not change the result, but resuming and runs on several ranks need it.
         hooked = hsa is not None or every is not None or self.sharding is not None
         session = apply(pipeline, hsa or HSAConfig(compute=1.0), sharding=self.sharding) if hooked else None
         try:
@@ -440,7 +440,7 @@ def _sharding(config: EngineConfig, device: torch.device) -> Sharding | None:
 
 
 def _found(job: Job | None, held: contextlib.ExitStack) -> tuple[Finished | None, Saved | None]:
-    """Take hold of a job: its result, or where it can go on."""
+    """Lock a job; return its result, or the state from which it can resume."""
     assert job is not None, "asked on the rank that keeps the job"
     held.enter_context(job)
     finished = job.finished()

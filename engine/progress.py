@@ -23,7 +23,7 @@ class Progress:
     """Shows a run on stderr: a bar in a terminal or notebook, elsewhere plain lines that a log file can keep.
 
     It imports nothing heavy, so that it can say at once that PyTorch is being imported. What cannot be written, such as
-    into a closed pipe, is left out; the run goes on.
+    into a closed pipe, is left out; the run continues.
 
     Example:
         >>> with Progress() as progress:

@@ -279,7 +279,7 @@ class Started:
     Attributes:
         request: with all defaults filled in.
         num_tokens: N, tokens of the video.
-        resumed_at: steps that were done before, of a job that goes on; all of them for a finished one, whose video
+        resumed_at: steps that were done before, of a job that resumes; all of them for a finished one, whose video
             follows at once; None for a run from the start.
     """
 

@@ -11,7 +11,7 @@ class KVCache:
 
     They are stored after normalisation and RoPE, in the kernel's layout.
     ``k`` and ``v`` are plain tensor attributes on purpose: an int or a list index here would make
-    torch.compile build every block anew. With ``history`` the previous evaluation of each row is kept too
+    torch.compile rebuild every block. With ``history`` the previous evaluation of each row is kept too
     (twice the memory), which `keys_values` needs for its forecast.
     """
 

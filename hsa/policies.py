@@ -85,7 +85,7 @@ class _Ranked:
         return top_tokens(tokens.priority(sigma), count, first=tokens.age >= max_age)
 
     def state(self) -> dict[str, Any]:
-        """Nothing: every step is ranked anew."""
+        """Nothing: every step has its own ranking."""
         return {}
 
     def restore(self, state: Mapping[str, Any], device: torch.device | str) -> None:
@@ -200,7 +200,7 @@ def _gap_costs(schedule: Schedule, config: HSAConfig, count: int, required: set[
 class GroupsPolicy:
     """The paper's reading: groups of tokens with step divisors 1, 2, 4, 8; slow tokens have large divisors.
 
-    Groups are quantiles of kappa, made anew at every step that all of them have in common; fractions fall or
+    Groups are quantiles of kappa, formed again at every step that all of them have in common; fractions fall or
     rise geometrically so that the target is met. Nested: a token of divisor d is active when d divides the
     number of steps since the last full step outside the rhythm (the warm-up's last step, a forced one).
     """

@@ -202,11 +202,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 on success, 2 for bad input, 73 for a video that could not be written where it was asked to be, 75 for a job
-        that was saved and can go on, 130 after Ctrl-C, 1 for any other
+        that was saved and can resume, 130 after Ctrl-C, 1 for any other
         foreseen failure; each of these but 0 with one sentence on stderr.
     """
-    # Read when PyTorch is imported, which no command has done yet. Threads that wait spinning take the processor from
-    # the ones that they wait for, and beside any other busy program a small model is fifty times slower.
+    # Must be set before PyTorch is imported. Busy-waiting OpenMP threads starve the others: on a loaded machine small
+    # models ran fifty times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         given = sys.argv[1:] if argv is None else list(argv)

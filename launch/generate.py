@@ -153,7 +153,7 @@ def _compute(
 def _work(
     config: EngineConfig, request: GenerateRequest, job: JobConfig, progress: Progress
 ) -> tuple[VideoOutput, dict[str, Any]]:
-    """Load the model and go on with a job.
+    """Load the model and resume a job.
 
     Raises:
         JobStopped: a signal told to go; what is done is saved.

@@ -182,7 +182,7 @@ def read_settings(values: Mapping[str, Any], *classes: type) -> dict[str, Any]:
         classes: the dataclasses that declare them.
 
     Raises:
-        ConfigError: a name that is no flag, or a value that it does not allow.
+        ConfigError: a name that is not a flag, or a value that it does not allow.
     """
     known = {item.flag: item for cls in classes for item in settings_of(cls) if item.flag}
     read: dict[str, Any] = {}

@@ -73,7 +73,7 @@ class Traffic:
         return {name: Count(t.calls, t.bytes, t.seconds) for name, t in self._tallies.items()}
 
     def take(self) -> dict[str, Count]:
-        """Return the totals and start anew, as at the end of a step."""
+        """Return the totals and reset them, as at the end of a step."""
         totals = self.totals()
         self._tallies.clear()
         return totals
@@ -202,7 +202,7 @@ T = TypeVar("T")
 class Agreement:
     """What the ranks of a job tell each other besides data.
 
-    Floats may differ in their last bits between machines, and ranks that disagree wait for each other for ever. So a
+    Floats may differ in their last bits between machines, and ranks that disagree wait for each other forever. So a
     plan is made once, by rank 0, and shipped as integers.
     """
 

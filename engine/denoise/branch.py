@@ -214,7 +214,7 @@ class Step:
     recorded: bool = False
 
     def whole_for(self, call: Call, evaluations: Tensor) -> Step:
-        """The step of one branch alone, which needs all tokens anew after others have been answered as planned.
+        """The step of one branch alone, which needs all tokens again after others have been answered as planned.
 
         What it evaluates is added to `evaluations` [B, N].
         """

@@ -2,7 +2,7 @@
 
 A pipeline's callback may set another prompt, guidance or LoRA strength between two steps. Forecasts and cached keys and
 values of before then describe another video. Nothing here reads a tensor's values on its device, unless a pipeline
-makes the tensor anew at every step, or in inference mode.
+makes a new tensor at every step, or in inference mode.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _MAX_SIDE = 48
 # and the linear map makes at most this many pixels of each, in both directions.
 _MAX_SCALE = 4
-# Before the second step nothing can be foretold, and the first guesses are grey.
+# There is no forecast before the second step, and the first pictures are grey.
 _FIRST_SHARE = 0.1
 # Keeps the map small where the videos seen so far leave it undetermined.
 _RIDGE = 1e-4

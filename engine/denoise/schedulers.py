@@ -78,7 +78,7 @@ def scheduler_for(config: HSAConfig, stock: Any, known: Collection[str], pipelin
             )
         if _kind_or_none(stock) != config.solver:
             scheduler = build_scheduler(config.solver, stock)
-    # Every run asks anew; what does not fit is better refused now.
+    # Every run asks again; a scheduler that does not fit is better refused now.
     if config.compute < 1.0:
         check_noise(scheduler)
     forecast_for(config, scheduler)

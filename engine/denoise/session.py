@@ -66,7 +66,7 @@ class HSASession(registry.Uncopied):
 
     @property
     def report(self) -> HSAReport:
-        """What the current or last run did; grows while a run goes on.
+        """What the current or last run did; grows during a run.
 
         Raises:
             ConfigError: the pipeline has another transformer since, of whose runs nothing is known.
@@ -127,7 +127,7 @@ class HSASession(registry.Uncopied):
         return {"run": run_state(self._run), "pipeline": pipeline_state(self._run.pipe, latents, others)}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Let the next run go on where `state` was taken; the pipeline is called as it was then.
+        """Let the next run resume where `state` was taken; the pipeline is called as it was then.
 
         It passes over the steps that are done without calling the model, and its callback must return what `passed`
         does. `state` is used up by it.
@@ -153,7 +153,7 @@ class HSASession(registry.Uncopied):
         return {"latents": restore_pipeline(self._run.pipe, saved, latents.device, others)}
 
     def release(self) -> None:
-        """Free the caches; the next run allocates them anew."""
+        """Free the caches; the next run allocates new ones."""
         self._run.release()
 
     def detach(self) -> None:
@@ -186,7 +186,7 @@ class HSASession(registry.Uncopied):
             self._run.release()
 
     def _check_models(self) -> None:
-        """Refuse to go on with a pipeline whose transformers are others by now, are compiled or never come to us."""
+        """Refuse a pipeline whose transformers were replaced, are compiled, or do not call our hooks."""
         refuse_compiled(self.pipe)
         models = [getattr(self.pipe, name, None) for name in TRANSFORMERS]
         found = [model for model in models if model is not None]
@@ -273,7 +273,7 @@ def apply(
         parallel: share the work of every step among the ranks of a torch.distributed job: each rank applies the
             same settings to the same pipeline, calls it alike, with a generator of the same seed, and gets the
             same video.
-        mesh: process groups for `parallel` that are there already (`ParallelMesh.from_xfuser()`); made anew without.
+        mesh: process groups for `parallel` that exist already (`ParallelMesh.from_xfuser()`); None creates new ones.
         sharding: mesh and attention of earlier sessions, used again; instead of `parallel`.
 
     Returns:

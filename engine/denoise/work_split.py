@@ -83,7 +83,7 @@ class Sharding:
         return names[self.mesh.cfg.rank]
 
     def share(self, active: Tensor | None, grid: tuple[int, int, int], batch_size: int) -> Share:
-        """Cut the active tokens (None: all of `grid`; [A]; [B, A]) anew, and plan the attention to them."""
+        """Cut the active tokens (None: all of `grid`; [A]; [B, A]), and plan the attention to them."""
         num_tokens = grid[0] * grid[1] * grid[2]
         sizes = sizes_for(self.config, num_tokens, active, self.speeds.weights)
         listed = torch.arange(num_tokens, device=self.mesh.device) if active is None else active

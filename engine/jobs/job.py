@@ -212,7 +212,7 @@ class Job:
 
 
 def look(config: JobConfig, identity: Mapping[str, Any]) -> Finished | None:
-    """Return a job's stored result, if it has one, and refuse what the job could not begin or go on with.
+    """Return a job's stored result, if it has one, and refuse what the job could not start or resume with.
 
     Raises:
         ConfigError: the folder cannot be used, is in use, or holds another job.

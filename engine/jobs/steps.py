@@ -88,7 +88,7 @@ class StepEvents:
         self._every: int | None = None
 
     def keep(self, job: Job | None, every: int, saved: Saved | None) -> None:
-        """Save what is done every so many steps, and go on where `saved` was; without a `job` another rank saves."""
+        """Save every so many steps, and resume from `saved`; without a `job` another rank saves."""
         assert self._session is not None, "only a run with a session can be saved"
         self._job, self._every = job, every
         self._session.save_every(every)
@@ -160,7 +160,7 @@ class Progress:
 
     @property
     def where(self) -> str:
-        """In words."""
+        """How far the run is, as part of a sentence."""
         return "before its first step" if self._on_step is None else f"after {self._on_step.done} steps"
 
 

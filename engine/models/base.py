@@ -44,7 +44,7 @@ class Adapter(Protocol):
     stock_processors: ClassVar[tuple[type, ...]]
     """Types of the attention processors that may be replaced."""
     moving: ClassVar[tuple[str, ...]]
-    """Arguments that change from step to step; where another one changes, forecasts of its branch begin anew."""
+    """Arguments that change from step to step; if another one changes, the forecasts of its branch start over."""
     solvers: ClassVar[tuple[str, ...]]
     """Schedulers that may replace the pipeline's own."""
     step_tensors: ClassVar[tuple[str, ...]]
@@ -141,7 +141,7 @@ class Adapter(Protocol):
     embeds: ClassVar[tuple[str, ...]]
     """Arguments of the pipeline that hold the prompts, encoded, in the order of what its `encode_prompt` gives."""
     max_sequence_length: ClassVar[int]
-    """Of a prompt, in the text encoder's tokens: what the pipeline itself uses when it is given one."""
+    """Maximum prompt length in text-encoder tokens; the pipeline's own default."""
 
     @classmethod
     def embed(cls, pipeline: Any, request: ResolvedRequest) -> dict[str, Tensor | None]:

@@ -308,7 +308,7 @@ async def _finished(service: VideoService, request: Request, id: str, owner: str
             if await request.is_disconnected():
                 return None
             await asyncio.sleep(_POLL_SECONDS)
-        finished = True  # it goes on when the service starts again
+        finished = True  # it resumes when the service starts again
         return None
     finally:
         if not finished:

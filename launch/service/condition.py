@@ -48,7 +48,7 @@ class Condition:
 
     Attributes:
         trouble: why nothing can be written, in one sentence; None while all is well.
-        damaged: whether the store is damaged: it stays so until the service is started anew.
+        damaged: whether the store is damaged: it stays so until the service is restarted.
     """
 
     def __init__(self, store: Path) -> None:

@@ -160,7 +160,7 @@ class Database:
                 for table in ("previews", "images"):
                     self.execute(f"DELETE FROM {table} WHERE id = ?", (new["id"],))
         except StoreUnavailable:
-            if inside:  # the transaction is no more
+            if inside:  # the transaction has ended
                 raise
 
     def insert(self, values: Mapping[str, Any]) -> None:

@@ -85,7 +85,7 @@ class Dispatcher:
 
     @property
     def trouble(self) -> str | None:
-        """Why not."""
+        """Why no job can run now, in one sentence; None if one can."""
         if self._stopping.is_set():
             return "the service is stopping"
         if self.broken:
@@ -165,7 +165,7 @@ class Dispatcher:
                 unsettled = None
             except StoreUnavailable:  # the store has said why
                 self._stopping.wait(_RETRY_SECONDS)
-            except Exception as error:  # a thread that ends would leave its runner idle for ever
+            except Exception as error:  # if the thread ended, its runner would stay idle forever
                 self._tell_failure("dispatcher failed", error)
                 self._stopping.wait(_RETRY_SECONDS)
 
@@ -359,7 +359,7 @@ class Dispatcher:
                 running[id].cancel()
 
     def _adopt(self) -> None:
-        """Take up the jobs of processes that are no more."""
+        """Take over the jobs of processes that have ended."""
         assert self._lease is not None
         for job in self._store.running():
             if (

@@ -73,7 +73,7 @@ def describe(target: Path, job: Mapping[str, Any]) -> None:
 
 
 def job_facts(job: Job, completed_at: float) -> dict[str, Any]:
-    """What the manifest of a result says of its job, so that the job can be made anew where the store has lost it."""
+    """What the manifest of a result says of its job, so that the job can be restored if the store has lost it."""
     started = job.started_at if job.started_at is not None else completed_at
     return {
         **{"id": job.id, "owner": job.owner, "model": job.model, "request": dict(job.request)},

@@ -96,7 +96,7 @@ class ServiceSettings:
 
     @property
     def state(self) -> Path:
-        """A folder for each job that can go on where it stopped."""
+        """A folder for each job that can resume where it stopped."""
         return self.data_dir / "state"
 
     @property

@@ -152,7 +152,7 @@ class JobStore:
         """Return up to `limit` jobs of an owner, of these statuses if any are given, and whether there are more.
 
         Raises:
-            RequestError: `after` is no job of this owner.
+            RequestError: `after` is not a job of this owner.
         """
         sign, order = ("<", "DESC") if newest_first else (">", "ASC")
         where = "owner = ? AND NOT deleted"
@@ -325,7 +325,7 @@ class JobStore:
             Whether it was adopted; not, where the job has ended already, or is made just now.
 
         Raises:
-            BadRow: the columns are no job.
+            BadRow: the columns do not describe a job.
         """
         columns = {**_ADOPTED, **found}
         row = {

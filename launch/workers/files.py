@@ -65,7 +65,7 @@ def write_copies(folder: Path, files: Mapping[str, bytes], before: Collection[st
     states = [name for name in files if name != _PROGRESS]
     if not states:
         return list(before)
-    finished = any(name.startswith("result") for name in states)  # its checkpoints are no more
+    finished = any(name.startswith("result") for name in states)  # its checkpoints are gone
     kept = {*states, *(() if finished else before)}
     for path in sorted(folder.iterdir(), key=lambda path: path.suffix != ".json"):
         if _STATE.fullmatch(path.name) and path.name not in kept:

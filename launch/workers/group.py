@@ -311,12 +311,12 @@ class WorkerGroup:
         causes = {outcome.cause for outcome in failed} | {cause for cause, _ in watch.lost.values()}
         if "memory" in causes and causes <= {"memory", PEER} and failed:
             # A rank said so: with the same request it would happen again. Whoever answered has left its groups and
-            # freed what the request took, and keeps its model; what is sharded is loaded anew when the ranks meet.
+            # freed what the request took, and keeps its model; sharded weights are loaded again when the ranks meet.
             self._lose(watch.lost)
             raise RequestError(TOO_LARGE)
         same = len(failed) == self.size and len({(outcome.cause, outcome.message) for outcome in failed}) == 1
         if same and failed[0].cause == "error":
-            self._complete = False  # each of them has left its groups; they meet anew
+            self._complete = False  # each of them has left its groups; they meet again
             raise RequestError(failed[0].message)
         self._raise(watch)
         leading = watch.outcomes[0]
@@ -342,10 +342,10 @@ class WorkerGroup:
             self._lose([*watch.lost, *failed])
 
     def _lose(self, ranks: Sequence[int] | dict[int, Any]) -> None:
-        """End ranks that are dead, frozen or stuck; the others meet anew.
+        """End ranks that are dead, frozen or stuck; the others meet again.
 
-        If any is lost of NCCL's, and of those that share the weights, none can be kept: the others wait in a collective
-        for ever, or hold parts of what is no more.
+        With NCCL or with sharded weights one lost rank ends all: the others would wait in a collective forever, or hold
+        parts of weights that no longer exist as a whole.
         """
         self._complete = False
         everybody, gone = self._workers, set(ranks)

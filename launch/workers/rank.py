@@ -57,7 +57,7 @@ def resume_job(engine: Engine, request: GenerateRequest, job: JobConfig, *, anew
         engine: idle.
         request: what to make.
         job: where it is kept.
-        anew: whether to begin anew, instead of raising ConfigError, where the folder holds what other settings or
+        anew: whether to start over, instead of raising ConfigError, where the folder holds what other settings or
             another version of heterostep saved.
     """
     for left in reversed(range(_TRIES)):  # counted, not timed: every rank must count alike
@@ -91,7 +91,7 @@ class Rank:
         self._store: TCPStore | None = None
         self._place: Place | None = None
         self._group: GroupConfig | None = None
-        # Of this rendezvous: making groups anew for every request that needs other degrees would use up sockets.
+        # Process groups by degrees, for this rendezvous: creating them for every request leaks sockets.
         self._shardings: dict[ParallelConfig, Sharding] = {}
 
     def do(self, what: str, *arguments: object) -> Outcome:

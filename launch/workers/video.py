@@ -90,7 +90,7 @@ def run_once(group: WorkerGroup, work: Work, folder: Path | None) -> Generator[E
                 except OSError as error:
                     if not no_room(error):
                         raise
-                    # The video goes on without being saved.
+                    # The video continues without being saved.
             if progress.event is not None:
                 yield progress.event
 

@@ -11,8 +11,8 @@ from ...errors import RankLost
 from .messages import CAUSES, PEER, Identity, Kill, Order, Outcome, Progress, Report, StopRequest
 
 LOOK_SECONDS = 0.25
-# From the first failure to the end of those who only notice it. A closed connection is seen at once, but only by who
-# looks at it: between two collectives a rank may compute for a while.
+# How long ranks may take to notice that a peer failed: a rank that is computing sees a closed connection only at its
+# next collective.
 _GRACE_SECONDS = 20.0
 
 
