@@ -191,9 +191,14 @@ class Engine:
         self._stop = stop = Stop()
         events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
 
+        # A thread begins on the first GPU, wherever the thread that starts it is.
+        current = torch.cuda.current_device() if self.device.type == "cuda" else None
+
         def work() -> None:
             outcome: Event | BaseException
             try:
+                if current is not None:
+                    torch.cuda.set_device(current)
                 outcome = self._run(request, image, job, events.put, stop)
             except BaseException as error:  # it is raised again in the caller's thread
                 outcome = error

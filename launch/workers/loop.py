@@ -4,7 +4,7 @@
 leave on stdout. When stdin ends the driver is gone, and so is this process. A Ray actor runs the same loop
 (`ray_cluster.py`).
 
-Nothing heavy is imported before the first order: loading PyTorch may take longer than a frozen process is waited for.
+PyTorch is imported at once, while the heartbeat goes on already: all ranks then do so at the same time.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import signal
 import sys
 import threading
 import time
-from typing import IO, TYPE_CHECKING, Any
+import traceback
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from .messages import Identity, Kill, Order, Outcome, Progress, Report, StopRequest
+from .messages import Identity, Kill, Order, Progress, Report, StopRequest
 
 if TYPE_CHECKING:
     from .rank import Rank
@@ -81,22 +82,25 @@ class WorkerLoop:
             if self._rank is not None and message.order == self._order:
                 self._rank.stop(message.verb)
 
-    def run(self) -> None:
-        """Work for as long as the process lives."""
+    def run(self) -> NoReturn:
+        """Work for as long as the process lives; end it if that cannot be, for a heartbeat alone looks like work."""
+        try:
+            self._work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+    def _work(self) -> NoReturn:
+        from .rank import Rank
+
+        self._rank = rank = Rank(self._progress, lambda: self._stop_requests.get(self._order))
         while True:
             order = self._orders.get()
             self._order = order.number
-            outcome = self._do(order)
+            outcome = rank.do(order.what, *order.arguments)
             self._order = 0
             self._stop_requests.clear()
             self.outbox.put(Report(order.number, outcome))
-
-    def _do(self, order: Order) -> Outcome:
-        from .rank import Rank
-
-        if self._rank is None:
-            self._rank = Rank(self._progress, lambda: self._stop_requests.get(self._order))
-        return self._rank.do(order.what, *order.arguments)
 
     def _progress(self, progress: Progress) -> None:
         self.outbox.put(Report(self._order, progress))

@@ -124,6 +124,8 @@ class Rank:
         self._leave()
         self._place, self._group = place, group
         device = _device(config.device, place)
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
         _set_threads(place, group.threads)
         self._meet(place, group, device)
         degrees = self._degrees(config, work)
@@ -245,8 +247,6 @@ class Rank:
         own = self._store if place.rank == 0 else None
         store = own or TCPStore(place.address, place.port, is_master=False, timeout=wait)
         cuda = device.startswith("cuda")
-        if cuda:
-            torch.cuda.set_device(device)
         name = f"rendezvous_{place.rendezvous}"
         join_group(store, name, place.rank, place.size, cuda=cuda, seconds=group.collective_seconds)
 

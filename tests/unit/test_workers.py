@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 import time
 
@@ -14,7 +15,8 @@ from heterostep.errors import ConfigError, JobDiffers, JobInUse
 from heterostep.launch.degrees import refit
 from heterostep.launch.workers import rank
 from heterostep.launch.workers.files import read_copies, write_copies
-from heterostep.launch.workers.loop import Outbox
+from heterostep.launch.workers.loop import Outbox, WorkerLoop
+from heterostep.launch.workers.messages import Identity
 from heterostep.launch.workers.rank import resume_job
 from heterostep.parallel.config import ParallelConfig
 
@@ -62,6 +64,19 @@ def test_what_a_worker_says_is_heard_once_and_at_once():
     begin = time.monotonic()
     assert outbox.take(20.0) == [2]
     assert time.monotonic() - begin < 10
+
+
+def test_a_worker_that_cannot_work_does_not_live_on(monkeypatch, capsys):
+    def end(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr("os._exit", end)
+    monkeypatch.setitem(sys.modules, "heterostep.launch.workers.rank", None)  # as where PyTorch is broken
+    loop = WorkerLoop(Identity(pid=1))
+    with pytest.raises(SystemExit):
+        loop.run()
+    assert "heterostep.launch.workers.rank" in capsys.readouterr().err
+    assert loop.outbox.take(0.0) == [Identity(pid=1)]
 
 
 def test_degrees_for_another_number_of_ranks():
