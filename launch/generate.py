@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..engine.denoise.checks import rehearse
 from ..engine.engine import Engine, find_finished
 from ..engine.facts import read_facts
-from ..engine.loading import pick_device, pick_dtype
+from ..engine.loading import pick_device
 from ..engine.progress import Progress
 from ..engine.record import run_record
 from ..engine.request import (
@@ -25,17 +24,13 @@ from ..engine.request import (
     resolve,
 )
 from ..errors import ConfigError, Interrupted, JobStopped
-from .degrees import parallel_from
 from .logs import silence_libraries
 from .outputs import OutputFiles, elsewhere
-from .ranks import generate_on_ranks
+from .ranks import degrees_for, generate_on_ranks
 from .signals import saving_signals
 
 if TYPE_CHECKING:
-    from ..engine.facts import ModelFacts
     from ..engine.jobs.job import Finished
-    from ..engine.request import ResolvedRequest
-    from ..parallel.config import ParallelConfig
     from .options import Command
     from .workers.rendezvous import TorchrunRank
 
@@ -66,7 +61,8 @@ def generate(command: Command, progress: Progress, rank: TorchrunRank | None = N
     if on_ray or (command.ranks.nproc or 1) > 1:
         output, record = generate_on_ranks(command, lambda events, label: _run(events, label, progress), progress)
         return _done(output, record, files, job, progress)
-    parallel, _ = _degrees(command, facts, resolved, rank)
+    size, decide = (1, None) if rank is None else (rank.world_size, rank.decide)
+    parallel, _ = degrees_for(command, size, pick_device(config.device), decide)
     config = dataclasses.replace(config, parallel=parallel, shard_weights=command.shard_weights)
     if job is not None:
         found = _finished(config, request, job, rank)
@@ -78,25 +74,6 @@ def generate(command: Command, progress: Progress, rank: TorchrunRank | None = N
     else:
         output, record = _work(config, request, job, progress)
     return _done(output, record, files, job, progress) if rank is None or rank.leads else 0
-
-
-def _degrees(
-    command: Command, facts: ModelFacts, resolved: ResolvedRequest, rank: TorchrunRank | None
-) -> tuple[ParallelConfig | None, str]:
-    """The degrees for the ranks, and why."""
-    branches, device = facts.passes(resolved.guidance_scale), pick_device(command.engine.device)
-    num_tokens = math.prod(facts.grid(resolved.width, resolved.height, resolved.num_frames))
-    kv_bytes = branches * facts.cache_bytes(num_tokens, pick_dtype(command.engine.dtype, device).itemsize)
-    return parallel_from(
-        command.degrees,
-        1 if rank is None else rank.world_size,
-        facts.shared_heads,
-        branches,
-        kv_bytes,
-        device,
-        shard_weights=command.shard_weights,
-        decide=None if rank is None else rank.decide,
-    )
 
 
 def _finished(

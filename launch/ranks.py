@@ -142,7 +142,13 @@ def _settled(command: Command, gpus: bool) -> tuple[EngineConfig, str]:
     name = "cuda" if gpus else "cpu"
     dtype = str(pick_dtype(command.engine.dtype, torch.device(name))).removeprefix("torch.")
     config = dataclasses.replace(command.engine, device=name, dtype=dtype)
-    parallel, reason = _degrees(command, config, gpus)
+    size, device = command.ranks.nproc or 1, pick_device("auto" if gpus else "cpu")
+    if gpus and device.type == "cpu":  # kernels and memory are those of other machines: the ranks check them
+        parallel, reason = degrees_for(_elsewhere(command), size, device)
+        if parallel is not None and "kernel" in command.degrees:
+            parallel = dataclasses.replace(parallel, kernel=command.degrees["kernel"])
+    else:
+        parallel, reason = degrees_for(command, size, device)
     return dataclasses.replace(config, parallel=parallel, shard_weights=command.shard_weights), reason
 
 
@@ -157,21 +163,30 @@ def _finished(
     return found.output, dict(found.record)
 
 
-def _degrees(command: Command, config: EngineConfig, gpus: bool) -> tuple[ParallelConfig | None, str]:
-    """The degrees for the ranks at the start, and why."""
-    facts, given, kernel = read_facts(config.model), dict(command.degrees), None
+def degrees_for(
+    command: Command, size: int, device: torch.device, decide: Callable[[str, Callable[[], bool]], bool] | None = None
+) -> tuple[ParallelConfig | None, str]:
+    """The degrees for the command's video, and why.
+
+    Args:
+        command: names degrees, or leaves them out.
+        size: number of ranks.
+        device: where they compute.
+        decide: as in `parallel_from`.
+    """
+    facts = read_facts(command.engine.model)
     resolved = resolve(command.request, facts)
-    branches, device = facts.passes(resolved.guidance_scale), pick_device("auto" if gpus else "cpu")
+    branches = facts.passes(resolved.guidance_scale)
     num_tokens = math.prod(facts.grid(resolved.width, resolved.height, resolved.num_frames))
-    kv_bytes = branches * facts.cache_bytes(num_tokens, pick_dtype(config.dtype, device).itemsize)
-    if gpus and device.type == "cpu":  # kernels and memory are those of other machines: the ranks check them
-        kernel = given.pop("kernel", None)
-    size, shards = command.ranks.nproc or 1, command.shard_weights
-    heads = facts.shared_heads
-    parallel, reason = parallel_from(given, size, heads, branches, kv_bytes, device, shard_weights=shards)
-    if parallel is not None and kernel is not None:
-        parallel = dataclasses.replace(parallel, kernel=kernel)
-    return parallel, reason
+    kv_bytes = branches * facts.cache_bytes(num_tokens, pick_dtype(command.engine.dtype, device).itemsize)
+    shards, heads = command.shard_weights, facts.shared_heads
+    return parallel_from(command.degrees, size, heads, branches, kv_bytes, device, shard_weights=shards, decide=decide)
+
+
+def _elsewhere(command: Command) -> Command:
+    """The command without its kernel, which only the ranks' machines can check."""
+    degrees = {name: value for name, value in command.degrees.items() if name != "kernel"}
+    return dataclasses.replace(command, degrees=degrees)
 
 
 def _make(
