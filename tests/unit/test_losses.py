@@ -42,4 +42,4 @@ def test_the_documentation_has_the_numbers():
     text = " ".join((Path(__file__).parents[2] / "docs" / "serving.md").read_text().split())
     assert f"or {WORDS[MAX_LOSSES]} times in all" in text
     assert f"if it loses ranks {WORDS[MAX_LOSSES]} times in all" in text
-    assert f"{WORDS[MAX_RESTARTS]} times" in text
+    assert f"running at {WORDS[MAX_RESTARTS]} crashes of the whole service" in text
