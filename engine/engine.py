@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ import torch
 from ..errors import Cancelled, ConfigError, HeterostepError, Interrupted, RankFailure, RequestError
 from ..hsa.config import HSAConfig
 from ..parallel.mesh import ParallelMesh
+from .decoding import decode_audio, decode_frames
 from .denoise.inputs import encode_prompts, seen_image
 from .denoise.session import apply, remove
-from .denoise.work_split import Sharding, can_share, decode_shared
+from .denoise.work_split import Sharding
 from .facts import first_line, read_facts
 from .jobs.checkpoint import Saved
 from .jobs.identity import identity_of
@@ -31,6 +32,7 @@ from .media.video import Audio
 from .models import adapter_named
 from .progress import Progress as Shown
 from .record import run_record
+from .report import HSAReport
 from .request import (
     Decoding,
     EngineConfig,
@@ -64,6 +66,33 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+
+class _Work(NamedTuple):
+    """One request on its way to a video.
+
+    Attributes:
+        image: what it starts from.
+        job: where it is kept, on the rank that keeps it.
+        every: steps between checkpoints; None for a video that is not kept.
+        saved: the checkpoint that it resumes at.
+        emit: takes its events.
+        stop: whether it shall stop.
+        progress: how far it is, for messages.
+    """
+
+    request: ResolvedRequest
+    image: Image.Image | None
+    job: Job | None
+    every: int | None
+    saved: Saved | None
+    emit: Callable[[Event], None]
+    stop: Stop
+    progress: Progress
+
+    def stopped(self, step: int) -> Cancelled:
+        """The exception that ends it after a step."""
+        return stopped(step, self.request.num_inference_steps, self.job if self.stop.save else None)
 
 
 class Engine:
@@ -244,14 +273,15 @@ class Engine:
         step = Progress()
         try:
             if config is None:
-                return self._make(request, image, None, None, None, emit, stop, step)
+                return self._make(_Work(request, image, None, None, None, emit, stop, step))
             identity = identity_of(self.facts, request, allocation(self.config, request), self.dtype, self.pipeline)
             # All that is saved is alike on all ranks: one reads and writes it.
             job = Job(config, identity) if self.leads else None
             with contextlib.ExitStack() as held:
                 finished, saved = self._decide(lambda: _found(job, held))
                 if finished is None:
-                    return self._make(request, image, job, config.checkpoint_every, saved, emit, stop, step)
+                    work = _Work(request, image, job, config.checkpoint_every, saved, emit, stop, step)
+                    return self._make(work)
                 num_tokens = math.prod(self.facts.grid(request.width, request.height, request.num_frames))
                 emit(Started(request=request, num_tokens=num_tokens, resumed_at=request.num_inference_steps))
                 return finished.output
@@ -265,58 +295,26 @@ class Engine:
                 f"rank {axis.rank} of {axis.size} failed {step.where}: {type(error).__name__}: {first_line(error)}"
             ) from error
 
-    def _make(
-        self,
-        request: ResolvedRequest,
-        image: Image.Image | None,
-        job: Job | None,
-        every: int | None,
-        saved: Saved | None,
-        emit: Callable[[Event], None],
-        stop: Stop,
-        progress: Progress,
-    ) -> VideoOutput:
-        """The life of a request: text, denoising, VAE; `image` is what it starts from."""
-        grid = self.facts.grid(request.width, request.height, request.num_frames)
-        num_tokens = math.prod(grid)
-        emit(Started(request=request, num_tokens=num_tokens, resumed_at=saved.step if saved is not None else None))
+    def _make(self, work: _Work) -> VideoOutput:
+        """The life of a request: text, denoising, VAE."""
+        request, job, saved = work.request, work.job, work.saved
+        num_tokens = math.prod(self.facts.grid(request.width, request.height, request.num_frames))
+        work.emit(Started(request=request, num_tokens=num_tokens, resumed_at=None if saved is None else saved.step))
         start = time.perf_counter()
-        pipeline = as_pipeline(self.pipeline, self.facts.pipeline_for(image is not None))
+        pipeline = as_pipeline(self.pipeline, self.facts.pipeline_for(work.image is not None))
         embeds = encode_prompts(self._adapter, pipeline, request, self.device, self.sharding)
         encoded = self._clock()
-        if self._vote(stop.asked):
-            raise stopped(0 if saved is None else saved.step, request.num_inference_steps, job if stop.save else None)
-
+        if self._vote(work.stop.asked):
+            raise work.stopped(0 if saved is None else saved.step)
         hsa = allocation(self.config, request)
-        # At compute=1 the hook does not change the result, but resuming and runs on several ranks need it.
-        hooked = hsa is not None or every is not None or self.sharding is not None
-        session = apply(pipeline, hsa or HSAConfig(compute=1.0), sharding=self.sharding) if hooked else None
-        try:
-            work = num_tokens * request.num_inference_steps * (hsa.compute if hsa is not None else 1.0)
-            on_step = StepEvents(
-                request.num_inference_steps, num_tokens, work, session, emit, stop, self._clock, self._vote
-            )
-            progress.follow(on_step)
-            if every is not None:
-                on_step.keep(job, every, saved)
-            if session is not None and self.sharding is not None:
-                seen = seen_image(pipeline, image)
-                for unit, text in self._adapter.told(embeds).items():
-                    session.tell(unit, text.to(pipeline.transformer.dtype), **seen)
-            carried = ("latents", *(session.step_tensors if session is not None else ()))
-            conditions = {**embeds, **self._adapter.start(self.facts, image)}
-            latents, audio_latents = self._denoise(pipeline, request, conditions, on_step, carried)
-            report = session.full_report() if session is not None else dense_report(on_step.events, grid)
-        finally:
-            if session is not None:
-                remove(pipeline)  # frees the K/V caches before the VAE needs the memory
+        latents, audio_latents, report, on_step = self._denoised(work, pipeline, hsa, embeds)
         if on_step.stopping:
-            raise stopped(on_step.done, request.num_inference_steps, job if stop.save else None)
+            raise work.stopped(on_step.done)
         for values in (latents, *(() if audio_latents is None else (audio_latents,))):
             check_finite(values, "the transformer", self.dtype, "a lower --guidance")
         denoised = self._clock()
 
-        emit(Decoding(seconds=denoised - encoded))
+        work.emit(Decoding(seconds=denoised - encoded))
         frames = self._decode(latents, request)
         audio = None if audio_latents is None else self._audio(audio_latents)
         decoded = self._clock()
@@ -340,6 +338,39 @@ class Engine:
         if job is not None:
             job.finish(output, run_record(self, output))
         return output
+
+    def _denoised(
+        self, work: _Work, pipeline: Any, hsa: HSAConfig | None, embeds: dict[str, torch.Tensor | None]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, HSAReport, StepEvents]:
+        """Latents of the video and of its sound, what was computed, and what followed the steps."""
+        request, every = work.request, work.every
+        grid, num_steps = (
+            self.facts.grid(request.width, request.height, request.num_frames),
+            request.num_inference_steps,
+        )
+        # At compute=1 the hook does not change the result, but resuming and runs on several ranks need it.
+        hooked = hsa is not None or every is not None or self.sharding is not None
+        session = apply(pipeline, hsa or HSAConfig(compute=1.0), sharding=self.sharding) if hooked else None
+        try:
+            cost = math.prod(grid) * num_steps * (hsa.compute if hsa is not None else 1.0)
+            on_step = StepEvents(
+                num_steps, math.prod(grid), cost, session, work.emit, work.stop, self._clock, self._vote
+            )
+            work.progress.follow(on_step)
+            if every is not None:
+                on_step.keep(work.job, every, work.saved)
+            if session is not None and self.sharding is not None:
+                seen = seen_image(pipeline, work.image)
+                for unit, text in self._adapter.told(embeds).items():
+                    session.tell(unit, text.to(pipeline.transformer.dtype), **seen)
+            carried = ("latents", *(session.step_tensors if session is not None else ()))
+            conditions = {**embeds, **self._adapter.start(self.facts, work.image)}
+            latents, audio_latents = self._denoise(pipeline, request, conditions, on_step, carried)
+            report = session.full_report() if session is not None else dense_report(on_step.events, grid)
+        finally:
+            if session is not None:
+                remove(pipeline)  # frees the K/V caches before the VAE needs the memory
+        return latents, audio_latents, report, on_step
 
     def _decide(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, on all ranks."""
@@ -373,48 +404,11 @@ class Engine:
 
     def _decode(self, latents: torch.Tensor, request: ResolvedRequest) -> NDArray[np.uint8]:
         """Latents [1, C, F, Y, X] -> uint8 [F, H, W, 3], on every rank."""
-        video, dtype = self._video(latents), self.pipeline.vae.dtype
-        self._decide(lambda: None if video is None else check_finite(video, "the VAE", dtype))
-        pixels = None if video is None else self._pixels(video)
-        if self.sharding is None:
-            assert pixels is not None
-            return pixels
-        frames = None if pixels is None else torch.from_numpy(pixels)
-        shape = (request.num_frames, request.height, request.width, 3)
-        sent: NDArray[np.uint8] = self.sharding.agreement.send(frames, shape, torch.uint8).cpu().numpy()
-        return sent
-
-    @torch.no_grad()
-    def _video(self, latents: torch.Tensor) -> torch.Tensor | None:
-        """Decode as the end of the pipeline's call does it, on rank 0; others help with large videos."""
-        vae = self.pipeline.vae
-        shared = self.sharding is not None and can_share(vae, latents)
-        if not (shared or self.leads):
-            return None
-        latents = self._adapter.decodable(vae, latents.to(self.pipeline._execution_device))
-        if shared:
-            assert self.sharding is not None
-            video = decode_shared(vae, latents, self.sharding.agreement, self._adapter.decode)
-        else:
-            video = self._adapter.decode(vae, latents)
-        self.pipeline.maybe_free_model_hooks()
-        return video
-
-    def _pixels(self, video: torch.Tensor) -> NDArray[np.uint8]:
-        """Decoded [1, 3, F, H, W] -> uint8 [F, H, W, 3]."""
-        frames = self.pipeline.video_processor.postprocess_video(video, output_type="np")[0]
-        pixels: NDArray[np.uint8] = (frames * 255.0).round().astype(np.uint8)
-        return pixels
+        return decode_frames(self.pipeline, self._adapter, self.sharding, latents, request)
 
     def _audio(self, latents: torch.Tensor) -> Audio:
         """Latents of sound -> samples, on every rank."""
-
-        def made() -> Audio:
-            audio = self._adapter.audio(self.pipeline, latents.to(self.pipeline._execution_device))
-            self.pipeline.maybe_free_model_hooks()
-            return audio
-
-        return self._decide(made)
+        return self._decide(lambda: decode_audio(self.pipeline, self._adapter, latents))
 
     def _clock(self) -> float:
         """Seconds, with the device's queue empty: otherwise a GPU stage would be charged to a later one."""

@@ -101,23 +101,21 @@ def load_pipeline(
         if isinstance(error, ConfigError) or is_out_of_memory(error):
             raise
         raise ConfigError(f"model {facts.name!r} cannot be loaded ({first_line(error)})") from error
-    needed = (
-        "transformer",
-        "vae",
-        "scheduler",
-        *(_TEXT if text else ()),
-        *(_IMAGE if facts.sees_image else ()),
-        *(_AUDIO if facts.audio_heads else ()),
-    )
-    for name in needed:
-        if getattr(pipeline, name, None) is None:
-            raise ConfigError(f"model {facts.name!r} has no {name}, so it cannot make a video")
+    _check_parts(pipeline, facts, text)
     pipeline.set_progress_bar_config(disable=True)
     if shards is not None:
         adapter = adapter_for(pipeline)
         for _, transformer in adapter.transformers(pipeline):
             shard_weights(transformer, adapter.blocks(transformer), shards)
     return pipeline.to(device)
+
+
+def _check_parts(pipeline: Any, facts: ModelFacts, text: bool) -> None:
+    """Refuse a pipeline that lacks what a video needs."""
+    more = (*(_TEXT if text else ()), *(_IMAGE if facts.sees_image else ()), *(_AUDIO if facts.audio_heads else ()))
+    for name in ("transformer", "vae", "scheduler", *more):
+        if getattr(pipeline, name, None) is None:
+            raise ConfigError(f"model {facts.name!r} has no {name}, so it cannot make a video")
 
 
 @contextlib.contextmanager
