@@ -122,19 +122,11 @@ class JobStore:
                 raise QueueFull(
                     f"{waiting} videos are waiting, and the queue holds at most {max_queue}; try again later"
                 )
+            text, steps, now = json.dumps(asdict(request)), request.num_inference_steps, time.time()
             self._db.execute(
                 "INSERT INTO jobs (id, owner, model, request, num_steps, idempotency_key, fingerprint, created_at) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    id,
-                    owner,
-                    model,
-                    json.dumps(asdict(request)),
-                    request.num_inference_steps,
-                    idempotency_key,
-                    fingerprint,
-                    time.time(),
-                ),
+                (id, owner, model, text, steps, idempotency_key, fingerprint, now),
             )
             if image is not None:
                 self._db.execute("INSERT INTO images VALUES (?, ?)", (id, image))
