@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
-import torch
-
 from ..errors import ConfigError
 from ..settings import check as check_settings
 from ..settings import setting
@@ -268,6 +266,8 @@ def read(uuids: Sequence[str] | None = None, nvml: Any = None) -> Topology:
         except ImportError as error:
             raise ConfigError("The topology of GPUs is read with nvidia-ml-py: install heterostep[gpu].") from error
     if uuids is None:
+        import torch  # not above: the service reads settings, and does without
+
         uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
     if not uuids:
         raise ConfigError("The topology of GPUs was asked for, but no NVIDIA GPU is visible to this process.")

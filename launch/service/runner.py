@@ -237,6 +237,7 @@ class Runner:
 
     def _recover(self, group: WorkerGroup) -> None:
         start = time.monotonic()
+        say("runner started", runner=self._index)
         group.recover()
         self._trouble = None
         self._pauses.succeeded()
