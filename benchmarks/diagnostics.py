@@ -22,7 +22,7 @@ from pareto_report import mean_and_error
 from torch import Tensor
 
 import heterostep as hs
-from heterostep.engine.models.attention import Patch, patchify
+from heterostep.engine.models.base import Patch, patchify
 
 FIELDS: dict[str, dict[str, Any]] = {
     "as it is": {},

@@ -26,9 +26,8 @@ from harness import REPORTS, environment
 from heterostep.engine.request import EngineConfig, GenerateRequest, Started, StepDone
 from heterostep.errors import RankLost
 from heterostep.hsa.config import HSAConfig
-from heterostep.launch.workers.config import GroupConfig
 from heterostep.launch.workers.group import WorkerGroup
-from heterostep.launch.workers.messages import Work
+from heterostep.launch.workers.messages import GroupConfig, Work
 from heterostep.launch.workers.ray_cluster import RayCluster, connected
 from heterostep.launch.workers.video import make_video
 

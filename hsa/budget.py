@@ -163,6 +163,12 @@ def profile_weights(gaps: Sequence[float], exponent: float) -> list[float]:
 Counts = Callable[[Schedule, HSAConfig], list[int]]
 
 
+# Conditioned tokens are given, such as a first frame: clean from the start, and put back by the pipeline after every
+# step. Their velocity is never used. But other tokens attend to their keys and values, which beyond the first layer
+# follow what they see of the others: steps that evaluate some tokens leave them out, full ones renew them. To evaluate
+# them at the first step alone was measured too, and was worse (benchmarks/LOG.md).
+
+
 def spared_counts(counts: Counts, schedule: Schedule, config: HSAConfig, conditioned: int) -> list[int] | None:
     """Tokens per step where conditioned tokens are evaluated on full steps only.
 

@@ -16,7 +16,7 @@ from ..hsa.config import HSAConfig
 from ..parallel.config import ParallelConfig
 from ..settings import Setting, check, setting, settings_of
 from .service.settings import ServiceSettings
-from .workers.config import threads_asked
+from .workers.messages import threads_asked
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

@@ -29,9 +29,8 @@ from ..parallel.config import ParallelConfig
 from .degrees import parallel_from
 from .options import Command
 from .signals import saving_signals
-from .workers.config import GroupConfig, threads_asked
 from .workers.group import WorkerGroup
-from .workers.messages import Work
+from .workers.messages import GroupConfig, Work, threads_asked
 from .workers.process import ThisMachine
 from .workers.video import make_video
 

@@ -137,6 +137,9 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(str(n) for n in numbers)
 
 
+# The inputs of the automatic choice must be the same on every rank (the least free memory of all, for instance): the
+# choice is then, too.
+
 GIB = 2**30
 KV_SHARE = 0.7
 """Part of the free memory that K/V may take; activations need the rest."""

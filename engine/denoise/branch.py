@@ -14,7 +14,7 @@ from ...errors import ConfigError
 from ...hsa.cache import KVCache, fill_rows
 from ...hsa.velocity import TokenClock, VelocityCache
 from ..models import Adapter
-from ..models.attention import Grid, TextKV
+from ..models.base import Grid, TextKV
 from .work_split import Share
 
 

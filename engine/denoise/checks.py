@@ -15,7 +15,7 @@ from ...errors import ConfigError
 from ...hsa.config import HSAConfig
 from ..facts import ModelFacts, first_line, read_scheduler
 from ..models import Adapter, adapter_named
-from ..models.attention import CachedAttention, Grid
+from ..models.base import CachedAttention, Grid
 from ..models.hook_registry import HOOK_NAME
 from ..request import ResolvedRequest
 from .run import Run

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ..models import Site
 from ..models import hook_registry as registry
-from ..models.attention import AttentionCall, TextKV
+from ..models.base import AttentionCall, TextKV
 from .branch import Branch, Call, Step, fresh_weight, tiled
 from .inputs import calling_pipeline
 from .run import Run

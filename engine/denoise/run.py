@@ -17,7 +17,7 @@ from ...hsa.config import HSAConfig
 from ...hsa.planner import StepPlanner, check_resumable
 from ...hsa.policies import JointPolicy
 from ..models import Adapter
-from ..models.attention import Grid
+from ..models.base import Grid
 from ..report import HSAReport, StepRecord
 from .branch import CHANGED, Branch, Call, Step, checked, guided_velocity
 from .inputs import Change, Inputs

@@ -22,8 +22,18 @@ from torch import Tensor
 from ...errors import ConfigError
 from ..media.quality import check_finite
 from ..media.video import Audio
-from .attention import AttentionCall, CachedAttention, CachedTextAttention, Grid, Patch, attend, gather_rows, unpatchify
-from .base import Adapter, Site
+from .base import (
+    Adapter,
+    AttentionCall,
+    CachedAttention,
+    CachedTextAttention,
+    Grid,
+    Patch,
+    Site,
+    attend,
+    gather_rows,
+    unpatchify,
+)
 from .hook_registry import OwnHook
 
 if TYPE_CHECKING:
@@ -342,7 +352,7 @@ class LTX2Adapter(Adapter):
 
     @staticmethod
     def set_timesteps(scheduler: Any, facts: ModelFacts, request: ResolvedRequest) -> None:
-        """See `Recipe`: shifted by the number of tokens."""
+        """Shifted by the number of tokens."""
         steps, config = request.num_inference_steps, scheduler.config
         mu = calculate_shift(
             math.prod(facts.grid(request.width, request.height, request.num_frames)),

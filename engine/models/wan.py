@@ -11,12 +11,14 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
-from .attention import (
+from .base import (
+    Adapter,
     AttentionCall,
     CachedAttention,
     CachedTextAttention,
     Grid,
     Patch,
+    Site,
     TextKV,
     attend,
     gather_rows,
@@ -24,7 +26,6 @@ from .attention import (
     patchify,
     unpatchify,
 )
-from .base import Adapter, Site
 from .hook_registry import LastingHook, OwnHook
 
 if TYPE_CHECKING:

@@ -16,10 +16,9 @@ from ...engine.media.files import no_room, place, when_there_is_room
 from ...engine.media.image import read_image
 from ...engine.request import EngineConfig, Event, GenerateRequest, ResolvedRequest
 from ...errors import Cancelled, ConfigError, GroupClosed, Interrupted, RankLost, RequestError
-from ..workers.config import GroupConfig
 from ..workers.files import FILES
 from ..workers.group import Machines, WorkerGroup
-from ..workers.messages import Outcome, Work
+from ..workers.messages import GroupConfig, Outcome, Work
 from ..workers.process import ThisMachine
 from ..workers.video import run_once
 from .logs import say

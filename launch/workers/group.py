@@ -10,8 +10,7 @@ from typing import Any, Protocol
 
 from ...engine.request import EngineConfig
 from ...errors import TOO_LARGE, Cancelled, ConfigError, GroupClosed, Interrupted, RankLost, RequestError
-from .config import GroupConfig
-from .messages import PEER, Identity, Outcome, Place, Progress, Work
+from .messages import PEER, GroupConfig, Identity, Outcome, Place, Progress, Work
 from .watch import LOOK_SECONDS, Watch, Worker
 
 TRIES = 3

@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 from ...errors import RankLost
-from .config import GroupConfig
-from .messages import Identity, Kill, Order, StopRequest
+from .messages import GroupConfig, Identity, Kill, Order, StopRequest
 from .watch import Worker
 
 _MODULE = "heterostep.launch.workers.loop"

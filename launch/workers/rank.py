@@ -37,9 +37,8 @@ from ...parallel.config import ParallelConfig
 from ...parallel.mesh import ParallelMesh
 from ..degrees import refit
 from ..logs import silence_libraries
-from .config import GroupConfig
 from .files import Copier
-from .messages import PEER, Outcome, Place, Progress, Work
+from .messages import PEER, GroupConfig, Outcome, Place, Progress, Work
 from .rendezvous import JOIN_SECONDS, join_group
 
 _PREVIEW_SIDE, _PREVIEW_QUALITY = 320, 60
@@ -199,7 +198,7 @@ class Rank:
         if not work.files:
             record = run_record(engine, output)
             return Outcome(output=output, record=record, seconds=output.seconds, imbalances=imbalances)
-        from .render import write_files
+        from .files import write_files
 
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="heterostep-result-") as folder:
@@ -312,6 +311,6 @@ def _picture(preview: Preview | None) -> bytes | None:
     picture = preview.take() if preview is not None else None
     if picture is None:
         return None
-    from .render import webp
+    from .files import webp
 
     return webp(picture, _PREVIEW_SIDE, _PREVIEW_QUALITY)

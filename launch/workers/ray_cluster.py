@@ -19,9 +19,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ...engine.facts import first_line
 from ...errors import ConfigError, RankLost
-from .config import GroupConfig
 from .loop import BEAT_SECONDS, WorkerLoop
-from .messages import Identity, Kill, Order, StopRequest
+from .messages import GroupConfig, Identity, Kill, Order, StopRequest
 from .watch import Worker
 
 _REACH_SECONDS = 5.0

@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import heterostep as hs
 from heterostep.engine.denoise.schedulers import build_scheduler, forecast_for, kind_of
-from heterostep.engine.models.attention import Grid, Patch, pack, patchify, unpack, unpatchify
+from heterostep.engine.models.base import Grid, Patch, pack, patchify, unpack, unpatchify
 from tiny import generate, tiny_pipeline, tiny_scheduler
 
 

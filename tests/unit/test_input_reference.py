@@ -30,8 +30,7 @@ from heterostep.launch.service.requests import Asked, read_create, to_request
 from heterostep.launch.service.service import VideoService
 from heterostep.launch.service.settings import ServiceSettings, limits_for
 from heterostep.launch.service.store import JobStore
-from heterostep.launch.workers.config import GroupConfig
-from heterostep.launch.workers.messages import Place, Work
+from heterostep.launch.workers.messages import GroupConfig, Place, Work
 from heterostep.launch.workers.rank import Rank
 from tiny import picture
 

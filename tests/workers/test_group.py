@@ -23,9 +23,8 @@ from heterostep.engine.request import EngineConfig, GenerateRequest, Started, St
 from heterostep.errors import Cancelled, ConfigError, GroupClosed, RankFailure, RankLost, RequestError
 from heterostep.hsa.config import HSAConfig
 from heterostep.launch.cli import main
-from heterostep.launch.workers.config import GroupConfig
 from heterostep.launch.workers.group import WorkerGroup
-from heterostep.launch.workers.messages import Work
+from heterostep.launch.workers.messages import GroupConfig, Work
 from heterostep.launch.workers.process import ThisMachine
 from heterostep.launch.workers.video import make_video
 from said import errors
