@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from .denoise.work_split import Sharding, can_share, decode_shared
+from .media.audio import Audio
 from .media.quality import check_finite
-from .media.video import Audio
 from .models import Adapter
 from .request import ResolvedRequest
 

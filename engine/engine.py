@@ -27,8 +27,8 @@ from .jobs.identity import identity_of
 from .jobs.job import Finished, Job, look
 from .jobs.steps import Progress, StepEvents, Stop, dense_report, stopped
 from .loading import as_pipeline, load_pipeline, pick_device, pick_dtype
+from .media.audio import Audio
 from .media.quality import check_finite
-from .media.video import Audio
 from .models import adapter_named
 from .progress import Progress as Shown
 from .record import run_record

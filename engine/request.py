@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from .media.video import Audio
+    from .media.audio import Audio
     from .report import HSAReport
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -24,8 +24,8 @@ from filelock import FileLock, Timeout
 from ...errors import ConfigError, Damaged, JobDiffers, JobInUse
 from ...hsa.config import HSAConfig
 from ..facts import first_line
+from ..media.audio import Audio
 from ..media.files import checkpoint_name, checkpoint_steps
-from ..media.video import Audio
 from ..report import HSAReport, plain_step, step_from
 from ..request import JobConfig, ResolvedRequest, StepDone, VideoOutput
 from .checkpoint import Saved, read_saved, remove_others, write_saved

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..facts import ModelFacts
-    from ..media.video import Audio
+    from ..media.audio import Audio
     from ..request import ResolvedRequest
 
 
