@@ -39,7 +39,7 @@ def test_restarts_of_the_service_are_bounded():
 
 
 def test_the_documentation_has_the_numbers():
-    text = " ".join((Path(__file__).parents[2] / "docs" / "serving.md").read_text().split())
+    text = " ".join((Path(__file__).parents[3] / "docs" / "serving.md").read_text().split())
     assert f"or {WORDS[MAX_LOSSES]} times in all" in text
     assert f"if it loses ranks {WORDS[MAX_LOSSES]} times in all" in text
     assert f"running at {WORDS[MAX_RESTARTS]} crashes of the whole service" in text

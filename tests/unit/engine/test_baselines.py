@@ -14,7 +14,7 @@ import tiny_ltx2
 from tiny import IMAGE_KINDS, generate, tiny_pipeline
 from tiny import build as pipeline_of
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
 import pareto_report
 from baselines import (

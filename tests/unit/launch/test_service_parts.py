@@ -318,7 +318,7 @@ def test_the_dashboard_asks_for_metrics_that_there_are(tmp_path):
     metrics.watch(store, [runner])
     told = family(re.findall(r"^(heterostep_\w+)", metrics.text().decode(), re.M))
     store.close()
-    dashboard = (Path(__file__).parents[2] / "docs" / "grafana.json").read_text()
+    dashboard = (Path(__file__).parents[3] / "docs" / "grafana.json").read_text()
     targets = [target["expr"] for panel in json.loads(dashboard)["panels"] for target in panel["targets"]]
     assert family(re.findall(r"heterostep_\w+", " ".join(targets))) == told
 
