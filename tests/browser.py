@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import httpx2
+
+from waiting import until
 
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 _FLAGS = (
@@ -101,11 +102,7 @@ class Browser:
 
     def until(self, script: str, *arguments: object, timeout: float = 30) -> object:
         """Wait until a script returns something true; returns it."""
-        deadline = time.monotonic() + timeout
-        while not (value := self.run(script, *arguments)):
-            assert time.monotonic() < deadline, f"waited {timeout} s for: {script}"
-            time.sleep(0.05)
-        return value
+        return until(lambda: self.run(script, *arguments), timeout)
 
     def _find(self, selector: str) -> str:
         return self._do("/element", {"using": "css selector", "value": selector})[_ELEMENT]

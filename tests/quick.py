@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-import time
 
 import pytest
 
@@ -16,6 +15,7 @@ from heterostep.launch.service.bodies import CreateVideo
 from heterostep.launch.service.requests import Asked
 from heterostep.launch.workers.files import FILES
 from heterostep.launch.workers.messages import Outcome
+from waiting import until
 
 STEPS = 4
 SECONDS = {"decode": 0.1, "write": 0.1, "checkpoint": 0.0, "total": 1.0}
@@ -57,15 +57,8 @@ def submit(service, prompt="x"):
     return service.submit(asked, "", None)[0].id
 
 
-def wait_until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
 def finished(service, id):
-    wait_until(lambda: service.find(id, "").status not in ("queued", "in_progress"))
+    until(lambda: service.find(id, "").status not in ("queued", "in_progress"))
     return service.find(id, "")
 
 

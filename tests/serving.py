@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx2
 import pytest
 
 import forked
+from waiting import until
 
 KEYS = {"alice": "alice-0123456789abcdef", "bob": "bob-0123456789abcdef"}
 PROMPT = "a red disc moves right"
@@ -66,7 +66,7 @@ class Server:
 
     def healthy(self) -> Server:
         """Wait until a job could run."""
-        wait_until(lambda: self.http.get("/health").status_code == 200, 280)
+        until(lambda: self.http.get("/health").status_code == 200, 280)
         return self
 
     def create(self, prompt: str = PROMPT, **fields: object) -> str:
@@ -80,12 +80,12 @@ class Server:
 
     def finished(self, id: str, timeout: float = 240) -> dict:
         """Wait for the end of a video; returns it."""
-        wait_until(lambda: self.video(id)["status"] not in ("queued", "in_progress"), timeout)
+        until(lambda: self.video(id)["status"] not in ("queued", "in_progress"), timeout)
         return self.video(id)
 
     def running(self, id: str, step: int = 1, timeout: float = 200) -> None:
         """Wait until `step` steps of a video are done."""
-        wait_until(lambda: self.video(id)["step"] >= step, timeout)
+        until(lambda: self.video(id)["step"] >= step, timeout)
 
     def logged(self, event: str) -> list[dict]:
         """Records of an event."""
@@ -120,10 +120,3 @@ def alive(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
-
-
-def wait_until(condition, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout} s in vain"
-        time.sleep(0.05)

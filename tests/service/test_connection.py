@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from heterostep.launch.service import access
 from heterostep.launch.service.access import BoundedConnection
-from serving import wait_until
+from waiting import until
 
 
 class Hasty(BoundedConnection):
@@ -54,7 +54,7 @@ def address(monkeypatch):
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
-    wait_until(lambda: server.started, 10)
+    until(lambda: server.started, 10)
     yield server.servers[0].sockets[0].getsockname()
     server.should_exit = server.force_exit = True
     thread.join(10)

@@ -18,7 +18,8 @@ import httpx2
 import pytest
 from PIL import Image
 
-from serving import KEYS, PROMPT, STEPS, wait_until
+from serving import KEYS, PROMPT, STEPS
+from waiting import until
 
 ENDLESS = {"num_inference_steps": 2000, "compute": 1}
 
@@ -216,7 +217,7 @@ def test_head_ends_where_events_would_begin(server):
     head = server.http.head(f"/v1/videos/{id}/events")
     assert head.status_code == 200 and head.headers["content-type"].startswith("text/event-stream")
     assert time.monotonic() - start < 5
-    wait_until(lambda: [record for record in server.logged("request") if record["method"] == "HEAD"], 5)
+    until(lambda: [record for record in server.logged("request") if record["method"] == "HEAD"], 5)
     assert server.video(id)["status"] in ("queued", "in_progress")
     server.http.delete(f"/v1/videos/{id}")
 
@@ -279,7 +280,7 @@ def test_a_thousand_connections_do_not_stop_the_service(server):
     assert len(idle) > 400
     for connection in idle:
         connection.close()
-    wait_until(lambda: httpx2.get(f"{server.url}/ready").status_code == 200, 10)
+    until(lambda: httpx2.get(f"{server.url}/ready").status_code == 200, 10)
 
 
 def test_slow_headers_are_not_waited_for(server, dripping):

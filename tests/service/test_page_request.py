@@ -17,7 +17,8 @@ from heterostep.launch.service.bodies import CreateVideo
 from heterostep.launch.service.requests import Asked
 from heterostep.launch.service.service import VideoService
 from heterostep.launch.service.settings import ServiceSettings, limits_for
-from serving import PROMPT, wait_until
+from serving import PROMPT
+from waiting import until
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with chromedriver on this machine")
 
@@ -56,7 +57,7 @@ class Page:
             self.browser.type(f"[name={name}]", text)
         before = len(self.videos())
         self.browser.run("document.querySelector('#create').closest('form').requestSubmit()")
-        wait_until(lambda: len(self.videos()) > before, 20)
+        until(lambda: len(self.videos()) > before, 20)
         return self.service._store.get(self.videos()[0].id, "").request
 
     def videos(self):

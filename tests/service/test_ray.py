@@ -13,7 +13,8 @@ import httpx2
 import psutil
 import pytest
 
-from serving import PROMPT, STEPS, wait_until
+from serving import PROMPT, STEPS
+from waiting import until
 
 pytest.importorskip("ray", reason="the extra 'ray' is not installed")
 
@@ -36,7 +37,7 @@ class Deployment:
         self.http = httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60.0)
 
     def healthy(self):
-        wait_until(lambda: self.status("/health") == 200, 180)
+        until(lambda: self.status("/health") == 200, 180)
         return self
 
     def status(self, path):
@@ -99,16 +100,16 @@ def test_a_sync_client_that_goes_away(deployment):
         body = {"prompt": PROMPT, "num_inference_steps": 150, "compute": 1}
         deployment.http.post("/v1/videos/sync", json=body, timeout=1.5)
     id = deployment.http.get("/v1/videos").json()["data"][0]["id"]
-    wait_until(lambda: deployment.video(id)["status"] == "cancelled", 10)
+    until(lambda: deployment.video(id)["status"] == "cancelled", 10)
 
 
 @pytest.mark.parametrize(("number", "cause"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "frozen")])
 def test_a_lost_rank_is_replaced_and_the_video_has_the_bits_of_an_unbroken_one(deployment, number, cause):
     whole, broken = (deployment.create(num_inference_steps=100, compute=1, num_frames=5, seed=7) for _ in range(2))
-    wait_until(lambda: deployment.video(broken)["step"] >= 8, 120)
+    until(lambda: deployment.video(broken)["step"] >= 8, 120)
     deployment.ranks()[-1].send_signal(number)
     for id in (whole, broken):
-        wait_until(lambda id=id: deployment.video(id)["status"] == "completed", 120)
+        until(lambda id=id: deployment.video(id)["status"] == "completed", 120)
     (fault,) = deployment.video(broken)["faults"]
     assert fault["cause"] == cause and fault["step"] >= fault["saved"] >= 5
     videos = [deployment.http.get(f"/v1/videos/{id}/content").content for id in (whole, broken)]
@@ -118,12 +119,12 @@ def test_a_lost_rank_is_replaced_and_the_video_has_the_bits_of_an_unbroken_one(d
 def test_a_killed_replica_loses_nothing(deployment):
     running = deployment.create(num_inference_steps=100, compute=1, num_frames=5)
     waiting = deployment.create(num_frames=5)
-    wait_until(lambda: deployment.video(running)["step"] >= 5, 60)
+    until(lambda: deployment.video(running)["step"] >= 5, 60)
     (replica,) = deployment.replicas()
     replica.kill()
     # Ray holds back what is asked meanwhile, and starts another one.
     for id in (running, waiting):
-        wait_until(lambda id=id: deployment.video(id)["status"] == "completed", 120)
+        until(lambda id=id: deployment.video(id)["status"] == "completed", 120)
     assert [fault["cause"] for fault in deployment.video(running)["faults"]] == ["restart"]
     assert deployment.video(waiting)["faults"] == []
     assert [process.pid for process in deployment.replicas()] != [replica.pid]

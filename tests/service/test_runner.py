@@ -19,7 +19,8 @@ from heterostep.launch.service.runner import Runner, Task
 from heterostep.launch.service.settings import ServiceSettings
 from heterostep.launch.workers.files import FILES
 from heterostep.launch.workers.messages import Outcome
-from serving import alive, wait_until
+from serving import alive
+from waiting import until
 
 FROZEN = 5.0
 
@@ -57,7 +58,7 @@ def until_ready(runner):
         runner.tend()
         return runner.ready
 
-    wait_until(ready, 90)
+    until(ready, 90)
 
 
 def test_from_a_task_to_files(runner, task):
@@ -139,7 +140,7 @@ def test_killed_while_idle(runner):
     until_ready(runner)
     (old,) = runner.pids
     os.kill(old, signal.SIGKILL)
-    wait_until(lambda: not runner.ready, 5)
+    until(lambda: not runner.ready, 5)
     until_ready(runner)
     assert runner.pids != [old]
 
@@ -175,7 +176,7 @@ def test_a_worker_outlives_its_service_by_no_moment(tmp_path):
     assert alive(worker)
     service.kill()
     service.wait()
-    wait_until(lambda: not alive(worker), 5)
+    until(lambda: not alive(worker), 5)
 
 
 def test_an_unusable_model_says_why(tmp_path):
@@ -186,7 +187,7 @@ def test_an_unusable_model_says_why(tmp_path):
             runner.tend()
             return runner.hopeless
 
-        wait_until(given_up, 60)
+        until(given_up, 60)
         assert "neither 'demo'" in runner.trouble and not runner.ready
     finally:
         runner.close()

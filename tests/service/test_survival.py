@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from serving import PROMPT, alive, wait_until
+from serving import PROMPT, alive
+from waiting import until
 
 LONG = {"num_inference_steps": 100, "compute": 1, "num_frames": 5}
 
@@ -30,7 +31,7 @@ def test_kill_everything_with_five_queued_and_one_running(start):
     workers = first.workers()
     assert len(workers) == 1
     first.kill_everything()
-    wait_until(lambda: not any(map(alive, workers)), 5)
+    until(lambda: not any(map(alive, workers)), 5)
 
     second = start()
     # Everything is there before any model is.
@@ -94,7 +95,7 @@ def test_a_dead_worker_is_replaced_and_its_job_made(start):
     server.running(id, 8)
     (worker,) = server.workers()
     os.kill(worker, signal.SIGKILL)
-    wait_until(lambda: server.http.get("/health").status_code == 503, 5)
+    until(lambda: server.http.get("/health").status_code == 503, 5)
     assert server.http.get("/ready").status_code == 200  # jobs are taken meanwhile
     video = server.finished(id)
     assert video["status"] == "completed"
@@ -107,10 +108,10 @@ def test_a_job_that_kills_its_worker_is_given_up(start):
     server = start().healthy()
     id = server.create(num_inference_steps=100, compute=1, num_frames=33)
     for _ in range(2):  # each time as soon as it begins, before anything new is saved
-        wait_until(lambda: server.video(id)["stage"] == "denoising", 120)
+        until(lambda: server.video(id)["stage"] == "denoising", 120)
         (worker,) = server.workers()
         os.kill(worker, signal.SIGKILL)
-        wait_until(lambda pid=worker: not alive(pid) and server.video(id)["status"] != "in_progress", 10)
+        until(lambda pid=worker: not alive(pid) and server.video(id)["status"] != "in_progress", 10)
     video = server.video(id)
     assert video["status"] == "failed" and len(video["faults"]) == 2
     assert video["error"]["code"] == "runner_lost" and "given up after 2 attempts" in video["error"]["message"]

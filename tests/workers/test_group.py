@@ -28,6 +28,7 @@ from heterostep.launch.workers.messages import GroupConfig, Work
 from heterostep.launch.workers.process import ThisMachine
 from heterostep.launch.workers.video import make_video
 from said import errors
+from waiting import until
 
 ENGINE = EngineConfig(model="demo", device="cpu", dtype="float32", hsa=HSAConfig(compute=0.5, policy="tokens"))
 REQUEST = GenerateRequest(prompt="a red disc moves right", seed=7, num_frames=5, num_inference_steps=16)
@@ -253,12 +254,6 @@ def test_the_service_drives_a_group(where, shared, tmp_path):
     service = VideoService(settings, functools.partial(Runner, on_ray=where == "ray", frozen_after=FROZEN))
     (runner,) = service._dispatcher.runners
     service.start()
-
-    def until(condition, seconds=120):
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
 
     def submit(**fields):
         body = CreateVideo(prompt="a red disc moves right", seed=7, num_frames=5, **fields)

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import threading
-import time
 import warnings
 
 import numpy as np
@@ -27,6 +26,7 @@ from heterostep.engine.request import allocation, resolve
 from heterostep.errors import Cancelled
 from heterostep.launch.cli import main
 from tiny import TEXT_WIDTH
+from waiting import until
 
 PROMPT = "a red disc moves right"
 SMALL = {"prompt": PROMPT, "negative_prompt": "blurry", "width": 64, "height": 48, "num_frames": 9, "seed": 3}
@@ -166,9 +166,7 @@ def test_a_stream_may_be_collected_by_its_own_worker(engine, monkeypatch):
         assert isinstance(next(stream), Started)
         started.set()
         assert closed.wait(60)
-    deadline = time.monotonic() + 60
-    while engine._busy.locked() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: not engine._busy.locked(), 60)
     assert engine.generate(request()).frames.shape[0] == 9
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 
 import pytest
 
@@ -21,6 +20,7 @@ from heterostep.launch.service.store import JobStore
 from heterostep.launch.workers import video
 from heterostep.launch.workers.files import FILES
 from heterostep.launch.workers.messages import Outcome
+from waiting import until
 
 REQUEST = resolve(GenerateRequest(prompt="x", num_inference_steps=20, compute=0.5), read_facts("demo"))
 
@@ -71,10 +71,8 @@ def ended(tmp_path):
         store.create(id="a", owner="", model="demo", request=REQUEST, max_queue=9)
         service = Dispatcher(settings, "demo", store, [runner], counted)
         service.start()
-        deadline = time.monotonic() + 20
-        while (job := store.get("a", "")).status in ("queued", "in_progress"):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: store.get("a", "").status not in ("queued", "in_progress"))
+        job = store.get("a", "")
         service.stop()
         text = counted.text().decode()
         assert not (settings.state / "a").exists()
@@ -128,10 +126,8 @@ def test_a_job_removed_at_the_last_moment_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(dispatcher, "complete", complete)
     service = Dispatcher(settings, "demo", store, [Scripted(20)], Metrics())
     service.start()
-    deadline = time.monotonic() + 20  # far below the time between two sweeps
-    while store.known() or list(settings.results.iterdir()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    # Far below the time between two sweeps.
+    until(lambda: not (store.known() or list(settings.results.iterdir())), 20)
     service.stop()
     assert list(settings.state.iterdir()) == []
     store.close()

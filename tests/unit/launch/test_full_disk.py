@@ -18,7 +18,8 @@ from heterostep.launch.service.database import Database
 from heterostep.launch.service.logs import LOGGER
 from heterostep.launch.service.service import VideoService
 from heterostep.launch.service.settings import ServiceSettings
-from quick import STEPS, Quick, answers, finished, full_database, submit, wait_until
+from quick import STEPS, Quick, answers, finished, full_database, submit
+from waiting import until
 
 
 @pytest.fixture
@@ -53,10 +54,10 @@ def test_a_full_disk_costs_neither_the_job_nor_its_worker(tmp_path, disk, caplog
     service.start()
     id, later = submit(service), submit(service)
     runner.gate.release()
-    wait_until(lambda: service.find(id, "").step == 1)
+    until(lambda: service.find(id, "").step == 1)
     disk.set()
     runner.gate.release(STEPS)
-    wait_until(lambda: service.trouble is not None)
+    until(lambda: service.trouble is not None)
     requests = [("GET", path, {}) for path in ("/health", "/ready", "/metrics", "/v1/videos", f"/v1/videos/{id}")]
     requests += [("POST", "/v1/videos", {"json": {"prompt": "x"}})] * 3
     health, ready, metrics, videos, video, *created = answers(service, *requests)
@@ -76,7 +77,7 @@ def test_a_full_disk_costs_neither_the_job_nor_its_worker(tmp_path, disk, caplog
         done = finished(service, job)
         assert done.status == "completed" and done.faults == []
     assert not runner.abandoned and service._store.get(id, "").attempt == 1
-    wait_until(lambda: answers(service, ("GET", "/ready", {}))[0].status_code == 200)
+    until(lambda: answers(service, ("GET", "/ready", {}))[0].status_code == 200)
     service.stop()
     events = [record.getMessage() for record in caplog.records]
     # Twice where a write that had failed before was told of when another had succeeded already.
@@ -89,7 +90,7 @@ def test_a_service_that_stops_while_the_disk_is_full_ends(tmp_path, disk):
     service._dispatcher.runners[0].gate = gate = threading.Semaphore(0)
     service.start()
     id = submit(service)
-    wait_until(lambda: service.find(id, "").status == "in_progress")
+    until(lambda: service.find(id, "").status == "in_progress")
     disk.set()
     gate.release(STEPS)
     time.sleep(0.2)
