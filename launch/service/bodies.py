@@ -97,10 +97,12 @@ class CreateVideo(_Asked):  # type: ignore[valid-type, misc]
     )
     model: str | None = Field(None, description="The model that this service runs.", examples=["demo"])
     seconds: str | float | None = Field(
-        None, description="Length in seconds, rounded to the nearest number of frames that the model can make."
+        None, description="Length, in place of `num_frames`; rounded to what the model can make."
     )
     size: str | None = Field(
-        None, pattern=r"^[0-9]{1,5}x[0-9]{1,5}$", description="Width x height in pixels, in place of the two fields."
+        None,
+        pattern=r"^[0-9]{1,5}x[0-9]{1,5}$",
+        description="Width x height in pixels, in place of `width` and `height`.",
     )
     input_reference: Any = Field(
         None, description="An image to start from, for models that take one: a PNG, JPEG or WebP file in a form."

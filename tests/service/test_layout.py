@@ -190,6 +190,6 @@ def test_the_description_fits_a_phone(page, server, width):
     assert set(heights) == {1}
     text = page.text("#operations")
     assert "`" not in text and "1 to 255 characters" in text and "below 2^63" in text
-    assert "seconds" in page.run("return [...document.querySelectorAll('td code')].map((c) => c.innerText)")
+    assert "num_frames" in page.run("return [...document.querySelectorAll('td code')].map((c) => c.innerText)")
     left = page.run("return [...document.querySelectorAll('header > *')].map((e) => e.getBoundingClientRect().left)")
     assert min(left) == left[0] and page.text("header").count("\n") < 8
