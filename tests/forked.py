@@ -26,7 +26,7 @@ _PRELOADED = (
     "heterostep.launch.generate",
     "heterostep.launch.serve",
     "heterostep.launch.workers.rank",
-    "heterostep.launch.workers.files",
+    "heterostep.launch.workers.render",
     "heterostep.engine.media.heatmap",
     "heterostep.engine.media.video",
     "diffusers.pipelines.wan.pipeline_wan",

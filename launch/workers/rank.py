@@ -198,7 +198,7 @@ class Rank:
         if not work.files:
             record = run_record(engine, output)
             return Outcome(output=output, record=record, seconds=output.seconds, imbalances=imbalances)
-        from .files import write_files
+        from .render import write_files
 
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="heterostep-result-") as folder:
@@ -311,6 +311,6 @@ def _picture(preview: Preview | None) -> bytes | None:
     picture = preview.take() if preview is not None else None
     if picture is None:
         return None
-    from .files import webp
+    from .render import webp
 
     return webp(picture, _PREVIEW_SIDE, _PREVIEW_QUALITY)
