@@ -109,14 +109,9 @@ class JobStore:
         """
         self._db.condition.check()
         with self._db.writing():
-            if idempotency_key is not None:
-                rows = self._db.select("owner = ? AND idempotency_key = ? AND NOT deleted", (owner, idempotency_key))
-                if rows and rows[0].fingerprint != fingerprint:
-                    raise KeyReused(
-                        "this Idempotency-Key was used for another request; use a new key for a new request"
-                    )
-                if rows:
-                    return rows[0], False
+            earlier = self._earlier(owner, idempotency_key, fingerprint)
+            if earlier is not None:
+                return earlier, False
             waiting = self._db.execute("SELECT count(*) FROM jobs WHERE status = 'queued'").fetchone()[0]
             if waiting >= max_queue:
                 raise QueueFull(
@@ -131,6 +126,15 @@ class JobStore:
             if image is not None:
                 self._db.execute("INSERT INTO images VALUES (?, ?)", (id, image))
             return self._db.select("id = ?", (id,))[0], True
+
+    def _earlier(self, owner: str, idempotency_key: str | None, fingerprint: str | None) -> Job | None:
+        """The job that an Idempotency-Key made before."""
+        if idempotency_key is None:
+            return None
+        rows = self._db.select("owner = ? AND idempotency_key = ? AND NOT deleted", (owner, idempotency_key))
+        if rows and rows[0].fingerprint != fingerprint:
+            raise KeyReused("this Idempotency-Key was used for another request; use a new key for a new request")
+        return rows[0] if rows else None
 
     def get(self, id: str, owner: str) -> Job | None:
         """Return a job of an owner; None if there is none, or it is another's."""
