@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -99,9 +100,15 @@ class OutputFiles:
 
     def _remember(self) -> None:
         """Note in the job's folder what it has written."""
-        if self._folder is not None and self._folder.is_dir():
-            stamps = {_key(path): _stamp(path) for path in self.paths.values() if path.exists()}
+        if self._folder is None or not self._folder.is_dir():
+            return
+        stamps = {_key(path): _stamp(path) for path in self.paths.values() if path.exists()}
+        try:
             write_json(self._folder / _OWN, {**_own_files(self._folder), **stamps})
+        except OSError as error:  # the files themselves are there
+            logging.getLogger("heterostep").warning(
+                "heterostep: the job folder could not note which files are its own (%s)", error.strerror
+            )
 
 
 def elsewhere(sentences: list[str], job_folder: Path | None) -> OutputElsewhere:

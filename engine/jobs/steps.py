@@ -102,7 +102,8 @@ class StepEvents:
         now = self._clock()
         # Looked at once: a step that is not saved does not end the run.
         self.stopping = stopping = self._vote(self._stop.asked)
-        self._stop.save = self._stop.save or (stopping and self._vote(self._stop.save))
+        if stopping:  # on all ranks or on none, so that each votes as often as the others
+            self._stop.save = self._vote(self._stop.save)
         self.done = max(self.done, step + 1)
         passed = self._session.passed(step, **tensors) if self._every and self._session is not None else None
         if passed is None:

@@ -64,6 +64,16 @@ def test_a_job_may_replace_its_own_files_only(command, tmp_path):
     assert status == 2 and "r.json already exists" in err and (tmp_path / "r.json").read_text() == "{}"
 
 
+def test_a_full_job_folder_hides_nothing_of_the_files(command, tmp_path, monkeypatch, caplog):
+    def full(path, record):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("heterostep.launch.outputs.write_json", full)
+    status, out, _ = command("--job-dir", "job")
+    assert status == 0 and "video.mp4" in out and (tmp_path / "video.mp4").stat().st_size > 0
+    assert "could not note which files are its own (No space left" in caplog.text
+
+
 @pytest.mark.parametrize("job", [(), ("--job-dir", "job")])
 def test_a_video_that_cannot_be_written_lies_elsewhere(command, tmp_path, monkeypatch, job):
     replace = os.replace
