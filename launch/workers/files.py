@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -78,10 +77,15 @@ class Copier:
 
     def __init__(self, files: Mapping[str, bytes], report: Callable[[Progress], None]) -> None:
         """Begin with the job's files."""
-        self.folder = Path(tempfile.mkdtemp(prefix="heterostep-job-"))
+        self._kept = tempfile.TemporaryDirectory(prefix="heterostep-job-", ignore_cleanup_errors=True)
+        self.folder = Path(self._kept.name)
         self._report, self._known = report, set(files)
         self._newest: int | None = None
-        write_copies(self.folder, files, ())
+        try:
+            write_copies(self.folder, files, ())
+        except BaseException:
+            self._kept.cleanup()
+            raise
 
     def copy(self) -> None:
         """Send what is new since the last time, if a step was saved."""
@@ -92,8 +96,10 @@ class Copier:
 
     def close(self) -> None:
         """Send the rest, and remove the folder."""
-        self._send()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            self._send()
+        finally:
+            self._kept.cleanup()
 
     def _send(self) -> None:
         copies = read_copies(self.folder, self._known)

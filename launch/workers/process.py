@@ -168,7 +168,9 @@ def _read_stderr(stream: IO[bytes], show: Callable[[str], None]) -> None:
     for line in stream:
         text = line.decode("utf-8", "replace").rstrip()
         if text:
-            show(text)
+            # A full disk or a closed terminal must not end this thread: a process that nobody reads stands still.
+            with contextlib.suppress(OSError, ValueError):
+                show(text)
 
 
 def _print(seat: int | None, line: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import sys
+import tempfile
 import threading
 import time
 
@@ -14,9 +16,10 @@ from heterostep.engine.request import GenerateRequest, JobConfig
 from heterostep.errors import ConfigError, JobDiffers, JobInUse
 from heterostep.launch.degrees import refit
 from heterostep.launch.workers import rank
-from heterostep.launch.workers.files import read_copies, write_copies
+from heterostep.launch.workers.files import Copier, read_copies, write_copies
 from heterostep.launch.workers.loop import Outbox, WorkerLoop
 from heterostep.launch.workers.messages import Identity
+from heterostep.launch.workers.process import _read_stderr
 from heterostep.launch.workers.rank import resume_job
 from heterostep.parallel.config import ParallelConfig
 
@@ -52,6 +55,35 @@ def test_only_files_of_a_job_are_written(tmp_path, name):
     with pytest.raises(ValueError, match="not a file of a job"):
         write_copies(tmp_path / "job", {name: b""}, ())
     assert names(tmp_path / "job") == []
+
+
+def test_a_folder_for_copies_never_outlives_its_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(ValueError, match="not a file of a job"):
+        Copier({"mine.txt": b""}, print)
+    assert names(tmp_path) == []
+
+    def gone(progress):
+        raise OSError("the driver is gone")
+
+    copier = Copier({"progress.jsonl": b""}, gone)
+    assert copier.folder.parent == tmp_path and names(copier.folder) == ["progress.jsonl"]
+    with pytest.raises(OSError, match="the driver is gone"):
+        copier.close()
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [OSError("the disk is full"), ValueError("stderr is closed")])
+def test_lines_of_a_worker_are_read_also_where_they_cannot_be_shown(error):
+    shown = []
+
+    def show(line):
+        shown.append(line)
+        if len(shown) < 3:
+            raise error
+
+    _read_stderr(io.BytesIO(b"one\n\ntwo\nthree\n"), show)
+    assert shown == ["one", "two", "three"]
 
 
 def test_what_a_worker_says_is_heard_once_and_at_once():
