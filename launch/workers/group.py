@@ -130,7 +130,7 @@ class WorkerGroup:
             work: what comes next, if that is known.
 
         Raises:
-            ConfigError: every rank refuses the settings or the model.
+            ConfigError: a rank refuses the settings or the model.
             RankLost: the group cannot be completed.
             GroupClosed: by `close`.
         """
@@ -272,10 +272,11 @@ class WorkerGroup:
             calls.append((place, self.config, self._engine, work))
         joined = self._order("join", calls, frozen_after=_LOADING_SECONDS)
         joined.end()
+        refusal = joined.refusal()
+        if refusal is not None:  # comes first: the others fail because they waited for the rank that refused
+            self._settle(joined)
+            raise ConfigError(refusal)
         self._raise(joined)
-        refused = {outcome.message for outcome in joined.outcomes.values() if outcome.ended == "refused"}
-        if refused:
-            raise ConfigError("; ".join(sorted(refused)))
         self._on_gpus = any(outcome.device.startswith("cuda") for outcome in joined.outcomes.values())
         if len(nodes) < self.config.size:
             log = logging.getLogger("heterostep")
@@ -317,10 +318,12 @@ class WorkerGroup:
         if same and failed[0].cause == "error":
             self._complete = False  # each of them has left its groups; they meet again
             raise RequestError(failed[0].message)
+        leading = watch.outcomes.get(0, Outcome(ended="lost"))
+        refusal = leading.message if leading.ended == "refused" else watch.root() and watch.refusal()
+        if refusal:
+            self._settle(watch)
+            raise RequestError(refusal)
         self._raise(watch)
-        leading = watch.outcomes[0]
-        if leading.ended == "refused":
-            raise RequestError(leading.message)
         if leading.ended == "stopped":
             raise Interrupted(leading.message, leading.saved)
         if leading.ended == "cancelled":

@@ -140,8 +140,8 @@ class Outcome:
     """How a rank ended its part of an order.
 
     Attributes:
-        ended: "done"; "refused": a foreseen error, the same on all ranks; "cancelled" or "stopped": by a stop request;
-            "failed".
+        ended: "done"; "refused": a foreseen error, mostly the same on all ranks; "cancelled" or "stopped": by a
+            stop request; "failed".
         message: of an error, in one sentence.
         cause: of a failure, one of CAUSES or PEER.
         saved: of a job that was stopped, how many steps need not be done again.

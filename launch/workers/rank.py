@@ -99,8 +99,9 @@ class Rank:
             outcome: Outcome = getattr(self, what)(*arguments)
         except Exception as error:
             outcome = self._failed(error)
-        if outcome.ended == "failed":  # now that the exception is gone, which held tensors and groups
-            self._leave()
+        # Others may wait in the groups. A request that every rank refuses alike leaves them usable.
+        if outcome.ended == "failed" or (outcome.ended == "refused" and what == "join"):
+            self._leave()  # now that the exception is gone, which held tensors and groups
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return outcome

@@ -52,7 +52,7 @@ def make_video(
         loss.
 
     Raises:
-        ConfigError: every rank refuses the settings or the model.
+        ConfigError: a rank refuses the settings or the model.
         RequestError: the request cannot be served, or fails alike on every rank.
         Cancelled: after a stop request.
         RankFailure: too many losses.

@@ -161,6 +161,13 @@ class Watch:
         cause, text = min(found, key=lambda pair: order.index(pair[0]))
         return RankLost(cause if cause in CAUSES else "error", text)
 
+    def refusal(self) -> str | None:
+        """Why ranks refused the order, in one sentence; None if none did. A rank that refuses alone is named."""
+        refused = {rank: outcome.message for rank, outcome in self.outcomes.items() if outcome.ended == "refused"}
+        if len(refused) == len(self._workers):
+            return "; ".join(sorted(set(refused.values())))
+        return "; ".join(f"rank {rank}: {message}" for rank, message in sorted(refused.items())) or None
+
     def _busy(self) -> list[int]:
         return [rank for rank, one in enumerate(self._workers) if rank not in self.lost and one.outcome is None]
 
@@ -173,8 +180,8 @@ class Watch:
             return
         if rank == 0:
             yield from news
-        if worker.outcome is not None and worker.outcome.ended == "failed":
-            self._hurry()
+        if worker.outcome is not None and worker.outcome.ended in ("failed", "refused"):
+            self._hurry()  # where a rank refuses alone, the others would wait for it
         elif worker.outcome is None and worker.silent > self._frozen_after:
             self._lose(rank, "frozen", f"{name} was silent for {worker.silent:.0f} s")
             # At once: its peers wait for it, and are set free by its end.

@@ -159,3 +159,15 @@ def test_an_engine_that_cannot_lead_does_not(tiny_model):
     engine.pipeline.text_encoder = None
     with pytest.raises(ConfigError, match="no text encoder"):
         engine.regroup(None)
+
+
+@pytest.mark.parametrize(("what", "left"), [("join", 1), ("make", 0)])
+def test_a_rank_that_refuses_to_join_lets_the_others_go(monkeypatch, what, left):
+    def refuse(self, *arguments):
+        raise ConfigError("no model")
+
+    leaves = []
+    monkeypatch.setattr(rank.Rank, what, refuse)
+    monkeypatch.setattr(rank.Rank, "_leave", lambda self: leaves.append(self))
+    outcome = rank.Rank(print, lambda: None).do(what)
+    assert (outcome.ended, outcome.message, len(leaves)) == ("refused", "no model", left)

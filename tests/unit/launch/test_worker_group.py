@@ -1,0 +1,132 @@
+"""The driver of a worker group, with workers that only pretend: refusals, standbys, late processes."""
+
+from __future__ import annotations
+
+import pytest
+
+from heterostep.engine.request import EngineConfig, GenerateRequest
+from heterostep.errors import ConfigError, RankLost, RequestError
+from heterostep.launch.workers import watch
+from heterostep.launch.workers.group import WorkerGroup
+from heterostep.launch.workers.messages import PEER, GroupConfig, Identity, Order, Outcome, Report, Work
+from heterostep.launch.workers.watch import Worker
+
+WORK = Work(request=GenerateRequest(prompt="x"))
+WAITS = "waits for the others"
+
+
+class Pretender(Worker):
+    """Answers orders at once, as `answers` say: by order, what each rank answers, "done" if nothing is said."""
+
+    def __init__(self, seat, answers):
+        super().__init__(seat)
+        self.answers, self.pid = answers, 100 + (seat or 0)
+        self.messages, self.orders, self.death, self.killed = [Identity(pid=self.pid)], [], None, False
+
+    def post(self, message):
+        if not isinstance(message, Order):
+            return
+        self.orders.append(message.what)
+        answer = self.answers.get(message.what, {}).get(self.seat, Outcome())
+        if answer != WAITS:
+            self.messages.append(Report(message.number, answer))
+
+    def receive(self):
+        messages, self.messages = self.messages, []
+        if self.death is not None and not messages:
+            raise RankLost("died", self.death)
+        return messages or ([] if self.killed else [None])
+
+    def kill(self, others=()):
+        self.killed = True
+
+
+class Pretended:
+    """A machine with such workers; `late` seats start only when they are let."""
+
+    complete = True
+
+    def __init__(self, answers):
+        self.answers, self.started, self.late = answers, [], set()
+
+    def reserve(self, config, attend):
+        attend()
+
+    def start(self, seat):
+        worker = Pretender(seat, self.answers)
+        if seat in self.late:
+            worker.messages.clear()
+        self.started.append(worker)
+        return worker
+
+    def wait(self, workers, seconds):
+        pass
+
+    def near(self, identity):
+        return True
+
+    def rank_key(self, worker):
+        return worker.seat
+
+    def gpu(self, seat):
+        return None
+
+    def release(self):
+        pass
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    monkeypatch.setattr(watch, "_GRACE_SECONDS", 0.05)
+    return {}
+
+
+def group_of(answers, size=4, **settings):
+    machines = Pretended(answers)
+    return WorkerGroup(GroupConfig(size=size, **settings), EngineConfig(model="demo"), machines), machines
+
+
+def run(group):
+    for _ in group.run(WORK):
+        pass
+
+
+PEERS = Outcome(ended="failed", cause=PEER, message="DistError: connection closed by peer")
+
+
+@pytest.mark.parametrize("others", [WAITS, PEERS], ids=["wait", "fail"])
+def test_what_one_rank_alone_refuses_is_said_at_once(answers, others):
+    missing = Outcome(ended="refused", message="no model at 'there'")
+    answers["join"] = {0: others, 1: others, 2: missing, 3: others}
+    group, machines = group_of(answers)
+    with pytest.raises(ConfigError, match=r"^rank 2: no model at 'there'$"):
+        group.recover()
+    assert len(machines.started) == 4 and not group.ready  # it is not tried again
+    answers["join"] = dict.fromkeys(range(4), missing)
+    group.close()
+    with pytest.raises(ConfigError, match=r"^no model at 'there'$"):
+        group_of(answers)[0].recover()
+
+
+@pytest.mark.parametrize("others", [WAITS, PEERS], ids=["wait", "fail"])
+@pytest.mark.parametrize(("rank", "says"), [(0, "^too long$"), (1, "^rank 1: too long$")])
+def test_what_one_rank_alone_refuses_ends_the_request(answers, others, rank, says):
+    answers["make"] = dict.fromkeys(range(4), others) | {rank: Outcome(ended="refused", message="too long")}
+    group, machines = group_of(answers)
+    group.recover()
+    with pytest.raises(RequestError, match=says):
+        run(group)
+    assert not group.ready
+    answers["make"] = {}
+    group.recover()
+    run(group)
+    assert group.ready and group.size == 4 and len(machines.started) == (7 if others == WAITS else 4)
+
+
+def test_what_all_ranks_refuse_leaves_them_together(answers):
+    answers["make"] = dict.fromkeys(range(4), Outcome(ended="refused", message="too long"))
+    group, _ = group_of(answers)
+    group.recover()
+    with pytest.raises(RequestError, match=r"^too long$"):
+        run(group)
+    assert group.ready and group.rendezvous == 1
