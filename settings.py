@@ -154,8 +154,7 @@ def check(config: Any, error: type[HeterostepError] = ConfigError) -> None:
     for item in settings_of(type(config)):
         value = getattr(config, item.name)
         if not item.allows(value):
-            deduced = ", or None to have it deduced" if item.optional else ""
-            raise error(f"{item.name} must be {item.rule}{deduced}, not {value!r:.80}")
+            raise error(f"{item.name} must be {item.rule}, not {value!r:.80}")
         if item.kind == "float" and value is not None:
             object.__setattr__(config, item.name, float(value))
 

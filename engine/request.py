@@ -127,7 +127,7 @@ class GenerateRequest:
 
     prompt: str = setting(metavar="TEXT", help="what the video shows")
     negative_prompt: str = setting(
-        "", metavar="TEXT", help="what the video should not show; needs a guidance scale above 1"
+        "", metavar="TEXT", help="what the video should not show; used with a guidance scale above 1"
     )
     width: int | None = setting(
         None, least=1, most=MAX_SIDE, flag="", unit="pixels", help="pixels, a multiple of the model's step"

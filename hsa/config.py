@@ -53,7 +53,8 @@ class HSAConfig:
         "(with --solver euler) follows the exact solution of the flow",
     )
     correct: bool | None = setting(
-        None, help="correct each forecast afterwards with the next evaluation; needs a policy of whole steps"
+        None,
+        help="correct each forecast afterwards with the next evaluation; deduced for Euler and whole steps",
     )
     kv_forecast: float | None = setting(
         None, least=0, most=1, help="damping of the linear forecast of stale keys and values; 0 is off"

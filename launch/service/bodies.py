@@ -298,7 +298,8 @@ def add_error_answers(app: FastAPI, retry_after: Callable[[], int]) -> None:
     @app.exception_handler(RequestValidationError)
     async def validation(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        name = str(first["loc"][-1])
+        # The last name: of a list's item the index comes after it.
+        name = next((part for part in reversed(first["loc"]) if isinstance(part, str)), "body")
         return error_answer(400, f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}", param=name)
 
     @app.exception_handler(RequestError)

@@ -43,6 +43,18 @@ def damage(name: str, reason: object) -> str:
     return f"the job store {name!r} is damaged ({short}); {_HELP}"
 
 
+_RESTART = "restart it: finished videos are then found again in results/"
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file a path names; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 class Condition:
     """Of one data directory, as one process sees it.
 
@@ -57,6 +69,7 @@ class Condition:
         self._since = 0.0
         self.trouble: str | None = None
         self.damaged = False
+        self._file: tuple[int, int] | None = None
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -68,8 +81,22 @@ class Condition:
         except (sqlite3.Error, UnicodeDecodeError) as error:
             raise StoreUnavailable(self.failed(error)) from error
 
+    def opened(self) -> None:
+        """Take note of which file was opened: what is written to a removed one is lost with its last process."""
+        self._file = _identity(self._store)
+
+    def _look(self) -> None:
+        """See whether the file is still the one that was opened."""
+        if self.damaged or self._file is None or _identity(self._store) == self._file:
+            return
+        sentence = f"the job store {self._store.name!r} was removed or replaced while the service ran; {_RESTART}"
+        with self._lock:
+            self._since, self.trouble, self.damaged = time.monotonic(), sentence, True
+        say("store unavailable", logging.ERROR, reason=sentence)
+
     def check(self) -> None:
         """Raise StoreUnavailable while there is trouble: what cannot be kept must not be begun."""
+        self._look()
         if self.trouble is not None:
             raise StoreUnavailable(self.trouble)
 
@@ -95,6 +122,7 @@ class Condition:
         Args:
             write: writes to the store; raises StoreUnavailable.
         """
+        self._look()
         if self.damaged:
             return
         if self.trouble is None:

@@ -100,6 +100,7 @@ class Database:
             if found > SCHEMA:
                 raise ConfigError(f"{str(path)!r} was written by a newer version of heterostep; use that version")
             undo.pop_all()
+        self.condition.opened()
 
     def _check(self, path: Path) -> None:
         pragma = "integrity_check" if path.stat().st_size < _LARGE else "quick_check"

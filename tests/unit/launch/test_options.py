@@ -80,7 +80,7 @@ def test_a_flag_and_a_field_break_the_same_rule_in_the_same_words(flags, says):
     [
         ({"count": True}, "count must be a whole number from 1 to 9, not True"),
         ({"count": None}, "count must be a whole number from 1 to 9, not None"),
-        ({"share": "1"}, "share must be a finite number above 0, or None to have it deduced, not '1'"),
+        ({"share": "1"}, "share must be a finite number above 0, not '1'"),
         ({"name": 1}, "name must be one of a, b, not 1"),
         ({"fast": 1}, "fast must be True or False, not 1"),
     ],

@@ -304,3 +304,19 @@ def test_a_file_that_is_gone_is_said_to_be(data, caplog):
     answer, shown = answers(service, *get)
     assert answer.status_code == 200 and shown.json()["error"] is None
     service.close()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_store_that_is_removed_while_the_service_runs_takes_no_more_jobs(tmp_path, replaced):
+    """Rows that go into a removed file are lost with the last process that has it open."""
+    path = tmp_path / "jobs.sqlite3"
+    database = Database(path)
+    database.condition.check()
+    for file in tmp_path.iterdir():
+        file.unlink()
+    if replaced:
+        path.write_bytes(b"another")
+    with pytest.raises(StoreUnavailable, match="was removed or replaced while the service ran; restart it"):
+        database.condition.check()
+    assert database.condition.damaged
+    database.close()
