@@ -25,7 +25,7 @@ from ...errors import ConfigError, Damaged, JobDiffers, JobInUse
 from ...hsa.config import HSAConfig
 from ..facts import first_line
 from ..media.audio import Audio
-from ..media.files import checkpoint_name, checkpoint_steps
+from ..media.files import RESULT_NAME, checkpoint_name, checkpoint_steps, has_result
 from ..report import HSAReport, plain_step, step_from
 from ..request import JobConfig, ResolvedRequest, StepDone, VideoOutput
 from .checkpoint import Saved, read_saved, remove_others, write_saved
@@ -33,7 +33,6 @@ from .identity import differences
 
 KEPT = 2
 """Checkpoints that are kept: the newest, and one to fall back to."""
-_RESULT = "result"
 
 
 class Finished(NamedTuple):
@@ -106,9 +105,9 @@ class Job:
         Raises:
             ConfigError: it is the result of another job.
         """
-        if self._anew or not (self.folder / f"{_RESULT}.json").exists():
+        if self._anew or not has_result(self.folder):
             return None
-        saved = self._read(_RESULT, "result")
+        saved = self._read(RESULT_NAME, "result")
         if saved is None:
             return None
         self._check(saved)
@@ -188,8 +187,8 @@ class Job:
         steps = output.request.num_inference_steps
         saved = Saved(kind="result", step=steps, sigma=0.0, job=self._identity, content=content)
         try:
-            write_saved(self.folder, _RESULT, saved)
-            remove_others(self.folder, [_RESULT])
+            write_saved(self.folder, RESULT_NAME, saved)
+            remove_others(self.folder, [RESULT_NAME])
         except OSError as error:
             _warn("the result could not be kept in the job folder (%s)", _reason(error))
 

@@ -140,15 +140,25 @@ def write_durably(path: str | os.PathLike[str], content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(Path(path).parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a file system that has nothing to bring to disk
-                raise
-        finally:
-            os.close(folder)
+    flush_to_disk(Path(path).parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk: a power failure does not undo it.
+
+    Raises:
+        OSError: such as a failing disk.
+    """
+    if os.name != "posix" and path.is_dir():  # there a folder cannot be opened
+        return
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has nothing to bring to disk
+            raise
+    finally:
+        os.close(file)
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
@@ -156,6 +166,15 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
     text = json.dumps(content, indent=1, allow_nan=False)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+RESULT_NAME = "result"
+"""Name of the finished video that a job's folder holds."""
+
+
+def has_result(folder: Path) -> bool:
+    """Whether a job's folder holds the finished video, by the names in it."""
+    return (folder / f"{RESULT_NAME}.json").is_file()
 
 
 def checkpoint_name(step: int) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ...engine.media.files import checkpoint_steps, no_room
+from ...engine.media.files import RESULT_NAME, checkpoint_steps, has_result, no_room
 from ...engine.request import Event
 from ...errors import RankFailure, RankLost
 from .files import read_copies, write_copies
@@ -96,5 +97,12 @@ def run_once(group: WorkerGroup, work: Work, folder: Path | None) -> Generator[E
 
 
 def saved_step(folder: Path | None) -> int:
-    """How many steps of an unfinished job need not be done again, by the names in its folder."""
-    return next(iter(checkpoint_steps(folder)), 0) if folder is not None and folder.is_dir() else 0
+    """How many steps of an unfinished job need not be done again; all of them, where its folder holds the video."""
+    if folder is None or not folder.is_dir():
+        return 0
+    if has_result(folder):  # there are no checkpoints any more
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+            step = json.loads((folder / f"{RESULT_NAME}.json").read_bytes())["step"]
+            if isinstance(step, int):
+                return step
+    return next(iter(checkpoint_steps(folder)), 0)

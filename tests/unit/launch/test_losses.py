@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from heterostep.launch.workers.video import (
     MAX_RESTARTS,
     reason_to_give_up,
     reason_to_give_up_restarts,
+    saved_step,
 )
 
 WORDS = {10: "ten", 20: "twenty"}
@@ -31,6 +33,18 @@ WORDS = {10: "ten", 20: "twenty"}
 def test_a_video_is_given_up_after_two_losses_in_vain_or_too_many(saved, reason):
     said = reason_to_give_up(saved)
     assert said is None if reason is None else reason in said
+
+
+def test_of_a_stored_video_no_step_need_be_done_again(tmp_path):
+    assert saved_step(None) == saved_step(tmp_path / "gone") == saved_step(tmp_path) == 0
+    (tmp_path / "checkpoint-000010.json").touch()
+    assert saved_step(tmp_path) == 10
+    for damaged in ("{", "[]", '{"step": null}'):
+        (tmp_path / "result.json").write_text(damaged)
+        assert saved_step(tmp_path) == 10
+    (tmp_path / "result.json").write_text(json.dumps({"step": 20}))
+    assert saved_step(tmp_path) == 20
+    assert reason_to_give_up([10, saved_step(tmp_path)]) is None
 
 
 def test_restarts_of_the_service_are_bounded():
