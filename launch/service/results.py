@@ -9,22 +9,26 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...engine.media.files import write_durably
+from ...engine.media.files import flush_to_disk, has_result, place, write_durably
+from ...errors import RequestError
 from ..workers.files import FILES
 from .database import is_held
 from .logs import say
-from .rows import BadRow, Job
+from .rows import Job, finite
 from .settings import ServiceSettings, public_name
-from .store import JobStore
+from .store import JobStore, adopted_row
 
 MANIFEST = "manifest.json"
 
 _DAY = 86400.0
+# What `job_facts` says.
+_FACTS = ("id", "owner", "model", "request", "faults", "created_at", "started_at", "completed_at")
 # .ID.ATTEMPT.LEASE: an attempt, perhaps of a living process; and what `delete_job` had no time to remove.
 _ATTEMPT = re.compile(r"\.[^.]+\.\d+\.([0-9a-f]+)")
 _DELETED = ".forgotten"
@@ -41,24 +45,55 @@ def complete(folder: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     """
     (folder / MANIFEST).write_bytes(_as_json(manifest))
     for path in [*folder.iterdir(), folder]:
-        _flush(path)
+        flush_to_disk(path)
     shutil.rmtree(target, ignore_errors=True)  # of an attempt whose end could not be recorded
     folder.rename(target)
-    _flush(target.parent)
+    flush_to_disk(target.parent)
+
+
+def rescue(name: str, write: Callable[[Path], object], error: OSError) -> RequestError:
+    """Keep a video, whose result cannot be written, in the system's folder for temporary files; the log says where.
+
+    Args:
+        name: of the attempt.
+        write: writes the video to a path.
+        error: why the result cannot be written.
+
+    Returns:
+        What to tell the client.
+
+    Raises:
+        OSError: no place takes the video.
+    """
+    kept = place(Path(tempfile.gettempdir(), f"heterostep-{name.strip('.')}.mp4"), write).path
+    say("results cannot be written", logging.ERROR, reason=str(error), video=str(kept))
+    return RequestError(
+        f"the video is made, but its files could not be written ({error.strerror or error}); whoever runs the "
+        "service finds the video by its log"
+    )
 
 
 def is_complete(target: Path) -> bool:
     """Whether `complete` made this folder, and its manifest can be read."""
     try:
         manifest = read_manifest(target)
-        return isinstance(manifest, dict) and {"hsa", "timing"} <= manifest.keys()
-    except (OSError, ValueError, RecursionError):
+        seconds = manifest["timing"]
+        return isinstance(manifest["hsa"], dict) and all(
+            isinstance(n, int | float) for n in (seconds["total"], *seconds.values())
+        )
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return False
 
 
 def read_manifest(target: Path) -> dict[str, Any]:
-    """What `complete` was told."""
-    content: dict[str, Any] = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+    """What `complete` was told.
+
+    Raises:
+        OSError: it is not there.
+        ValueError: it is damaged.
+    """
+    text = (target / MANIFEST).read_text(encoding="utf-8")
+    content: dict[str, Any] = json.loads(text, parse_float=finite, parse_constant=finite)
     return content
 
 
@@ -85,20 +120,26 @@ def job_facts(job: Job, completed_at: float) -> dict[str, Any]:
 def read_job(target: Path) -> dict[str, Any] | None:
     """Return the columns of the completed job whose result a folder is; None if it is none, or does not say enough.
 
-    A result of an older version says it in its report; its owner is then unknown, and is nobody.
+    A result of an older version says it in its report; its owner is then unknown, and is left out.
     """
     try:
         if not is_complete(target) or gone(target, ("video",)):
             return None
         manifest = read_manifest(target)
-        facts = manifest["job"] if "job" in manifest else _from_report(target, manifest)
+        facts = _from_job(manifest["job"]) if "job" in manifest else _from_report(target, manifest)
         if facts["id"] != target.name:
             return None  # a copy under another name
         steps = facts["request"]["num_inference_steps"]
         known = {name: manifest[name] for name in ("hsa", "timing")}
-        return {**facts, **known, "num_steps": steps, "step": steps, "bytes": folder_bytes(target)}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        facts = {**facts, **known, "num_steps": steps, "step": steps, "bytes": folder_bytes(target)}
+        adopted_row(facts)  # whether the store can hold it
+        return facts
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
+
+
+def _from_job(job: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: job[name] for name in _FACTS}
 
 
 def _from_report(target: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,7 +147,7 @@ def _from_report(target: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     seconds, ended = manifest["timing"], (target / MANIFEST).stat().st_mtime
     started = ended - seconds["total"]
     return {
-        **{"id": target.name, "owner": "", "model": _model_name(report["model"]), "request": report["request"]},
+        **{"id": target.name, "model": _model_name(report["model"]), "request": report["request"]},
         **{"faults": [], "created_at": started - seconds["queued"], "started_at": started, "completed_at": ended},
     }
 
@@ -146,14 +187,6 @@ def _as_json(manifest: Mapping[str, Any]) -> bytes:
     return json.dumps(manifest, allow_nan=False).encode()
 
 
-def _flush(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
 def clean_up(settings: ServiceSettings, store: JobStore) -> list[Path]:
     """Remove what is deleted, too old, too much, or was left half written by a process that is no more.
 
@@ -172,11 +205,29 @@ def clean_up(settings: ServiceSettings, store: JobStore) -> list[Path]:
         is_held(settings.leases, lock.stem)  # removes it if not
     jobs = store.finished()
     _remove_finished(settings, store, jobs)
-    finished = {job.id for job in jobs}
+    finished = {job.id: job.status for job in jobs}
     for folder in states:
         if folder.name in finished:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_state(settings, folder.name, finished[folder.name])
     return adopt(settings, store)
+
+
+def remove_state(settings: ServiceSettings, id: str, status: str) -> Path | None:
+    """Remove what a finished job would have been resumed from.
+
+    Args:
+        settings: of the service.
+        id: of the job.
+        status: how it ended.
+
+    Returns:
+        The folder if it stays, until the job is removed: the job failed, and this is the only place of its video.
+    """
+    state = settings.state / id
+    if status == "failed" and has_result(state):
+        return state
+    shutil.rmtree(state, ignore_errors=True)
+    return None
 
 
 def _remove_finished(settings: ServiceSettings, store: JobStore, jobs: list[Job]) -> None:
@@ -219,9 +270,8 @@ def adopt(settings: ServiceSettings, store: JobStore) -> list[Path]:
     results = {path.name: path for path in folders if path.parent == settings.results and path.name not in settled}
     found = [facts for facts in map(read_job, results.values()) if facts is not None]
     adopted = 0
-    for facts in sorted(found, key=lambda facts: str(facts["created_at"])):
-        with contextlib.suppress(BadRow):
-            adopted += store.adopt(facts, functools.partial(is_complete, results[facts["id"]]))
+    for facts in sorted(found, key=lambda facts: facts["created_at"]):
+        adopted += store.adopt(facts, functools.partial(is_complete, results[facts["id"]]))
     if adopted:
         say("videos found again by their files", logging.WARNING, count=adopted, folder=str(settings.results))
     known = store.known()

@@ -104,6 +104,8 @@ def read_row(row: Sequence[Any]) -> Job:
     for name, kind in _PLAIN.items():
         if not _is(values[name], kind):
             raise BadRow(f"the column {name} is not of its type")
+        if isinstance(values[name], str) and not _is_whole(values[name]):
+            raise BadRow(f"the column {name} holds half of a character")
     values["request"] = {**_DEFAULTS, **values["request"]}
     _check_request(values["request"], values["status"] in FINISHED)
     _check_meaning(values)
@@ -165,7 +167,7 @@ def _parsed(name: str, text: Any) -> Any:
     if not isinstance(text, str):
         raise BadRow(f"the column {name} is not text")
     try:
-        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        value = json.loads(text, parse_float=finite, parse_constant=finite)
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()  # half of a character cannot be sent to anybody
     except (ValueError, RecursionError) as error:
@@ -234,12 +236,22 @@ def _is(value: Any, kind: Any) -> bool:
         return kind is bool
     if isinstance(value, float) and not math.isfinite(value):
         return False
-    if isinstance(value, int) and abs(value) > _LARGEST * 2:
+    if isinstance(value, int) and abs(value) >= _LARGEST * 2:  # SQLite has no such number
         return False
     return isinstance(value, kind) or (isinstance(value, int) and isinstance(float(value), kind))
 
 
-def _finite(text: str) -> float:
+def _is_whole(text: str) -> bool:
+    """Whether text can be written and sent: half of a surrogate pair cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def finite(text: str) -> float:
+    """Parse a number of JSON; ValueError where it is NaN or infinite."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text} is not finite")

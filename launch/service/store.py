@@ -27,9 +27,29 @@ _OPEN = (
 # What is not known of a job that was found by its result.
 _ADOPTED: Mapping[str, Any] = {
     **{"seq": 0, "idempotency_key": None, "fingerprint": None, "status": "completed", "stage": "", "progress": 100},
-    **{"eta_seconds": None, "error": None, "faults": [], "attempt": 1, "lease": None},
+    **{"owner": "", "eta_seconds": None, "error": None, "faults": [], "attempt": 1, "lease": None},
     **{"cancel_requested": 0, "deleted": 0, "version": 1},
 }
+
+
+# What a result never says of its job, and what one of an older version does not say for sure.
+_UNSAID, _UNSURE = ("idempotency_key", "fingerprint"), ("owner", "created_at")
+
+
+def adopted_row(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all columns of a job that was found by its result; see `JobStore.adopt`.
+
+    Raises:
+        BadRow: the columns do not describe a job.
+        KeyError: a column is missing.
+    """
+    columns = {**_ADOPTED, **found}
+    row = {
+        name: json.dumps(columns[name]) if name in JSON_COLUMNS and columns[name] is not None else columns[name]
+        for name in COLUMNS
+    }
+    read_row([row[name] for name in COLUMNS])
+    return row
 
 
 class JobStore:
@@ -314,7 +334,8 @@ class JobStore:
         """Complete a job whose whole result is there, while the store knows nothing of it or of its end.
 
         Args:
-            found: the columns of the job that are known: all that have no default, `hsa` and `timing`.
+            found: the columns of the job that are known: all that have no default, `hsa` and `timing`; without the
+                owner, where the result does not name it. A row that is there then keeps its own.
             still_there: whether the result is there; asked when nobody can remove it any more.
 
         Returns:
@@ -323,21 +344,27 @@ class JobStore:
         Raises:
             BadRow: the columns do not describe a job.
         """
-        columns = {**_ADOPTED, **found}
-        row = {
-            name: json.dumps(columns[name]) if name in JSON_COLUMNS and columns[name] is not None else columns[name]
-            for name in COLUMNS
-        }
-        id = read_row([row[name] for name in COLUMNS]).id
+        row = adopted_row(found)
+        id = row["id"]
         with self._db.writing():
             if self._db.execute(f"SELECT 1 FROM jobs WHERE id = ? AND NOT ({_OPEN})", (id,)).fetchone():
                 return False
             if not still_there():
                 return False
-            self._db.insert(row)
+            self._db.insert({**row, **self._own_columns(found)})
             for table in ("previews", "images"):
                 self._db.execute(f"DELETE FROM {table} WHERE id = ?", (id,))
             return True
+
+    def _own_columns(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """What the row of a result's job knows better than the result."""
+        own: dict[str, Any] = {}
+        for job in self._db.select("id = ?", (found["id"],)):
+            if "owner" not in found:
+                own |= {name: getattr(job, name) for name in _UNSURE}
+            if found.get("owner", job.owner) == job.owner:  # another owner may have used the same key
+                own |= {name: getattr(job, name) for name in _UNSAID}
+        return own
 
     def tell(self, id: str, error: Mapping[str, Any] | None) -> bool:
         """Say at a completed job what is wrong with its files, None if nothing; returns whether that is news."""

@@ -215,10 +215,10 @@ def attempt(folder, text="v"):
 def test_a_result_is_whole_or_not_there(tmp_path):
     target = tmp_path / "job"
     assert not is_complete(target)
-    complete(attempt(tmp_path / ".job.1"), target, {"hsa": {"a": 1}, "timing": {}})
+    complete(attempt(tmp_path / ".job.1"), target, {"hsa": {"a": 1}, "timing": {"total": 1.0}})
     assert is_complete(target) and read_manifest(target)["hsa"] == {"a": 1}
     complete(
-        attempt(tmp_path / ".job.2", "again"), target, {"hsa": {}, "timing": {}}
+        attempt(tmp_path / ".job.2", "again"), target, {"hsa": {}, "timing": {"total": 1.0}}
     )  # of an attempt that could not be recorded
     assert (target / "video.mp4").read_text() == "again" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(ValueError, match="JSON"):

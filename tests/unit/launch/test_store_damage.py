@@ -259,6 +259,98 @@ def test_results_of_an_older_version_are_described_while_the_store_knows_them(da
         settings.database.unlink()
 
 
+def edited(target, change):
+    manifest = json.loads((target / MANIFEST).read_text())
+    change(manifest)
+    (target / MANIFEST).write_text(json.dumps(manifest))
+
+
+def without(name):
+    return lambda manifest: manifest["job"].pop(name)
+
+
+def with_job(**columns):
+    return lambda manifest: manifest["job"].update(columns)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *map(without, ("id", "owner", "model", "request", "faults", "created_at", "started_at", "completed_at")),
+        *(with_job(**{name: "\ud800"}) for name in ("owner", "model")),
+        *(with_job(created_at=value) for value in (None, "now", [], 2**63, float("nan"), float("inf"))),
+        with_job(request={"num_inference_steps": 2**63}),
+        with_job(faults={}),
+        lambda manifest: manifest.update(job=[]),
+        lambda manifest: manifest.update(timing=[]),
+        lambda manifest: manifest["timing"].update(total=None),
+        lambda manifest: manifest.update(hsa=3),
+    ],
+)
+def test_a_result_with_a_damaged_manifest_stays_and_costs_no_other(data, caplog, change):
+    folder, done, _ = data
+    settings = ServiceSettings(data_dir=folder)
+    edited(settings.results / done[0], change)
+    before = files(folder)
+    settings.database.unlink()
+    service = VideoService(settings, Quick)
+    service.start()
+    for _ in range(2):
+        service._dispatcher._clean_up()
+    assert {*listed(service)} == {*done[1:]}
+    service.stop()
+    assert all(content == files(folder)[path] for path, content in before.items() if path.parts[0] == done[0])
+    assert not any(record.exc_info for record in caplog.records)
+    (record,) = [record for record in caplog.records if record.msg == "folders belong to no job and stay"]
+    assert done[0] in record.fields["first"]
+
+
+def test_a_damaged_manifest_of_a_running_job_lets_the_service_start(data, caplog):
+    folder, done, _ = data
+    settings = ServiceSettings(data_dir=folder)
+    shutil.copytree(settings.results / done[0], settings.results / "running")
+    edited(settings.results / "running", lambda manifest: manifest["timing"].clear())
+    service = VideoService(settings, Quick)
+    service.start()
+    assert finished(service, "running").status == "completed"  # it is made again
+    service.stop()
+    assert not any(record.exc_info for record in caplog.records)
+
+
+@pytest.mark.parametrize("version", ["older", "this"])
+def test_a_job_that_is_found_again_keeps_what_its_row_says(data, version):
+    folder, done, _ = data
+    id = done[3 if version == "older" else 0]
+    for column, value in {
+        "owner": "ann",
+        "idempotency_key": "k",
+        "fingerprint": "f",
+        "created_at": 5.0,
+        "hsa": "{",
+    }.items():
+        row(column, value, f"id = '{id}'")(folder / "jobs.sqlite3", None)
+    if version == "this":
+        edited(folder / "results" / id, with_job(owner="ann"))
+    service = VideoService(ServiceSettings(data_dir=folder), Quick)
+    service.start()
+    job = service._store.get(id, "ann")
+    assert (job.status, job.idempotency_key, job.fingerprint) == ("completed", "k", "f")
+    assert job.hsa == {"steps": []} and (job.created_at == 5.0) == (version == "older")
+    service.stop()
+
+
+def test_the_owner_in_a_result_makes_up_for_that_of_a_row(data):
+    folder, done, _ = data
+    for column, value in {"owner": b"\xff", "idempotency_key": "k", "fingerprint": "f"}.items():
+        row(column, value, f"id = '{done[0]}'")(folder / "jobs.sqlite3", None)
+    edited(folder / "results" / done[0], with_job(owner="ann"))
+    service = VideoService(ServiceSettings(data_dir=folder), Quick)
+    service.start()
+    job = service._store.get(done[0], "ann")
+    assert job.status == "completed" and job.idempotency_key is None  # it may be another's by now
+    service.stop()
+
+
 def test_damage_that_is_found_later_is_said(data, caplog):
     folder, _, _ = data
     service = VideoService(ServiceSettings(data_dir=folder), Quick)
