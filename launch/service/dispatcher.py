@@ -7,13 +7,14 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ...engine.media.files import no_room, when_there_is_room
 from ...engine.request import ResolvedRequest, StepDone
 from ...errors import Cancelled, ConfigError, Interrupted, RankLost, RequestError, StoreUnavailable
+from ..workers.files import FILES
 from ..workers.messages import Outcome
 from ..workers.video import reason_to_give_up, reason_to_give_up_restarts, saved_step
 from .database import Lease, is_held
@@ -29,6 +30,8 @@ from .results import (
     is_complete,
     job_facts,
     read_manifest,
+    remove_state,
+    rescue,
 )
 from .rows import Job
 from .runner import Runner, Task
@@ -230,7 +233,7 @@ class Dispatcher:
                 self._store.failed(error)
                 self._recorded(lambda: self._store.requeue(job, None))
                 return
-            self._lose(job, "error", f"the results could not be written ({error.strerror})", follower.step)
+            self._lose(job, "error", f"the results could not be written ({error.strerror or error})", follower.step)
         finally:
             del self._running[job.id]
             shutil.rmtree(folder, ignore_errors=True)
@@ -260,7 +263,7 @@ class Dispatcher:
             raise Cancelled("cancelled")
         timing = {"queued": (job.started_at or 0.0) - job.created_at, **made.seconds}
         manifest = {"hsa": made.hsa, "timing": timing, "job": job_facts(job, time.time())}
-        self._recorded(lambda: complete(folder, self._settings.results / job.id, manifest))
+        self._make_visible(job, folder, manifest)
         self._after_denoising = (made.seconds["decode"] + made.seconds["write"]) / num_pixels(job)
         total, mean = made.seconds["total"], self.mean_seconds
         self.mean_seconds = total if mean is None else 0.7 * mean + 0.3 * total
@@ -269,6 +272,15 @@ class Dispatcher:
                 self._metrics.observe("heterostep_stage_seconds", seconds, stage=stage)
             for imbalance in made.imbalances:
                 self._metrics.observe("heterostep_rank_imbalance", imbalance)
+
+    def _make_visible(self, job: Job, folder: Path, manifest: Mapping[str, Any]) -> None:
+        target = self._settings.results / job.id
+        try:
+            self._recorded(lambda: complete(folder, target, manifest))
+        except OSError as error:
+            if not is_complete(target):  # it is, where the disk failed after the last step
+                video = folder / FILES["video"][0]
+                raise rescue(folder.name, lambda path: shutil.copyfile(video, path), error) from error
 
     def _finish(self, job: Job) -> bool:
         """Record that the files of a job are complete."""
@@ -284,15 +296,21 @@ class Dispatcher:
             bytes=folder_bytes(target),
         )
         if done:
-            shutil.rmtree(self._settings.state / job.id, ignore_errors=True)
+            remove_state(self._settings, job.id, "completed")
             say("job completed", job=job.id, seconds=round(manifest["timing"]["total"], 3))
         return done
 
     def _end(self, job: Job, status: str, error: dict[str, str]) -> None:
         self._lost.pop(job.id, None)
         if self._recorded(lambda: self._store.finish(job, status, error=error)):
-            shutil.rmtree(self._settings.state / job.id, ignore_errors=True)
+            self._remove_state(job, status)
             say(f"job {status}", job=job.id, reason=error["message"])
+
+    def _remove_state(self, job: Job, status: str) -> None:
+        """Remove what a job would have been resumed from; where the video itself stays, the log says so."""
+        kept = remove_state(self._settings, job.id, status)
+        if kept is not None:
+            say("stored video kept", logging.WARNING, job=job.id, folder=str(kept))
 
     def _lose(self, job: Job, cause: str, message: str, step: int) -> None:
         self._recorded(lambda: self._settle(job, cause, message, step))
@@ -319,7 +337,7 @@ class Dispatcher:
             why = f"given up after {len(alike)} attempts ({reason}); the last time, {message}"
             self._lost.pop(job.id, None)
             if self._store.give_up(job, fault, {"code": "runner_lost", "message": why}):
-                shutil.rmtree(self._settings.state / job.id, ignore_errors=True)
+                self._remove_state(job, "failed")
                 say("job failed", logging.ERROR, job=job.id, cause=cause, reason=why, step=step)
 
     # One thread for everything else.

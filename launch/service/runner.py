@@ -6,22 +6,22 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import tempfile
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...engine.media.files import no_room, place, when_there_is_room
+from ...engine.media.files import no_room, when_there_is_room
 from ...engine.media.image import read_image
 from ...engine.request import EngineConfig, Event, GenerateRequest, ResolvedRequest
-from ...errors import Cancelled, ConfigError, GroupClosed, Interrupted, RankLost, RequestError
+from ...errors import Cancelled, ConfigError, GroupClosed, Interrupted, RankLost
 from ..workers.files import FILES
 from ..workers.group import Machines, WorkerGroup
 from ..workers.messages import GroupConfig, Outcome, Work
 from ..workers.process import ThisMachine
 from ..workers.video import run_once
 from .logs import say
+from .results import rescue
 from .settings import ServiceSettings
 
 _MAX_PAUSE = 60.0
@@ -263,10 +263,4 @@ def _write_files(folder: Path, outcome: Outcome) -> None:
     except OSError as error:
         if no_room(error):
             raise
-        video = Path(tempfile.gettempdir(), f"heterostep-{folder.name.strip('.')}.mp4")
-        kept = place(video, lambda path: path.write_bytes(files[FILES["video"][0]])).path
-        say("results cannot be written", logging.ERROR, reason=str(error), video=str(kept))
-        raise RequestError(
-            f"the video is made, but its files could not be written ({error.strerror or error}); whoever runs the "
-            "service finds the video by its log"
-        ) from error
+        raise rescue(folder.name, lambda path: path.write_bytes(files[FILES["video"][0]]), error) from error

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import json
+import logging
+import os
 
 import pytest
 
@@ -131,6 +135,108 @@ def test_a_job_removed_at_the_last_moment_leaves_nothing(tmp_path, monkeypatch):
     service.stop()
     assert list(settings.state.iterdir()) == []
     store.close()
+
+
+class Encoding(Scripted):
+    """Is lost while it encodes the video, which it has stored, a number of times."""
+
+    def __init__(self, losses):
+        super().__init__(11)
+        self.losses = losses
+
+    def run(self, task):
+        if len(self.begun) == 0:
+            yield from super().run(task)
+        for path in task.state.iterdir():
+            path.unlink()
+        (task.state / "result.json").write_text(json.dumps({"step": 20}))
+        self.begun.append(20)
+        if len(self.begun) < 2 + self.losses:
+            raise RankLost("died", "it died while encoding")
+        for name, _ in FILES.values():
+            (task.folder / name).touch()
+        yield Outcome(hsa={"steps": []}, seconds={"decode": 0.1, "write": 0.1, "total": 1.0})
+
+
+def test_a_loss_after_the_last_step_does_not_end_a_job(ended):
+    job, _ = ended(Encoding(1))
+    assert job.status == "completed" and [fault["saved"] for fault in job.faults] == [10, 20]
+
+
+@pytest.fixture
+def service(tmp_path):
+    """A dispatcher of one job for a runner; both are closed at the end."""
+    settings = ServiceSettings(data_dir=tmp_path)
+    store = JobStore(settings.database)
+    begun = []
+
+    def start(runner):
+        store.create(id="a", owner="", model="demo", request=REQUEST, max_queue=9)
+        begun.append(Dispatcher(settings, "demo", store, [runner], Metrics()))
+        begun[0].start()
+        until(lambda: store.get("a", "").status not in ("queued", "in_progress"))
+        until(lambda: not begun[0]._running)
+        return settings, store
+
+    yield start
+    begun[0].stop()
+    store.close()
+
+
+def test_a_stored_video_outlasts_a_job_that_is_given_up(service, caplog):
+    settings, store = service(Encoding(2))
+    job, state = store.get("a", ""), settings.state / "a"
+    assert job.status == "failed" and "two losses in a row" in job.error["message"]
+    assert list(results.clean_up(settings, store)) == [] and (state / "result.json").exists()
+    (record,) = [record for record in caplog.records if record.getMessage() == "stored video kept"]
+    assert record.fields["folder"] == str(state)
+    store.delete("a", "")
+    results.clean_up(settings, store)
+    assert not state.exists()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EACCES])
+def test_a_video_whose_result_cannot_be_completed_is_kept_elsewhere(service, tmp_path, monkeypatch, caplog, number):
+    def complete(folder, target, manifest):
+        (folder / "video.mp4").write_bytes(b"content")
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "kept"))
+    monkeypatch.setattr(dispatcher, "complete", complete)
+    runner = Scripted(20)
+    _, store = service(runner)
+    job = store.get("a", "")
+    assert job.status == "failed" and job.faults == () and runner.begun == [0]
+    assert f"is made, but its files could not be written ({os.strerror(number)})" in job.error["message"]
+    (path,) = (tmp_path / "kept").iterdir()
+    assert path.read_bytes() == b"content"
+    (record,) = [record for record in caplog.records if record.getMessage() == "results cannot be written"]
+    assert record.levelno == logging.ERROR and record.fields["video"] == str(path)
+
+
+def test_a_disk_that_fails_after_the_result_is_visible_costs_nothing(service, monkeypatch):
+    def complete(folder, target, manifest):
+        results.complete(folder, target, manifest)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(dispatcher, "complete", complete)
+    _, store = service(Scripted(20))
+    job = store.get("a", "")
+    assert job.status == "completed" and job.faults == ()
+
+
+def test_a_file_system_that_cannot_flush_folders_will_do(service, monkeypatch):
+    fsync = os.fsync
+
+    def refuse_folders(file):
+        if os.path.isdir(f"/proc/self/fd/{file}"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    _, store = service(Scripted(20))
+    assert store.get("a", "").status == "completed"
 
 
 def test_to_be_stopped_is_no_fault(ended):
