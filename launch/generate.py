@@ -54,15 +54,16 @@ def generate(command: Command, progress: Progress, rank: TorchrunRank | None = N
     resolved = resolve(request, facts)
     files.check(resolved)
     rehearse(facts, allocation(config, resolved), resolved, None if job is None else job.checkpoint_every)
-    files.announce(progress.say)
     on_ray = command.ranks.ray or command.ranks.ray_address is not None
     if on_ray and rank is not None:
         raise ConfigError("--ray works only with `heterostep generate`: torchrun has already started the ranks")
     if on_ray or (command.ranks.nproc or 1) > 1:
+        files.announce(progress.say)
         output, record = generate_on_ranks(command, lambda events, label: _run(events, label, progress), progress)
         return _done(output, record, files, job, progress)
     size, decide = (1, None) if rank is None else (rank.world_size, rank.decide)
     parallel, _ = degrees_for(command, size, pick_device(config.device), decide)
+    files.announce(progress.say)
     config = dataclasses.replace(config, parallel=parallel, shard_weights=command.shard_weights)
     if job is not None:
         found = _finished(config, request, job, rank)
