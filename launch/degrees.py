@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from ..parallel.config import ParallelConfig, check, choose, degrees, resolve
+from ..parallel.config import ParallelConfig, Topology, check, choose, degrees, resolve
+from ..parallel.config import read as read_topology
 from ..parallel.kernels import pick
 
 _AXES = ("cfg", "ring", "ulysses")
@@ -55,7 +56,7 @@ def parallel_from(
         if how:
             raise ConfigError(f"--{next(iter(how)).replace('_', '-')} needs several ranks; start them with --nproc P")
         return None, ""
-    config, reason = choose(size, num_heads, num_branches)
+    config, reason = choose(size, num_heads, num_branches, topology=_links(device, size))
     if asked:
         config = ParallelConfig(**dict(zip(_AXES, fitting[0], strict=True)))  # type: ignore[arg-type]
         reason = f"{size} ranks: cfg {config.cfg} x ring {config.ring} x ulysses {config.ulysses}"
@@ -103,6 +104,16 @@ def _fitting(axes: Mapping[str, int], size: int, num_heads: int, num_branches: i
         for found in degrees(world_size=size, num_heads=num_heads, num_branches=num_branches)
         if all(dict(zip(_AXES, found, strict=True))[axis] == value for axis, value in axes.items())
     ]
+
+
+def _links(device: torch.device, ranks: int) -> Topology | None:
+    """What NVML says of this machine's GPUs, where the ranks are on them; None where it cannot be asked."""
+    if device.type != "cuda" or ranks > torch.cuda.device_count():
+        return None
+    try:
+        return read_topology()
+    except ConfigError:  # they would only be named in the reason
+        return None
 
 
 def _free_bytes(device: torch.device, ranks: int) -> int | None:
