@@ -159,6 +159,7 @@ class WorkerGroup:
                 name = f"rank {rank} of {self.size}"
                 self._lose([rank])
                 raise RankLost(trouble.cause, f"{name} was lost while it was idle: it {trouble}")
+        self._watch_standby()
         if self._coming and self._arrived():
             self._complete = False
 
@@ -236,7 +237,8 @@ class WorkerGroup:
             try:
                 worker.read()
             except RankLost as lost:
-                del self._coming[seat]
+                self._coming.pop(seat).kill()
+                self._complete = False  # so that `recover` starts another one
                 raise RankLost(lost.cause, f"the process of rank {seat} could not be started: it {lost}") from lost
             if worker.identity is not None:
                 self._without.discard(seat)
@@ -283,9 +285,24 @@ class WorkerGroup:
             log.warning("heterostep: resuming with %d of %d ranks", len(nodes), self.config.size)
 
     def _keep_standby(self) -> None:
-        if self.config.standby and self._standby is None and not self._on_gpus:
+        if self.config.standby and self._standby is None and not self._on_gpus and not self._closed:
             self._standby = self._machines.start(None)
             self._standby.order("load", self._engine, self.config.threads)
+
+    def _watch_standby(self) -> None:
+        """Replace a standby that died or froze after it had loaded; one that could not load would not the next time."""
+        standby = self._standby
+        trouble = self._standby_trouble(standby) if standby is not None else None
+        if standby is None or trouble is None:
+            return
+        logging.getLogger("heterostep").warning("heterostep: the process that stands by was lost: it %s", trouble)
+        standby.kill(self._workers)
+        self._standby = None
+        if standby.outcome is not None and standby.outcome.ended == "done":
+            self._keep_standby()
+
+    def _standby_trouble(self, standby: Worker) -> RankLost | None:
+        return standby.trouble(_LOADING_SECONDS if standby.outcome is None else self.config.frozen_after)
 
     def _take_standby(self) -> None:
         """Put the standby into the first seat that is empty; it has begun to load before any new process could."""
@@ -294,13 +311,14 @@ class WorkerGroup:
         if self._standby is None or not empty:
             return
         standby, self._standby = self._standby, None
-        while standby.outcome is None and standby.trouble(_LOADING_SECONDS) is None:
+        while (trouble := self._standby_trouble(standby)) is None and standby.outcome is None:
             self._pause([standby])
-        if standby.outcome is not None and standby.outcome.ended == "done" and standby.identity is not None:
+        outcome = standby.outcome
+        if trouble is None and outcome is not None and outcome.ended == "done" and standby.identity is not None:
             standby.seat = empty[0]
             self._workers.append(standby)
         else:
-            standby.kill()
+            standby.kill(self._workers)
 
     # How work ends.
 
@@ -373,9 +391,13 @@ class WorkerGroup:
         return Watch(workers, self._machines.wait, max(frozen_after, self.config.frozen_after), self._attend)
 
     def _attend(self) -> None:
-        """What is due while the driver waits: to end, or to pass a stop request on."""
+        """What is due while the driver waits: to end, to hear the standby, or to pass a stop request on."""
         if self._closed:
             raise GroupClosed("the worker group was closed")
+        standby = self._standby
+        if standby is not None:  # or what it sends would pile up; `watch` and `recover` see to it if it is lost
+            with contextlib.suppress(RankLost):
+                standby.read()
         verb, self._stop_request = self._stop_request, None
         if verb is not None and self.working:
             for worker in self._workers:

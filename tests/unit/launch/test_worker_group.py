@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+
 import pytest
 
 from heterostep.engine.request import EngineConfig, GenerateRequest
@@ -130,3 +133,75 @@ def test_what_all_ranks_refuse_leaves_them_together(answers):
     with pytest.raises(RequestError, match=r"^too long$"):
         run(group)
     assert group.ready and group.rendezvous == 1
+
+
+def lose(worker, how):
+    """Let a worker die or freeze."""
+    if how == "died":
+        worker.death = "was killed by SIGKILL"
+    else:
+        worker.receive, worker.heard = list, time.monotonic() - 20.0
+
+
+@pytest.mark.parametrize("how", ["died", "froze"])
+def test_a_standby_that_was_lost_takes_no_seat(answers, how):
+    group, machines = group_of(answers, 2, standby=True)
+    group.recover()
+    first, second, standby = machines.started
+    assert standby.seat is None and group.standby_ready
+    lose(standby, how)
+    second.death = "died"
+    with pytest.raises(RankLost, match="rank 1 of 2"):
+        group.watch()
+    group.recover()
+    third, other = machines.started[3:]
+    assert group._workers == [first, third] and group._standby is other and standby.killed
+    other.read()
+    third.death = "died"
+    with pytest.raises(RankLost):
+        group.watch()
+    group.recover()
+    assert group._workers == [first, other] and other.seat == 1
+
+
+@pytest.mark.parametrize("how", ["died", "froze"])
+def test_an_idle_standby_is_heard_and_replaced(answers, how, caplog):
+    group, machines = group_of(answers, 2, standby=True)
+    group.recover()
+    standby = machines.started[-1]
+    assert standby.messages
+    run(group)
+    assert not standby.messages and standby.outcome is not None
+    lose(standby, how)
+    group.watch()
+    assert standby.killed and "the process that stands by was lost: it was" in caplog.text
+    other = machines.started[-1]
+    assert group.ready and group._standby is other is not standby and other.orders == ["load"]
+    # One that dies before it has loaded would do so again and again.
+    other.messages.clear()
+    lose(other, "died")
+    group.watch()
+    group.watch()
+    assert group.ready and not group.standby_ready and machines.started[-1] is other
+    group.close()
+    group._keep_standby()
+    assert group._standby is None
+
+
+def test_a_late_process_that_dies_is_started_again(answers):
+    group, machines = group_of(answers, 2, start_seconds=0.05)
+    machines.late = {1}
+    group.recover()
+    late = machines.started[-1]
+    assert group.size == 1 and group.ready
+    group.watch()
+    lose(late, "died")
+    with pytest.raises(RankLost, match="the process of rank 1 could not be started: it was killed"):
+        group.watch()
+    assert not group.ready and late.killed
+    machines.late.clear()
+    group.recover()
+    with contextlib.suppress(RankLost):
+        group.watch()
+    group.recover()
+    assert group.size == 2 and group.ready
