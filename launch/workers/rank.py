@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import logging
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +46,8 @@ from .rendezvous import JOIN_SECONDS, join_group
 _PREVIEW_SIDE, _PREVIEW_QUALITY = 320, 60
 # A process that was killed holds its job's folder until the system has cleared it away.
 _TRIES, _PAUSE_SECONDS = 80, 0.25
+# How long a result waits for room in the system's folder for temporary files.
+_ROOM_SECONDS = 600.0
 
 
 def resume_job(engine: Engine, request: GenerateRequest, job: JobConfig, *, anew: bool) -> Iterator[Event]:
@@ -71,6 +75,38 @@ def resume_job(engine: Engine, request: GenerateRequest, job: JobConfig, *, anew
             if not anew:
                 raise
             job = dataclasses.replace(job, resume="never")
+
+
+class RoomWait:
+    """Waits for room in the system's folder for temporary files: says so once, and gives up after ten minutes."""
+
+    def __init__(self, stop_request: Callable[[], str | None]) -> None:
+        """Begin at the first call; `stop_request` is as in `Rank`."""
+        self._stop_request = stop_request
+        self._deadline: float | None = None
+
+    def __call__(self, error: OSError) -> None:
+        """Pause before the next try.
+
+        Raises:
+            Cancelled: after a stop request; `Interrupted` if the job is kept.
+            RequestError: the disk was full for too long.
+        """
+        verb = self._stop_request()
+        if verb is not None:
+            said = "ended while the disk was full"
+            raise (Cancelled(said) if verb == "cancel" else Interrupted(said, 0)) from error
+        folder, now, minutes = tempfile.gettempdir(), time.monotonic(), _ROOM_SECONDS / 60
+        if self._deadline is None:
+            self._deadline = now + _ROOM_SECONDS
+            log = logging.getLogger("heterostep")
+            log.warning("heterostep: the disk of %s is full; the result waits up to %.0f minutes", folder, minutes)
+        if now >= self._deadline:
+            raise RequestError(
+                f"the video is made, but its files could not be written: the disk of {folder} was full for "
+                f"{minutes:.0f} minutes; free some of it, or let TMPDIR name a folder of another disk, and ask again"
+            ) from error
+        time.sleep(_PAUSE_SECONDS)
 
 
 class Rank:
@@ -199,24 +235,13 @@ class Rank:
         if not work.files:
             record = run_record(engine, output)
             return Outcome(output=output, record=record, seconds=output.seconds, imbalances=imbalances)
-        from .render import write_files
-
         start = time.perf_counter()
-        with tempfile.TemporaryDirectory(prefix="heterostep-result-") as folder:
-            hsa = when_there_is_room(lambda: write_files(Path(folder), engine, output), self._wait_for_room)
-            files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        hsa, files = when_there_is_room(lambda: _files(engine, output), RoomWait(self._stop_request))
         if preview is not None:
             preview.learn(output.latents, output.frames)
         seconds = time.perf_counter() - start
         timing = {**output.seconds, "write": seconds, "total": output.seconds["total"] + seconds}
         return Outcome(files=files, hsa=hsa, seconds=timing, imbalances=imbalances)
-
-    def _wait_for_room(self, error: OSError) -> None:
-        verb = self._stop_request()
-        if verb is not None:
-            said = "ended while the disk was full"
-            raise (Cancelled(said) if verb == "cancel" else Interrupted(said, 0)) from error
-        time.sleep(_PAUSE_SECONDS)
 
     def _degrees(self, config: EngineConfig, work: Work | None) -> ParallelConfig | None:
         """The degrees for some work, on as many ranks as there are; the same on each of them."""
@@ -306,6 +331,15 @@ def _cause(error: BaseException) -> str:
     if "imed out" in text or "imeout" in text:
         return "timeout"
     return PEER if isinstance(error, dist.DistError) or "gloo" in text or "onnection" in text else "error"
+
+
+def _files(engine: Engine, output: VideoOutput) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The response's block `hsa`, and the files of a service's result by name; OSError if the disk is full."""
+    from .render import write_files
+
+    with tempfile.TemporaryDirectory(prefix="heterostep-result-") as folder:
+        hsa = write_files(Path(folder), engine, output)
+        return hsa, {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def _picture(preview: Preview | None) -> bytes | None:

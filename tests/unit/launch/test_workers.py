@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
+import logging
 import sys
 import tempfile
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from heterostep.engine.engine import Engine, EngineConfig
 from heterostep.engine.request import GenerateRequest, JobConfig
-from heterostep.errors import ConfigError, JobDiffers, JobInUse
+from heterostep.errors import Cancelled, ConfigError, Interrupted, JobDiffers, JobInUse, RequestError
 from heterostep.launch.degrees import refit
 from heterostep.launch.workers import rank
 from heterostep.launch.workers.files import Copier, read_copies, write_copies
 from heterostep.launch.workers.loop import Outbox, WorkerLoop
-from heterostep.launch.workers.messages import Identity
+from heterostep.launch.workers.messages import Identity, Work
 from heterostep.launch.workers.process import _read_stderr
 from heterostep.launch.workers.rank import resume_job
 from heterostep.parallel.config import ParallelConfig
@@ -171,3 +174,55 @@ def test_a_rank_that_refuses_to_join_lets_the_others_go(monkeypatch, what, left)
     monkeypatch.setattr(rank.Rank, "_leave", lambda self: leaves.append(self))
     outcome = rank.Rank(print, lambda: None).do(what)
     assert (outcome.ended, outcome.message, len(leaves)) == ("refused", "no model", left)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def made(worker):
+    """What becomes of a video whose files are wanted."""
+    work = Work(request=GenerateRequest(prompt="x"), files=True)
+    report = SimpleNamespace(steps=[])
+    output = SimpleNamespace(report=report, seconds={"total": 1.0}, latents=None, frames=None)
+    return worker._result(None, None, work, output)
+
+
+def test_a_result_waits_for_room_says_so_once_and_not_for_ever(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(rank, "_PAUSE_SECONDS", 0.0)
+    tries = []
+
+    def write_files(folder, engine, output):
+        (folder / "part").write_bytes(b"p" * (len(tries) + 1))
+        tries.append(names(folder))
+        if len(tries) < 4:
+            raise FULL
+        return {"compute": 1.0}
+
+    monkeypatch.setattr("heterostep.launch.workers.render.write_files", write_files)
+    verbs = [None]
+    worker = rank.Rank(print, lambda: verbs[-1])
+    outcome = made(worker)
+    assert outcome.files == {"part": b"pppp"} and outcome.hsa == {"compute": 1.0}
+    assert caplog.text.count("is full; the result waits up to 10 minutes") == 1 and names(tmp_path) == []
+    assert caplog.records[0].levelno == logging.WARNING
+    monkeypatch.setattr("heterostep.launch.workers.render.write_files", lambda *_: (_ for _ in ()).throw(FULL))
+    monkeypatch.setattr(rank, "_ROOM_SECONDS", 0.1)
+    with pytest.raises(RequestError, match=r"the video is made, but .* was full for 0 minutes; free some"):
+        made(worker)
+    assert names(tmp_path) == []
+    for verb, error in (("cancel", Cancelled), ("stop", Interrupted)):
+        verbs.append(verb)
+        with pytest.raises(error, match="ended while the disk was full"):
+            made(worker)
+
+
+def test_a_full_disk_lets_no_folder_for_results_be_made_either(monkeypatch):
+    monkeypatch.setattr(rank, "_ROOM_SECONDS", 0.0)
+
+    def full(*_, **__):
+        raise FULL
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", full)
+    with pytest.raises(RequestError, match="the video is made"):
+        made(rank.Rank(print, lambda: None))
