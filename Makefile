@@ -61,8 +61,8 @@ serve-demo: $(VENV)/.serve
 
 test: $(VENV)/.dev
 	@$(PYTEST) tests/unit
-	@# What starts processes and waits for them, the longest first; one more worker, for they wait more than they compute.
-	@$(PYTEST) -n 3 --no-loadscope-reorder tests/workers tests/e2e tests/service tests/distributed tests/gpu
+	@# What starts processes and waits for them, the longest first.
+	@$(PYTEST) --no-loadscope-reorder tests/workers tests/e2e tests/service tests/distributed tests/gpu
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff check .
