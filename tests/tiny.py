@@ -188,3 +188,19 @@ def shifted(steps, shift=3.0):
     """The flow schedule of Wan: sigma = shift * u / (1 + (shift - 1) * u)."""
     grid = [1 - i / steps for i in range(steps + 1)]
     return tuple(shift * u / (1 + (shift - 1) * u) for u in grid)
+
+
+class Fixed:
+    """A user's planner, of given plans, all tokens by default; it learns nothing, so its state is empty."""
+
+    def __init__(self, plans):
+        self.plans = plans
+
+    def plan(self, step, num_steps, sigma, num_tokens):
+        return self.plans.get(step)
+
+    def state(self):
+        return {}
+
+    def restore(self, state, device):
+        assert state == {}

@@ -10,26 +10,10 @@ import torch
 import heterostep as hs
 import tiny_ltx2
 from heterostep.engine.jobs.checkpoint import Saved, read_saved, write_saved
-from tiny import build, embeddings, generate, tiny_pipeline
+from tiny import Fixed, build, embeddings, generate, tiny_pipeline
 
 OTHER = embeddings(seed=99)
 EMPTY = torch.empty(0, dtype=torch.int64)
-
-
-class Plans:
-    """A user's planner, of given plans: all tokens by default."""
-
-    def __init__(self, plans):
-        self.plans = plans
-
-    def plan(self, step, num_steps, sigma, num_tokens):
-        return self.plans.get(step)
-
-    def state(self):
-        return {}
-
-    def restore(self, state, device):
-        assert state == {}
 
 
 def relative(a, b):
@@ -162,7 +146,7 @@ def test_a_step_that_was_to_be_skipped_is_full_and_counted():
 def test_a_branch_that_comes_late_is_evaluated_alone(planned):
     """The conditional branch has its answer already when the unconditional one turns out to be another."""
     calls = count_calls(pipe := tiny_pipeline())
-    session = hs.apply(pipe, planner=Plans({4: planned}))
+    session = hs.apply(pipe, planner=Fixed({4: planned}))
     got = generate(pipe, **at(3, negative_prompt))
     report, count = session.report, planned.numel()
     assert calls == [48] * 8 + ([count] if count else []) + [48] * 7
@@ -180,7 +164,7 @@ def test_forecasts_know_nothing_of_before(change):
     found = []
     for forecast in ("hold", "taylor"):
         pipe = tiny_pipeline()
-        hs.apply(pipe, hs.HSAConfig(forecast=forecast, correct=False), Plans({6: EMPTY, 7: EMPTY}))
+        hs.apply(pipe, hs.HSAConfig(forecast=forecast, correct=False), Fixed({6: EMPTY, 7: EMPTY}))
         found.append([generate(pipe, guidance_scale=1.0, **changes) for changes in ({}, at(4, change))])
     assert not torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
@@ -208,7 +192,7 @@ def test_guidance_for_some_steps_only():
     want = generate(tiny_pipeline(), callback_on_step_end=callback)
     for plans, full in ({}, True), ({6: EMPTY}, False), ({3: EMPTY, 4: torch.arange(9), 6: EMPTY}, False):
         pipe = tiny_pipeline()
-        session = hs.apply(pipe, planner=Plans(plans))
+        session = hs.apply(pipe, planner=Fixed(plans))
         got = generate(pipe, callback_on_step_end=callback)
         assert torch.equal(got, want) if full else relative(got, want) < 0.1
         assert session.report.steps[6].active == 48
@@ -320,7 +304,7 @@ def test_ltx2_goes_on_without_one_kind_of_guidance():
 
     want = tiny_ltx2.generate(tiny_ltx2.tiny_ltx2("2.3"), "2.3", callback_on_step_end=callback)
     pipe = tiny_ltx2.tiny_ltx2("2.3")
-    session = hs.apply(pipe, planner=Plans({5: EMPTY}))
+    session = hs.apply(pipe, planner=Fixed({5: EMPTY}))
     got = tiny_ltx2.generate(pipe, "2.3", callback_on_step_end=callback)
     assert relative(got[0], want[0]) < 0.1
     assert session.report.compute == pytest.approx(7 / 8)

@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import heterostep as hs
 from heterostep.engine.jobs.checkpoint import Saved, read_saved, write_saved
-from tiny import KINDS, embeddings, generate, tiny_image_pipeline, tiny_pipeline
+from tiny import KINDS, Fixed, embeddings, generate, tiny_image_pipeline, tiny_pipeline
 
 T, K = 20, 4
 
@@ -25,22 +25,6 @@ class Recorder(hs.StepPlanner):
     def plan(self, step, *arguments):
         self.plans[step] = super().plan(step, *arguments)
         return self.plans[step]
-
-
-class Fixed:
-    """A user's planner, of given plans; it learns nothing, so its state is empty."""
-
-    def __init__(self, plans):
-        self.plans = plans
-
-    def plan(self, step, num_steps, sigma, num_tokens):
-        return self.plans.get(step)
-
-    def state(self):
-        return {}
-
-    def restore(self, state, device):
-        assert state == {}
 
 
 def through_files(folder, state):
