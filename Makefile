@@ -62,7 +62,7 @@ serve-demo: $(VENV)/.serve
 test: $(VENV)/.dev
 	@$(PYTEST) tests/unit
 	@# What starts processes and waits for them, the longest first.
-	@$(PYTEST) --no-loadscope-reorder tests/workers tests/e2e tests/service tests/distributed tests/gpu
+	@$(PYTEST) --no-loadscope-reorder tests/workers tests/e2e tests/service tests/cluster tests/distributed tests/gpu
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff check .
