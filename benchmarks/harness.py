@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "demo_model"))
 import scenes  # noqa: E402
 import score  # noqa: E402
 
-from heterostep.engine.media.quality import psnr, relative_l2, ssim  # noqa: E402
+from heterostep.engine.record import psnr, relative_l2, ssim  # noqa: E402
 
 SEEDS = {"tune": 10_000, "held-out": 20_000, "calibration": 30_000}
 ODE_STEPS = 200

@@ -11,7 +11,7 @@ import pathlib
 from PIL import Image
 
 import heterostep as hs
-from heterostep.engine.media.heatmap import heatmap_frames
+from heterostep.engine.media.video import heatmap_frames
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -22,14 +22,13 @@ from .denoise.inputs import encode_prompts, seen_image
 from .denoise.session import apply, remove
 from .denoise.work_split import Sharding
 from .facts import first_line, read_facts
-from .jobs.checkpoint import Saved
-from .jobs.identity import identity_of
+from .jobs.checkpoint import Saved, identity_of
 from .jobs.job import Finished, Job, look
 from .jobs.steps import Progress, StepEvents, Stop, dense_report, stopped
 from .loading import as_pipeline, load_pipeline, pick_device, pick_dtype
-from .media.audio import Audio
-from .media.quality import check_finite
+from .media.video import Audio
 from .models import adapter_named
+from .models.base import check_finite
 from .progress import Progress as Shown
 from .record import run_record
 from .report import HSAReport

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from .media.audio import Audio
+    from .media.video import Audio
     from .report import HSAReport
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .budget import Schedule, spared_counts
 from .cache import fill_rows, gather_rows, write_rows
-from .config import HSAConfig
+from .config import HSAConfig, Schedule, spared_counts
 from .policies import Policy, TokenState, policy_for, unknown_tokens, velocity_change_rate
 
 

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .budget import (
+from .config import (
+    HSAConfig,
     Schedule,
     affordable_full,
     bucket_of,
@@ -25,7 +26,6 @@ from .budget import (
     refuse_below,
     required_full,
 )
-from .config import HSAConfig
 from .placement import GapCosts, add_steps, best_steps
 
 

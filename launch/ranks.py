@@ -1,4 +1,7 @@
-"""`heterostep generate` on several ranks: a worker group on this machine, or on Ray, makes the video."""
+"""`heterostep generate` on several ranks: a worker group on this machine, or on Ray, makes the video.
+
+Signals of a cluster's scheduler save the job first (`saving_signals`).
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ import contextlib
 import dataclasses
 import logging
 import math
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,12 +32,11 @@ from ..engine.record import compare
 from ..engine.request import EngineConfig, Event, GenerateRequest, JobConfig, VideoOutput, resolve
 from ..errors import Cancelled, ConfigError, JobStopped, RankLost
 from ..parallel.config import ParallelConfig
-from .degrees import parallel_from
 from .options import Command
-from .signals import saving_signals
 from .workers.group import WorkerGroup
 from .workers.messages import GroupConfig, Work, threads_asked
 from .workers.process import ThisMachine
+from .workers.rendezvous import parallel_from
 from .workers.video import make_video
 
 Show = Callable[[Iterator[Event], str], VideoOutput]
@@ -297,3 +302,26 @@ class _Output:
             for line in tail:
                 print(f"  rank {seat}: {line}", file=sys.stderr)
             tail.clear()
+
+
+@contextlib.contextmanager
+def saving_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` on SIGTERM and SIGUSR1 while the context lasts; in the main thread, between two of its instructions.
+
+    What was done on these signals before is done again afterwards. Elsewhere than in the main thread, where Python
+    takes no signals, nothing changes.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop()
+
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -63,9 +63,9 @@ def _serve_here(settings: ServiceSettings, host: str, port: int) -> int:
     """One process with the HTTP API, and a worker process for each replica."""
     import uvicorn
 
+    from .logs import log_json_lines, say
     from .service.access import BoundedConnection
     from .service.app import create_app
-    from .service.logs import log_json_lines, say
     from .service.service import VideoService
 
     log_json_lines()
@@ -183,7 +183,7 @@ def _application(settings: ServiceSettings, gpus: int | None) -> Any:
 
     class VideoReplica:
         def __init__(self, settings: ServiceSettings) -> None:
-            from .service.logs import log_json_lines
+            from .logs import log_json_lines
             from .service.runner import Runner
             from .service.service import VideoService
 

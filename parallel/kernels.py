@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .config import KERNELS
-from .xfuser_job import registry_attention
+from .mesh import registry_attention
 
 logger = logging.getLogger(__name__)
 

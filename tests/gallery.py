@@ -9,8 +9,7 @@ import numpy as np
 from PIL import Image
 
 from heterostep.engine.facts import read_facts
-from heterostep.engine.media.heatmap import overlay_frames
-from heterostep.engine.media.video import write_mp4
+from heterostep.engine.media.video import overlay_frames, write_mp4
 from heterostep.engine.request import GenerateRequest, resolve
 from heterostep.launch.service.database import Lease
 from heterostep.launch.service.store import JobStore

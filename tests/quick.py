@@ -13,8 +13,7 @@ from heterostep.engine.request import Started, StepDone
 from heterostep.launch.service.app import create_app
 from heterostep.launch.service.bodies import CreateVideo
 from heterostep.launch.service.requests import Asked
-from heterostep.launch.workers.files import FILES
-from heterostep.launch.workers.messages import Outcome
+from heterostep.launch.workers.messages import FILES, Outcome
 from waiting import until
 
 STEPS = 4

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..media.quality import is_finite
 from ..models import adapter_for
+from ..models.base import is_finite
 from .hook import named
 
 if TYPE_CHECKING:

@@ -24,12 +24,11 @@ from filelock import FileLock, Timeout
 from ...errors import ConfigError, Damaged, JobDiffers, JobInUse
 from ...hsa.config import HSAConfig
 from ..facts import first_line
-from ..media.audio import Audio
 from ..media.files import RESULT_NAME, checkpoint_name, checkpoint_steps, has_result
+from ..media.video import Audio
 from ..report import HSAReport, plain_step, step_from
 from ..request import JobConfig, ResolvedRequest, StepDone, VideoOutput
-from .checkpoint import Saved, read_saved, remove_others, write_saved
-from .identity import differences
+from .checkpoint import Saved, differences, read_saved, remove_others, write_saved
 
 KEPT = 2
 """Checkpoints that are kept: the newest, and one to fall back to."""

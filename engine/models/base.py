@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
+import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
+from ...errors import RequestError
 from ...hsa.cache import KVCache, gather_rows, write_rows
 from .hook_registry import OwnHook
 
@@ -16,8 +18,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..facts import ModelFacts
-    from ..media.audio import Audio
+    from ..media.video import Audio
     from ..request import ResolvedRequest
+
+_WIDER = {torch.float16: "--dtype bfloat16 or float32", torch.bfloat16: "--dtype float32"}
+_DAMAGED = "its weights may be damaged: copy or download the model again"
 
 
 class Site(NamedTuple):
@@ -350,3 +355,29 @@ def pack(rows: Tensor, patch: Patch) -> Tensor:
 def unpack(video: Tensor, patch: Patch) -> Tensor:
     """[B, C, pt, ph, A * pw] -> [B, A, D]: the inverse of `pack`."""
     return patchify(video, patch)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; needs no memory beside the values."""
+    # Both ends are NaN where any value is.
+    return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
+
+
+def check_finite(values: Tensor, source: str, dtype: torch.dtype, otherwise: str = "") -> None:
+    """Refuse NaN and infinite values, which would become a black video or silence.
+
+    Args:
+        values: what a network returned.
+        source: that network, e.g. `"the VAE"`.
+        dtype: in which it computed.
+        otherwise: what would do beside another dtype, e.g. `"a lower --guidance"`.
+
+    Raises:
+        RequestError: the message names the network, the dtype, and what would do.
+    """
+    if not is_finite(values):
+        remedies = " or ".join(remedy for remedy in (_WIDER.get(dtype), otherwise) if remedy)
+        raise RequestError(
+            f"{source} produced values that are not finite numbers (NaN or infinity) in "
+            f"{str(dtype).removeprefix('torch.')}; {f'use {remedies}' if remedies else _DAMAGED}"
+        )

@@ -20,8 +20,7 @@ from diffusers.pipelines.ltx2.pipeline_ltx2 import calculate_shift
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..media.audio import Audio
-from ..media.quality import check_finite
+from ..media.video import Audio
 from .base import (
     Adapter,
     AttentionCall,
@@ -31,6 +30,7 @@ from .base import (
     Patch,
     Site,
     attend,
+    check_finite,
     gather_rows,
     unpatchify,
 )

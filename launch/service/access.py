@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ...errors import ConfigError
-from .logs import say
+from ..logs import say
 from .settings import is_path_prefix
 
 # Shorter ones can be guessed.

@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from ...errors import RequestError, StoreUnavailable
 from ...version import __version__
-from ..workers.files import FILES
+from ..workers.messages import FILES
 from .access import AccessMiddleware, PrefixMiddleware
 from .bodies import (
     DeletedVideo,

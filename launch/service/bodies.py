@@ -18,7 +18,7 @@ from starlette.routing import Match
 from ...engine.request import GenerateRequest
 from ...errors import BadField, FileGone, QueueFull, RequestError, StoreUnavailable
 from ...settings import Setting, settings_of
-from .logs import say
+from ..logs import say
 from .rows import Job
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]

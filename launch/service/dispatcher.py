@@ -14,13 +14,11 @@ from typing import Any, TypeVar
 from ...engine.media.files import no_room, when_there_is_room
 from ...engine.request import ResolvedRequest, StepDone
 from ...errors import Cancelled, ConfigError, Interrupted, RankLost, RequestError, StoreUnavailable
-from ..workers.files import FILES
-from ..workers.messages import Outcome
+from ..logs import say
+from ..workers.messages import FILES, Outcome
 from ..workers.video import reason_to_give_up, reason_to_give_up_restarts, saved_step
 from .database import Lease, is_held
-from .follower import Follower, num_pixels
-from .logs import say
-from .metrics import Metrics
+from .metrics import Follower, Metrics, num_pixels
 from .results import (
     clean_up,
     complete,

@@ -17,9 +17,9 @@ from typing import Any
 
 from ...engine.media.files import flush_to_disk, has_result, place, write_durably
 from ...errors import RequestError
-from ..workers.files import FILES
+from ..logs import say
+from ..workers.messages import FILES
 from .database import is_held
-from .logs import say
 from .rows import Job, finite
 from .settings import ServiceSettings, public_name
 from .store import JobStore, adopted_row

@@ -15,12 +15,11 @@ from ...engine.media.files import no_room, when_there_is_room
 from ...engine.media.image import read_image
 from ...engine.request import EngineConfig, Event, GenerateRequest, ResolvedRequest
 from ...errors import Cancelled, ConfigError, GroupClosed, Interrupted, RankLost
-from ..workers.files import FILES
+from ..logs import say
 from ..workers.group import Machines, WorkerGroup
-from ..workers.messages import GroupConfig, Outcome, Work
+from ..workers.messages import FILES, GroupConfig, Outcome, Work
 from ..workers.process import ThisMachine
 from ..workers.video import run_once
-from .logs import say
 from .results import rescue
 from .settings import ServiceSettings
 
@@ -58,7 +57,7 @@ class Task:
     Attributes:
         id: the job's.
         request: what to make, valid for the runner's model.
-        folder: empty and this attempt's own; the files of `workers.files.FILES` go there.
+        folder: empty and this attempt's own; the files of `workers.messages.FILES` go there.
         state: folder for what lets a later attempt resume where this one ended; shared by all attempts of the job.
         image: file that the video starts from, if it starts from one; `request` holds its fingerprint alone.
     """

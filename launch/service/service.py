@@ -13,11 +13,11 @@ from pathlib import Path
 from ...engine.facts import read_facts
 from ...engine.request import GenerateRequest, allocation, resolve
 from ...errors import FileGone, QueueFull, StoreUnavailable
-from ..workers.files import FILES
+from ..logs import say
+from ..workers.messages import FILES
 from .access import ApiKeys
 from .bodies import ModelCard, Video, to_video
 from .dispatcher import Dispatcher
-from .logs import say
 from .metrics import Metrics
 from .requests import Asked, check_plan, to_request
 from .results import delete_job, gone

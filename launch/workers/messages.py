@@ -1,23 +1,23 @@
-"""What the driver of a worker group and its workers send each other.
+"""What the driver of a worker group and its workers send each other, files of a job and of a result among it.
 
 The values travel by pickle, through pipes between a process and its own children or through Ray: never from or to
-clients.
+clients. Files are copied where rank 0 is on another machine than the job's folder (`Copier`).
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from ...engine.request import Decoding, GenerateRequest, Started, StepDone
+from ...engine.media.files import checkpoint_steps, write_durably
+from ...engine.request import Decoding, GenerateRequest, Started, StepDone, VideoOutput
 from ...errors import ConfigError
-
-if TYPE_CHECKING:
-    from ...engine.request import VideoOutput
-
 
 CAUSES = ("died", "frozen", "node", "memory", "timeout", "error")
 """Why a rank was lost, the likelier root of the trouble first."""
@@ -228,3 +228,100 @@ def threads_asked() -> int | None:
     """How many threads each rank shall have, if the environment says so."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdecimal() and int(given) else None
+
+
+FILES: Mapping[str, tuple[str, str]] = {
+    "video": ("video.mp4", "video/mp4"),
+    "heatmap": ("heatmap.mp4", "video/mp4"),
+    "thumbnail": ("thumbnail.webp", "image/webp"),
+    "spritesheet": ("spritesheet.webp", "image/webp"),
+    "report": ("report.json", "application/json"),
+}
+"""What can be downloaded of a finished video, by variant: file name and media type."""
+
+_STATE = re.compile(r"(?:checkpoint-\d+|result)(?:-[0-9a-f]+)?\.(?:json|safetensors)")
+_PROGRESS = "progress.jsonl"
+
+
+def read_copies(folder: Path, known: Collection[str] = ()) -> dict[str, bytes]:
+    """Files of a job's folder by name, in the order in which they must be written: manifests after what they name.
+
+    Args:
+        folder: of the job.
+        known: names of what the reader has already; they are left out, but for the progress, which grows.
+    """
+    names = [path.name for path in folder.iterdir() if _STATE.fullmatch(path.name)]
+    names.sort(key=lambda name: (name.endswith(".json"), name))
+    files: dict[str, bytes] = {}
+    for name in [_PROGRESS, *names]:
+        if name not in known or name == _PROGRESS:
+            try:
+                files[name] = (folder / name).read_bytes()
+            except FileNotFoundError:  # the job removes what is old, and begins without progress
+                continue
+    return files
+
+
+def write_copies(folder: Path, files: Mapping[str, bytes], before: Collection[str]) -> list[str]:
+    """Write files that `read_copies` returned, and remove those that are older than these and the last ones.
+
+    Args:
+        folder: of the job; made if it is not there.
+        files: to write, in their order.
+        before: what the last call returned.
+
+    Returns:
+        The names that the next call keeps.
+
+    Raises:
+        OSError: the disk is full or failing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        if not (_STATE.fullmatch(name) or name == _PROGRESS):
+            raise ValueError(f"not a file of a job: {name!r}")
+        write_durably(folder / name, content)
+    states = [name for name in files if name != _PROGRESS]
+    if not states:
+        return list(before)
+    finished = any(name.startswith("result") for name in states)  # its checkpoints are gone
+    kept = {*states, *(() if finished else before)}
+    for path in sorted(folder.iterdir(), key=lambda path: path.suffix != ".json"):
+        if _STATE.fullmatch(path.name) and path.name not in kept:
+            path.unlink(missing_ok=True)
+    return states
+
+
+class Copier:
+    """A folder of rank 0's own for a job whose folder it cannot reach; what is saved there is sent to the driver."""
+
+    def __init__(self, files: Mapping[str, bytes], report: Callable[[Progress], None]) -> None:
+        """Begin with the job's files."""
+        self._kept = tempfile.TemporaryDirectory(prefix="heterostep-job-", ignore_cleanup_errors=True)
+        self.folder = Path(self._kept.name)
+        self._report, self._known = report, set(files)
+        self._newest: int | None = None
+        try:
+            write_copies(self.folder, files, ())
+        except BaseException:
+            self._kept.cleanup()
+            raise
+
+    def copy(self) -> None:
+        """Send what is new since the last time, if a step was saved."""
+        newest = next(iter(checkpoint_steps(self.folder)), None)
+        if newest != self._newest:
+            self._newest = newest
+            self._send()
+
+    def close(self) -> None:
+        """Send the rest, and remove the folder."""
+        try:
+            self._send()
+        finally:
+            self._kept.cleanup()
+
+    def _send(self) -> None:
+        copies = read_copies(self.folder, self._known)
+        self._known |= copies.keys()
+        self._report(Progress(event=None, copies=copies))

@@ -19,8 +19,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ...engine.facts import first_line
 from ...errors import ConfigError, RankLost
-from .loop import BEAT_SECONDS, WorkerLoop
 from .messages import GroupConfig, Identity, Kill, Order, StopRequest
+from .process import BEAT_SECONDS, WorkerLoop
 from .watch import Worker
 
 _REACH_SECONDS = 5.0

@@ -11,9 +11,8 @@ from pathlib import Path
 from ...engine.media.files import RESULT_NAME, checkpoint_steps, has_result, no_room
 from ...engine.request import Event
 from ...errors import RankFailure, RankLost
-from .files import read_copies, write_copies
 from .group import WorkerGroup
-from .messages import Outcome, Work
+from .messages import Outcome, Work, read_copies, write_copies
 
 MAX_LOSSES = 20
 """A video is given up at this loss of its workers, whatever was saved between the losses."""

@@ -95,7 +95,7 @@ _UNUSED = {"matplotlib", "ray", "fastapi", "uvicorn", "pydantic_core"}
     [
         ("from heterostep.launch.cli import main", _HEAVY | _UNUSED),
         ("from heterostep.launch.cli import main; main(['info'])", {"av"} | _UNUSED),
-        ("import heterostep.launch.generate, heterostep.engine.media.heatmap, heterostep.engine.media.video", _UNUSED),
+        ("import heterostep.launch.generate, heterostep.engine.media.video, heterostep.engine.media.video", _UNUSED),
     ],
 )
 def test_only_what_is_used_is_imported(tmp_path, what, unwanted):

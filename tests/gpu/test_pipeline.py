@@ -10,7 +10,7 @@ import tiny
 import tiny_ltx2
 from heterostep.engine.engine import StepDone
 from heterostep.engine.facts import DEMO_MODEL
-from heterostep.engine.media.quality import psnr
+from heterostep.engine.record import psnr
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 KINDS = ("euler", "unipc", "wan22", "ti2v5b", "wan21 i2v", "ti2v5b i2v")

@@ -17,8 +17,7 @@ from heterostep.engine.request import Decoding, EngineConfig, GenerateRequest, S
 from heterostep.errors import Cancelled, Interrupted, RankLost, RequestError
 from heterostep.launch.service.runner import Runner, Task
 from heterostep.launch.service.settings import ServiceSettings
-from heterostep.launch.workers.files import FILES
-from heterostep.launch.workers.messages import Outcome
+from heterostep.launch.workers.messages import FILES, Outcome
 from serving import alive
 from waiting import until
 

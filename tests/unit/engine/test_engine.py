@@ -20,7 +20,7 @@ from heterostep.engine.denoise.checks import rehearse
 from heterostep.engine.denoise.preview import Preview
 from heterostep.engine.engine import Decoding, Started, StepDone
 from heterostep.engine.facts import DEFAULTS, read_facts
-from heterostep.engine.media.quality import check_finite
+from heterostep.engine.models.base import check_finite
 from heterostep.engine.record import compare, run_record
 from heterostep.engine.request import allocation, resolve
 from heterostep.errors import Cancelled

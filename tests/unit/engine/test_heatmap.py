@@ -5,8 +5,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from heterostep.engine.media.heatmap import heatmap_frames, overlay_frames, scale_for, spread_tokens
-from heterostep.engine.media.video import write_mp4
+from heterostep.engine.media.video import heatmap_frames, overlay_frames, scale_for, spread_tokens, write_mp4
 
 
 def clip(num_frames=5, height=32, width=48):

@@ -9,7 +9,7 @@ import torch
 from heterostep.engine.denoise.preview import LinearDecoder, Preview
 from heterostep.engine.engine import Engine, EngineConfig, GenerateRequest
 from heterostep.engine.facts import DEMO_MODEL
-from heterostep.engine.media.quality import psnr
+from heterostep.engine.record import psnr
 from heterostep.engine.request import StepDone
 
 pytestmark = pytest.mark.skipif(

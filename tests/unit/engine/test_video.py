@@ -14,10 +14,9 @@ import torch
 from scipy.ndimage import correlate1d
 
 from heterostep import ConfigError, RequestError
-from heterostep.engine.media.audio import Audio
 from heterostep.engine.media.files import check_writable, place, replacing, write_json
-from heterostep.engine.media.quality import psnr, relative_l2, ssim
-from heterostep.engine.media.video import check_mp4, write_mp4
+from heterostep.engine.media.video import Audio, check_mp4, write_mp4
+from heterostep.engine.record import psnr, relative_l2, ssim
 
 
 def clip(num_frames=5, height=32, width=48):

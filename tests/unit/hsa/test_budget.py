@@ -5,7 +5,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import heterostep as hs
-from heterostep.hsa.budget import Schedule, bucket_of, fit_counts, place_steps, profile_weights
+from heterostep.hsa.config import Schedule, bucket_of, fit_counts, place_steps, profile_weights
 from tiny import shifted
 
 POLICIES = ("joint", "tokens", "groups", "steps")

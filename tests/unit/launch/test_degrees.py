@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from heterostep.errors import ConfigError
-from heterostep.launch import degrees
-from heterostep.launch.degrees import parallel_from
+from heterostep.launch.workers import rendezvous as degrees
+from heterostep.launch.workers.rendezvous import parallel_from
 from heterostep.parallel.config import Topology
 
 PAIRS = Topology(islands=((0, 1), (2, 3)), free_bytes=(1, 1, 1, 1))

@@ -22,8 +22,7 @@ from heterostep.launch.service.metrics import Metrics
 from heterostep.launch.service.settings import ServiceSettings
 from heterostep.launch.service.store import JobStore
 from heterostep.launch.workers import video
-from heterostep.launch.workers.files import FILES
-from heterostep.launch.workers.messages import Outcome
+from heterostep.launch.workers.messages import FILES, Outcome
 from waiting import until
 
 REQUEST = resolve(GenerateRequest(prompt="x", num_inference_steps=20, compute=0.5), read_facts("demo"))

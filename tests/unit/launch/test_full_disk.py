@@ -12,10 +12,9 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 
+from heterostep.launch.logs import LOGGER
 from heterostep.launch.service import dispatcher
-from heterostep.launch.service.condition import Condition
-from heterostep.launch.service.database import Database
-from heterostep.launch.service.logs import LOGGER
+from heterostep.launch.service.database import Condition, Database
 from heterostep.launch.service.service import VideoService
 from heterostep.launch.service.settings import ServiceSettings
 from quick import STEPS, Quick, answers, finished, full_database, submit

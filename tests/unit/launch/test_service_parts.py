@@ -23,11 +23,11 @@ from heterostep.engine.facts import read_facts
 from heterostep.engine.request import EngineConfig, GenerateRequest, resolve
 from heterostep.errors import BadField, ConfigError, RequestError
 from heterostep.hsa.config import HSAConfig
+from heterostep.launch.logs import LOGGER, JsonLines, say
 from heterostep.launch.service import runner
 from heterostep.launch.service.access import ApiKeys, check_origin
 from heterostep.launch.service.bodies import CreateVideo
 from heterostep.launch.service.database import Lease, is_held
-from heterostep.launch.service.logs import LOGGER, JsonLines, say
 from heterostep.launch.service.metrics import COUNTERS, HISTOGRAMS, Metrics
 from heterostep.launch.service.requests import Asked, surely_met, to_request
 from heterostep.launch.service.results import clean_up, complete, is_complete, read_manifest
@@ -35,8 +35,7 @@ from heterostep.launch.service.runner import Pauses, Runner
 from heterostep.launch.service.service import VideoService
 from heterostep.launch.service.settings import ServiceSettings, limits_for, public_name
 from heterostep.launch.service.store import JobStore
-from heterostep.launch.workers.files import FILES
-from heterostep.launch.workers.messages import Outcome
+from heterostep.launch.workers.messages import FILES, Outcome
 
 FACTS = read_facts("demo")
 

@@ -17,8 +17,8 @@ pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 from heterostep.engine.request import ResolvedRequest
 from heterostep.errors import ConfigError, StoreUnavailable
 from heterostep.launch.cli import main
+from heterostep.launch.logs import LOGGER
 from heterostep.launch.service.database import Database
-from heterostep.launch.service.logs import LOGGER
 from heterostep.launch.service.results import MANIFEST, clean_up
 from heterostep.launch.service.service import VideoService
 from heterostep.launch.service.settings import ServiceSettings

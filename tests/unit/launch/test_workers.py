@@ -17,13 +17,11 @@ import pytest
 from heterostep.engine.engine import Engine, EngineConfig
 from heterostep.engine.request import GenerateRequest, JobConfig
 from heterostep.errors import Cancelled, ConfigError, Interrupted, JobDiffers, JobInUse, RequestError
-from heterostep.launch.degrees import refit
 from heterostep.launch.workers import rank
-from heterostep.launch.workers.files import Copier, read_copies, write_copies
-from heterostep.launch.workers.loop import Outbox, WorkerLoop
-from heterostep.launch.workers.messages import Identity, Work
-from heterostep.launch.workers.process import _read_stderr
+from heterostep.launch.workers.messages import Copier, Identity, Work, read_copies, write_copies
+from heterostep.launch.workers.process import Outbox, WorkerLoop, _read_stderr
 from heterostep.launch.workers.rank import resume_job
+from heterostep.launch.workers.rendezvous import refit
 from heterostep.parallel.config import ParallelConfig
 
 
@@ -199,14 +197,14 @@ def test_a_result_waits_for_room_says_so_once_and_not_for_ever(tmp_path, monkeyp
             raise FULL
         return {"compute": 1.0}
 
-    monkeypatch.setattr("heterostep.launch.workers.render.write_files", write_files)
+    monkeypatch.setattr("heterostep.launch.workers.rank.write_files", write_files)
     verbs = [None]
     worker = rank.Rank(print, lambda: verbs[-1])
     outcome = made(worker)
     assert outcome.files == {"part": b"pppp"} and outcome.hsa == {"compute": 1.0}
     assert caplog.text.count("is full; the result waits up to 10 minutes") == 1 and names(tmp_path) == []
     assert caplog.records[0].levelno == logging.WARNING
-    monkeypatch.setattr("heterostep.launch.workers.render.write_files", lambda *_: (_ for _ in ()).throw(FULL))
+    monkeypatch.setattr("heterostep.launch.workers.rank.write_files", lambda *_: (_ for _ in ()).throw(FULL))
     monkeypatch.setattr(rank, "_ROOM_SECONDS", 0.1)
     with pytest.raises(RequestError, match=r"the video is made, but .* was full for 0 minutes; free some"):
         made(worker)
