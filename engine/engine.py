@@ -17,14 +17,13 @@ import torch
 from ..errors import Cancelled, ConfigError, HeterostepError, Interrupted, RankFailure, RequestError
 from ..hsa.config import HSAConfig
 from ..parallel.mesh import ParallelMesh
+from .checkpoint import Saved, identity_of
 from .decoding import decode_audio, decode_frames
 from .denoise.inputs import encode_prompts, seen_image
 from .denoise.session import apply, remove
 from .denoise.work_split import Sharding
 from .facts import first_line, read_facts
-from .jobs.checkpoint import Saved, identity_of
-from .jobs.job import Finished, Job, look
-from .jobs.steps import Progress, StepEvents, Stop, dense_report, stopped
+from .job import Finished, Job, Progress, StepEvents, Stop, dense_report, look, stopped
 from .loading import as_pipeline, load_pipeline, pick_device, pick_dtype
 from .media.video import Audio
 from .models import adapter_named

@@ -36,7 +36,7 @@ from .logs import silence_libraries
 from .ranks import degrees_for, generate_on_ranks, saving_signals
 
 if TYPE_CHECKING:
-    from ..engine.jobs.job import Finished
+    from ..engine.job import Finished
     from .options import Command, Outputs
     from .workers.rendezvous import TorchrunRank
 

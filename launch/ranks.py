@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
+from ..engine.checkpoint import remove_others
 from ..engine.engine import find_finished
 from ..engine.facts import read_facts
-from ..engine.jobs.checkpoint import remove_others
 from ..engine.loading import pick_device, pick_dtype
 from ..engine.media.image import read_image
 from ..engine.progress import Progress

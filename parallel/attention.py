@@ -166,7 +166,7 @@ class Placement:
 def placement_for(mesh: ParallelMesh, config: ParallelConfig, traffic: Traffic | None = None) -> Placement:
     """Return the placement that `config` asks for on `mesh`.
 
-    ``ring_cache="auto"`` that nobody has resolved (`choose.resolve`) is ``sharded``, which needs least memory.
+    ``ring_cache="auto"`` that nobody has resolved (`config.resolve`) is ``sharded``, which needs least memory.
 
     Args:
         mesh: this rank's place.

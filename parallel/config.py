@@ -23,7 +23,7 @@ class ParallelConfig:
 
     ``ring_cache`` says what a rank keeps where ring > 1: ``gathered``, the K/V of all tokens (least traffic, ring times
     the memory), or ``sharded``, those of its own range of tokens (queries travel). ``auto`` takes ``gathered`` where
-    `choose.resolve` found it to fit into memory. With ``cut="measured"`` sums are rounded otherwise from run to run, so
+    `resolve` found it to fit into memory. With ``cut="measured"`` sums are rounded otherwise from run to run, so
     two runs agree to rounding only.
 
     Raises:

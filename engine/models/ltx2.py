@@ -1,4 +1,4 @@
-"""LTX-2's attention processors, derived from diffusers' (Apache-2.0), whose order of arithmetic they keep."""
+"""LTX-2: its adapter, and attention processors derived from diffusers' (Apache-2.0), whose arithmetic they keep."""
 
 from __future__ import annotations
 

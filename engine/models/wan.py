@@ -1,4 +1,4 @@
-"""Wan's attention processors, derived from diffusers' (Apache-2.0), whose order of arithmetic they keep; its RoPE."""
+"""Wan: its adapter, and attention processors derived from diffusers' (Apache-2.0), whose arithmetic they keep."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted(
     path for folder in ("engine", "hsa", "launch", "parallel") for path in (ROOT / folder).rglob("*.py")
 )  # fmt: skip
+PAGES = [path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")) if path.name != "CHANGELOG.md"]
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 
@@ -27,3 +29,11 @@ def test_files_and_functions_are_short(path):
 def test_flags_end_where_they_are_read(path):
     if path.name not in ("cli.py", "options.py"):
         assert "argparse" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=[str(path.relative_to(ROOT)) for path in PAGES])
+def test_files_that_a_page_names_exist(path):
+    known = {file.name for file in ROOT.rglob("*.py") if ".venv" not in file.parts}
+    code = " ".join(re.findall(r"`([^`\n]+)`", path.read_text()))
+    named = set(re.findall(r"(?<![*\w])\w+\.py\b", code))
+    assert named - {"utils.py"} <= known  # CONTRIBUTING.md: there is none

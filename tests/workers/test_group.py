@@ -17,7 +17,7 @@ import torch
 import forked
 from heterostep.engine.engine import Engine
 from heterostep.engine.facts import read_facts
-from heterostep.engine.jobs.job import JobConfig
+from heterostep.engine.job import JobConfig
 from heterostep.engine.media.files import checkpoint_steps
 from heterostep.engine.request import EngineConfig, GenerateRequest, Started, StepDone, resolve
 from heterostep.errors import Cancelled, ConfigError, GroupClosed, RankFailure, RankLost, RequestError

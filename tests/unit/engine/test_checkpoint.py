@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import heterostep as hs
-from heterostep.engine.jobs.checkpoint import Saved, read_saved, remove_others, write_saved
-from heterostep.engine.jobs.job import Job, JobConfig
+from heterostep.engine.checkpoint import Saved, read_saved, remove_others, write_saved
+from heterostep.engine.job import Job, JobConfig
 from heterostep.engine.media import files
 from heterostep.engine.media.files import checkpoint_name, checkpoint_steps
 from heterostep.errors import Damaged
@@ -174,7 +174,7 @@ def test_every_length_of_small_tensors(tmp_path):
 
 def reseal(manifest, **changes):
     """Change a manifest and make its hash right again, as another program or version might."""
-    from heterostep.engine.jobs.checkpoint import _sealed
+    from heterostep.engine.checkpoint import _sealed
 
     content = json.loads(manifest.read_text())
     del content["sha256"]
@@ -266,7 +266,7 @@ class FullDisk:
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, monkeypatch, caplog, after):
     with Job(JobConfig(folder=tmp_path), {}) as job:
         assert job.save(5, 0.5, {"x": torch.ones(1)})
-        monkeypatch.setattr("heterostep.engine.jobs.checkpoint.write_durably", FullDisk(after))
+        monkeypatch.setattr("heterostep.engine.checkpoint.write_durably", FullDisk(after))
         assert not job.save(10, 0.5, {"x": torch.zeros(1000)})
         assert not job.save(15, 0.5, {"x": torch.zeros(1000)})
         assert job.saved == 5

@@ -9,7 +9,7 @@ import torch
 
 import heterostep as hs
 import tiny_ltx2
-from heterostep.engine.jobs.checkpoint import Saved, read_saved, write_saved
+from heterostep.engine.checkpoint import Saved, read_saved, write_saved
 from tiny import Fixed, build, embeddings, generate, tiny_pipeline
 
 OTHER = embeddings(seed=99)

@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import heterostep as hs
-from heterostep.engine.jobs.checkpoint import Saved, read_saved, write_saved
+from heterostep.engine.checkpoint import Saved, read_saved, write_saved
 from tiny import KINDS, Fixed, embeddings, generate, tiny_image_pipeline, tiny_pipeline
 
 T, K = 20, 4

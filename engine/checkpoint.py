@@ -25,12 +25,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ...errors import Damaged
-from ...hsa.config import HSAConfig
-from ...version import __version__
-from ..facts import ModelFacts, first_line
-from ..media.files import checkpoint_name, write_durably
-from ..request import ResolvedRequest
+from ..errors import Damaged
+from ..hsa.config import HSAConfig
+from ..version import __version__
+from .facts import ModelFacts, first_line
+from .media.files import checkpoint_name, write_durably
+from .media.video import Audio
+from .report import HSAReport, plain_step, step_from
+from .request import ResolvedRequest, VideoOutput
 
 FORMAT = "heterostep saved state"
 VERSION = 1
@@ -368,3 +370,45 @@ def _weights(parts: Iterable[torch.nn.Module]) -> str | None:
     if values:
         digest.update(torch.cat(values).numpy().tobytes())
     return digest.hexdigest()
+
+
+def output_content(output: VideoOutput) -> dict[str, Any]:
+    """A video as plain data."""
+    report = output.report
+    return {
+        "frames": torch.from_numpy(output.frames),
+        "latents": output.latents,
+        "audio": None if output.audio is None else torch.from_numpy(output.audio.samples),
+        "audio_rate": None if output.audio is None else output.audio.sample_rate,
+        "audio_latents": output.audio_latents,
+        "fps": output.fps,
+        "hsa": None if output.hsa is None else dataclasses.asdict(output.hsa),
+        "report": {
+            "steps": [plain_step(step) for step in report.steps],
+            "compute": report.compute,
+            "evaluations": report.evaluations,
+            "kv_bytes": report.kv_bytes,
+            "num_steps": report.num_steps,
+            "conditioned": report.conditioned,
+        },
+        "seconds": dict(output.seconds),
+        "request": dataclasses.asdict(output.request),
+    }
+
+
+def output_from(content: Mapping[str, Any]) -> VideoOutput:
+    """The inverse of `output_content`."""
+    report = dict(content["report"])
+    report["steps"] = [step_from(step) for step in report["steps"]]
+    audio = content.get("audio")
+    return VideoOutput(
+        frames=content["frames"].numpy(),
+        latents=content["latents"],
+        audio=None if audio is None else Audio(samples=audio.numpy(), sample_rate=content["audio_rate"]),
+        audio_latents=content.get("audio_latents"),
+        fps=content["fps"],
+        hsa=None if content["hsa"] is None else HSAConfig(**content["hsa"]),
+        report=HSAReport(**report),
+        seconds=content["seconds"],
+        request=ResolvedRequest(**content["request"]),
+    )

@@ -1,1 +1,0 @@
-"""Jobs: one video whose making survives its process."""
