@@ -103,21 +103,22 @@ def test_a_sync_client_that_goes_away(deployment):
     until(lambda: deployment.video(id)["status"] == "cancelled", 10)
 
 
-@pytest.mark.parametrize(("number", "cause"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "frozen")])
-def test_a_lost_rank_is_replaced_and_the_video_has_the_bits_of_an_unbroken_one(deployment, number, cause):
-    whole, broken = (deployment.create(num_inference_steps=100, compute=1, num_frames=5, seed=7) for _ in range(2))
-    until(lambda: deployment.video(broken)["step"] >= 8, 120)
-    deployment.ranks()[-1].send_signal(number)
+def test_lost_ranks_are_replaced_and_the_video_has_the_bits_of_an_unbroken_one(deployment):
+    whole, broken = (deployment.create(num_inference_steps=50, compute=1, num_frames=5, seed=7) for _ in range(2))
+    for number, step in ((signal.SIGKILL, 8), (signal.SIGSTOP, 24)):
+        until(lambda step=step: deployment.video(broken)["step"] >= step, 120)
+        deployment.ranks()[-1].send_signal(number)
     for id in (whole, broken):
         until(lambda id=id: deployment.video(id)["status"] == "completed", 120)
-    (fault,) = deployment.video(broken)["faults"]
-    assert fault["cause"] == cause and fault["step"] >= fault["saved"] >= 5
+    faults = deployment.video(broken)["faults"]
+    assert [fault["cause"] for fault in faults] == ["died", "frozen"]
+    assert all(fault["step"] >= fault["saved"] >= 5 for fault in faults)
     videos = [deployment.http.get(f"/v1/videos/{id}/content").content for id in (whole, broken)]
     assert videos[0] == videos[1] and deployment.video(whole)["faults"] == []
 
 
 def test_a_killed_replica_loses_nothing(deployment):
-    running = deployment.create(num_inference_steps=100, compute=1, num_frames=5)
+    running = deployment.create(num_inference_steps=50, compute=1, num_frames=5)
     waiting = deployment.create(num_frames=5)
     until(lambda: deployment.video(running)["step"] >= 5, 60)
     (replica,) = deployment.replicas()

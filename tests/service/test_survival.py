@@ -14,7 +14,7 @@ import pytest
 from serving import PROMPT, alive
 from waiting import until
 
-LONG = {"num_inference_steps": 100, "compute": 1, "num_frames": 5}
+LONG = {"num_inference_steps": 50, "compute": 1, "num_frames": 5}
 
 
 def completions(server):

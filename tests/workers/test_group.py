@@ -77,6 +77,10 @@ def group(shared):
     return shared
 
 
+here_only = pytest.mark.parametrize("where", ["here"], indirect=True, scope="module")
+"""For what the group decides alone, wherever its ranks are: new ranks on Ray take many seconds to start."""
+
+
 class Run:
     """A video through a group: what was seen on the way."""
 
@@ -146,6 +150,7 @@ def test_a_frozen_rank_is_named_and_replaced(group, unbroken, tmp_path):
     assert run.seconds[0] > FROZEN
 
 
+@here_only
 def test_without_a_folder_a_video_is_begun_again(group, tmp_path):
     whole = Run(group, None)
     run = Run(group, None, at=[7], do=killing(group, 1))
@@ -193,6 +198,7 @@ def test_cancel_and_stop_within_a_step(group, unbroken, tmp_path):
     assert torch.equal(Run(group, tmp_path / "next").latents, unbroken.latents)
 
 
+@here_only
 def test_a_request_that_kills_twice_is_given_up_and_the_group_goes_on(group, unbroken, tmp_path):
     with pytest.raises(
         RankFailure, match=r"given up after two losses in a row without a new step saved.*(died|SIGKILL)"
@@ -298,9 +304,8 @@ def test_a_cluster_that_is_too_small(cluster):
         RayCluster(gpus=False).reserve(GroupConfig(size=99), lambda: None)
 
 
-def test_a_rank_without_memory_for_a_request_refuses_it_and_all_keep_their_models(where, group, unbroken, tmp_path):
-    if where == "ray":
-        pytest.skip("Ray's own threads would meet the limit")
+@here_only  # Ray's own threads would meet the limit.
+def test_a_rank_without_memory_for_a_request_refuses_it_and_all_keep_their_models(group, unbroken, tmp_path):
     pids = group.pids
     used = psutil.Process(pids[1]).memory_info().vms
     resource.prlimit(pids[1], resource.RLIMIT_AS, (used + (32 << 20), resource.RLIM_INFINITY))
