@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from baselines.baseline import hooked
 from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
+from heterostep.benchmarks.baselines.baseline import hooked
 from heterostep.engine.models.hook_registry import registered
 from heterostep.engine.models.wan import CachedWanAttnProcessor
 from heterostep.hsa.cache import KVCache

@@ -21,7 +21,6 @@ from typing import Any
 
 import pareto_report
 import torch
-from baselines import KINDS, Trial, WorkCounter, build, tune
 from harness import (
     DEMO_MODEL,
     REPORTS,
@@ -38,11 +37,12 @@ from harness import (
 )
 
 import heterostep as hs
+from heterostep.benchmarks.baselines import KINDS, SOLVERS, Trial, WorkCounter, available, build, tune
 
 COMPUTES = (0.75, 0.5, 0.33, 0.25)
 OURS: dict[str, dict[str, Any]] = {
     "joint": {"policy": "joint"},
-    "joint-ab2": {"policy": "joint", "forecast": "ab2"},
+    "joint-ab2": {"policy": "joint", "solver": "euler", "forecast": "ab2"},
     "tokens": {"policy": "tokens"},
     "groups": {"policy": "groups", "forecast": "hold"},
     "steps": {"policy": "steps", "forecast": "hold", "profile": 0.0},
@@ -51,8 +51,8 @@ OURS: dict[str, dict[str, Any]] = {
 }
 """Fields of an HSAConfig. `steps*` are the whole-step baselines: evenly or early-heavily placed, held or forecast, with
 nothing of the default's placement and correction; `groups` is the paper's reading."""
-DENSE_EVERY = 10
-"""A timed dense run stands before every tenth timed run of a clip: both see the same state of the machine."""
+DENSE_EVERY = 20
+"""A timed dense run stands before every twentieth timed run of a clip: both see the same state of the machine."""
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Method:
 
     def key(self, bench: Bench, steps: int, digest: str) -> str:
         """Changes whenever a stored result would no longer be this method's."""
-        parts = [bench.fingerprint, bench.guidance, steps, self.name, self.target, self.settings]
+        parts = [bench.fingerprint, bench.guidance, bench.solver, steps, self.name, self.target, self.settings]
         text = json.dumps([*parts, digest if self.ours else ""], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -93,35 +93,48 @@ class Method:
 
 
 class Evaluation:
-    """Runs methods on clips and appends results to a file."""
+    """Runs methods on clips with one guidance scale, and appends results to a file."""
 
     def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
-        self.bench, self.steps, self.latent_only = bench, args.steps, args.latent_only
-        self.folder = args.work / f"{bench.fingerprint}-g{args.guidance:g}"
+        self.bench, self.steps, self.latent_only, self.no_ode = bench, args.steps, args.latent_only, args.no_ode
+        self.folder = args.work / f"{bench.fingerprint}-g{bench.guidance:g}"
         self.references = References(bench, args.steps, self.folder / "references")
-        self.results = self.folder / f"{args.split}.jsonl"
+        self.results = self.folder / f"{args.split}-{bench.solver}{args.steps}.jsonl"
         self.split, self.digest = args.split, source_digest()
         self.done = {(r["clip"], r["key"]) for r in read_results(self.results) if self._complete(r)}
 
     def _complete(self, result: dict[str, Any]) -> bool:
-        return self.latent_only or "score" in result
+        return (self.latent_only or "score" in result) and (self.no_ode or "ode" in result["against"])
 
-    def run(self, chosen: list[Clip], methods: list[Method], deadline: float) -> None:
-        """Clip by clip, so that whatever is there when time is up is paired."""
-        for number, clip in enumerate(chosen):
-            left = [m for m in methods if (clip.name, m.key(self.bench, self.steps, self.digest)) not in self.done]
-            if not left:
-                continue
-            began = time.monotonic()
-            self.references.ode(clip, chosen[number:])
-            dense = None
-            for i, method in enumerate(left):
-                if time.monotonic() > deadline:
-                    return
-                if dense is None or i % DENSE_EVERY == 0:
-                    dense = self.bench.denoise(clip, self.steps)
-                self._one(clip, method, dense)
-            print(f"{clip.name}: {len(left)} runs in {time.monotonic() - began:.0f} s", flush=True)
+    def clip(self, clip: Clip, ahead: list[Clip], methods: list[Method], deadline: float) -> None:
+        """Run what is missing for a clip; its accurate solution is made together with those of the clips `ahead`."""
+        left = [m for m in methods if (clip.name, m.key(self.bench, self.steps, self.digest)) not in self.done]
+        if not left:
+            return
+        began = time.monotonic()
+        if not self.no_ode:
+            self.references.ode(clip, ahead)
+        dense = None
+        for i, method in enumerate(left):
+            if time.monotonic() > deadline:
+                return
+            if dense is None or i % DENSE_EVERY == 0:
+                dense = self.bench.denoise(clip, self.steps)
+                self.references.keep(clip, dense.latents)
+            self._one(clip, method, dense)
+        self._say(clip, f"{len(left)} runs", began)
+
+    def prepare(self, clip: Clip, ahead: list[Clip]) -> None:
+        """Make the references of a clip, where they are missing."""
+        began = time.monotonic()
+        self.references.dense(clip)
+        if not self.no_ode:
+            self.references.ode(clip, ahead)
+        self._say(clip, "references", began)
+
+    def _say(self, clip: Clip, what: str, began: float) -> None:
+        took = time.monotonic() - began
+        print(f"{clip.name}, guidance {self.bench.guidance:g}: {what} in {took:.0f} s", flush=True)
 
     def _one(self, clip: Clip, method: Method, dense: Any) -> None:
         """Generate, compare, and write a line."""
@@ -145,7 +158,8 @@ class Evaluation:
             "against": {},
         }
         frames = None if self.latent_only else self.bench.decode(out.latents)
-        for which, latents in (("dense", self.references.dense(clip)), ("ode", self.references.ode(clip))):
+        for which in ("dense",) if self.no_ode else ("dense", "ode"):
+            latents = self.references.dense(clip) if which == "dense" else self.references.ode(clip)
             other = None if frames is None else self.references.frames(clip, which)
             result["against"][which] = compare(out.latents, latents, frames, other)
         if frames is not None:
@@ -167,30 +181,30 @@ def read_results(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def tuned_settings(
-    evaluation: Evaluation, kinds: list[str], computes: list[float], count: int
+    evaluations: list[Evaluation], kinds: list[str], computes: list[float], count: int
 ) -> dict[str, dict[float, dict[str, Any]]]:
-    """Settings of the baselines, tuned on calibration clips once and kept."""
-    path = evaluation.folder / f"tuned-{evaluation.steps}.json"
+    """Settings of the baselines, tuned once on calibration clips and kept: one for all guidance scales, as ours are."""
+    first = evaluations[0]
+    scales = ",".join(f"{e.bench.guidance:g}" for e in evaluations)
+    path = first.folder.parent / f"tuned-{first.bench.fingerprint}-{first.bench.solver}{first.steps}-g{scales}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
-    bench, steps = evaluation.bench, evaluation.steps
     for kind in kinds:
         missing = [c for c in computes if f"{c:g}" not in kept.get(kind, {})]
         if not missing:
             continue
-        trials = [
-            Trial(
-                lambda n, c=clip: bench.denoise(c, n).latents,
-                evaluation.references.dense(clip).to(bench.device),
-            )
-            for clip in clips("calibration", count)
-        ]
-        found = tune(kind, bench.pipe, steps, missing, trials, say=lambda text: print("tuned", text, flush=True))
+        trials = []
+        for number, clip in enumerate(clips("calibration", count)):
+            evaluation = evaluations[number % len(evaluations)]
+            dense = evaluation.references.dense(clip).to(first.bench.device)
+            trials.append(Trial(lambda n, b=evaluation.bench, c=clip: b.denoise(c, n).latents, dense))
+        say = lambda text: print("tuned", text, flush=True)  # noqa: E731
+        found = tune(kind, first.bench.pipe, first.steps, missing, trials, say)
         kept.setdefault(kind, {}).update({f"{c:g}": settings for c, settings in found.items()})
         path.write_text(json.dumps(kept, indent=1))
     return {kind: {c: kept[kind][f"{c:g}"] for c in computes} for kind in kinds}
 
 
-def select_methods(evaluation: Evaluation, args: argparse.Namespace) -> list[Method]:
+def select_methods(evaluations: list[Evaluation], args: argparse.Namespace) -> list[Method]:
     """Everything that `--methods` matches, dense first."""
     ours = {**OURS, **dict(parse_variant(v) for v in args.variant)}
 
@@ -201,8 +215,8 @@ def select_methods(evaluation: Evaluation, args: argparse.Namespace) -> list[Met
     for name, settings in ours.items():
         if matches(name):
             methods += [Method(name, c, settings) for c in args.computes]
-    kinds = [kind for kind in KINDS if matches(kind)]
-    for kind, settings in tuned_settings(evaluation, kinds, args.computes, args.calibration_clips).items():
+    kinds = [kind for kind in KINDS if matches(kind) and available(kind, evaluations[0].bench.pipe, print)]
+    for kind, settings in tuned_settings(evaluations, kinds, args.computes, args.calibration_clips).items():
         methods += [Method(kind, c, settings[c], ours=False) for c in args.computes]
     return methods
 
@@ -230,13 +244,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--variant", action="append", default=[], metavar='NAME={"field": value}', help="one more HSAConfig"
     )
+    parser.add_argument("--solver", choices=SOLVERS, default="euler", help="of the dense run (euler, the demo model's)")
     parser.add_argument("--steps", type=int, default=40, help="dense steps (40)")
-    parser.add_argument("--guidance", type=float, default=1.5, help="guidance scale (1.5)")
+    parser.add_argument("--guidance", nargs="+", type=float, default=[1.5], help="guidance scales (1.5)")
     parser.add_argument("--calibration-clips", type=int, default=2, help="clips that baselines are tuned on (2)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; the next run goes on")
     parser.add_argument("--latent-only", action="store_true", help="compare latents only: no VAE, no scorer")
+    parser.add_argument(
+        "--no-ode", action="store_true", help="without the accurate solution, which costs two dense runs"
+    )
+    parser.add_argument("--references", action="store_true", help="make the references only")
     parser.add_argument("--report", action="store_true", help="render the results that are there, run nothing")
-    parser.add_argument("--output", type=pathlib.Path, help="report, without suffix (reports/pareto-demo[-tune])")
+    parser.add_argument("--output", type=pathlib.Path, help="report, without suffix (reports/pareto-SOLVER[-tune])")
     parser.add_argument("--work", type=pathlib.Path, default=ROOT / "out" / "pareto", help="references and results")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1: the fastest on small models)")
@@ -249,26 +268,43 @@ def main() -> None:
     quiet()
     torch.set_num_threads(args.threads)
     deadline = time.monotonic() + 60 * args.minutes
-    evaluation = Evaluation(Bench(args.model, args.guidance, args.device), args)
+    bench = Bench(args.model, args.guidance[0], args.device, args.solver)
+    evaluations = [Evaluation(bench.at(guidance), args) for guidance in args.guidance]
+    chosen = clips(args.split, args.first + args.count)[args.first :]
+    if args.references:
+        prepare(evaluations, chosen, deadline)
+        return
     if not args.report:
-        methods = select_methods(evaluation, args)
-        evaluation.run(clips(args.split, args.first + args.count)[args.first :], methods, deadline)
-    results = current(read_results(evaluation.results), evaluation)
-    if not results:
-        raise SystemExit(f"No results in {evaluation.results}.")
+        # Clip by clip and with every guidance, so that whatever is there when time is up is paired.
+        methods = select_methods(evaluations, args)
+        for number, clip in enumerate(chosen):
+            for evaluation in evaluations:
+                evaluation.clip(clip, chosen[number:], methods, deadline)
+    results = {e.bench.guidance: current(read_results(e.results), e) for e in evaluations}
+    if not all(results.values()):
+        raise SystemExit(f"No results in {', '.join(str(e.results) for e in evaluations)}.")
     facts = {
         "split": args.split,
+        "solver": args.solver,
         "steps": args.steps,
-        "guidance": args.guidance,
-        "model": evaluation.bench.fingerprint,
-        "source": evaluation.digest,
+        "model": bench.fingerprint,
+        "source": evaluations[0].digest,
         "environment": environment(args.device),
         "calibration_clips": args.calibration_clips,
     }
     # Only what no default was chosen on is the report.
-    output = args.output or REPORTS / ("pareto-demo" if args.split == "held-out" else "pareto-demo-tune")
+    output = args.output or REPORTS / f"pareto-{args.solver}{'' if args.split == 'held-out' else '-tune'}"
     for path in pareto_report.write(output, results, facts):
         print("wrote", path)
+
+
+def prepare(evaluations: list[Evaluation], chosen: list[Clip], deadline: float) -> None:
+    """Make the references of clips until time is up."""
+    for number, clip in enumerate(chosen):
+        for evaluation in evaluations:
+            if time.monotonic() > deadline:
+                return
+            evaluation.prepare(clip, chosen[number:])
 
 
 def current(results: list[dict[str, Any]], evaluation: Evaluation) -> list[dict[str, Any]]:

@@ -1,11 +1,11 @@
-"""The report of `pareto.py`: from lines of results to JSON, Markdown and a plot."""
+"""The report of `pareto.py`: from lines of results to JSON, Markdown and a plot, for each guidance scale."""
 
 from __future__ import annotations
 
 import json
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ DEFAULT = "joint"
 OURS = ("joint", "joint-ab2", "tokens", "groups")
 CLOCKS = {"seconds": "wall time", "cpu_seconds": "processor time, which other programs disturb less"}
 REFERENCES = {"dense": "the dense run of the same seed", "ode": "the accurate ODE solution"}
+SOLVER_NAMES = {"euler": "Euler", "unipc": "UniPC"}
 SCORES = ("colour", "size", "direction", "single")
 TIME_NOISE = 0.02
 """Ratios of times that differ by no more are equal: no measurement here is better."""
@@ -75,14 +76,16 @@ def _row(name: str, target: float, group: Results, groups: dict[Any, Any], metri
         "cpu_time": time_ratio(group, "cpu_seconds")[0],
     }
     for which in REFERENCES:
-        found = [r["against"][which] for r in group]
+        found = [r["against"][which] for r in group if which in r["against"]]
+        if len(found) < len(group):
+            row[f"{which}_clips"] = len(found)
         row[which] = {
             key: dict(zip(("mean", "error"), mean_and_error(values), strict=True))
             for key in ("psnr", "ssim", "relative_l2", "latent_psnr")
             if (values := [f[key] for f in found if f.get(key) is not None])
         }
         default = groups.get((DEFAULT, target), [])
-        differences = paired(default, group, lambda r, w=which: r["against"][w].get(metric))
+        differences = paired(default, group, lambda r, w=which: r["against"].get(w, {}).get(metric))
         if name not in (DEFAULT, "dense") and differences:
             row[which]["default_minus_this"] = dict(zip(("mean", "error"), mean_and_error(differences), strict=True))
     scored = [r["score"] for r in group if "score" in r]
@@ -120,7 +123,7 @@ def equal_time(groups: dict[tuple[str, float], Results], metric: str, clock: str
         for which in REFERENCES:
             differences = []
             for result in group:
-                value = result["against"][which].get(metric)
+                value = result["against"].get(which, {}).get(metric)
                 curve = [_value(groups[DEFAULT, t], result["clip"], which, metric) for _, t in points]
                 if value is not None and None not in curve and time >= times[0] - TIME_NOISE:
                     differences.append(float(np.interp(time, times, curve)) - value)
@@ -132,51 +135,91 @@ def equal_time(groups: dict[tuple[str, float], Results], metric: str, clock: str
 
 def _value(group: Results, clip: str, which: str, metric: str) -> float | None:
     """Figure of one clip in a group."""
-    return next((r["against"][which].get(metric) for r in group if r["clip"] == clip), None)
+    return next((r["against"].get(which, {}).get(metric) for r in group if r["clip"] == clip), None)
 
 
-def write(output: pathlib.Path, results: Results, facts: dict[str, Any]) -> list[pathlib.Path]:
-    """Write `output` with suffixes .json, .md and .png."""
+def write(output: pathlib.Path, results: Mapping[float, Results], facts: dict[str, Any]) -> list[pathlib.Path]:
+    """Write `output` with suffixes .json, .md and .png; `results` by guidance scale."""
     output.parent.mkdir(parents=True, exist_ok=True)
     # One thread on a busy machine: the process's own time is the quiet machine's wall time.
     on_cpu = str(facts["environment"]["device"]).startswith("CPU")
-    summary = summarise(results, "cpu_seconds" if on_cpu and facts["environment"]["threads"] == 1 else "seconds")
+    clock = "cpu_seconds" if on_cpu and facts["environment"]["threads"] == 1 else "seconds"
+    summaries = {guidance: summarise(found, clock) for guidance, found in results.items()}
     paths = [output.with_name(output.name + suffix) for suffix in (".json", ".md", ".png")]
-    settings = {f"{r['method']} {r['target']:g}": r["settings"] for r in results}
-    paths[0].write_text(json.dumps({"facts": facts, **summary, "settings": settings}, indent=1) + "\n")
-    paths[1].write_text(markdown(summary, facts, output.name + ".png"))
-    plot(paths[2], summary)
+    settings = {f"{r['method']} {r['target']:g}": r["settings"] for found in results.values() for r in found}
+    by_guidance = {f"{guidance:g}": summary for guidance, summary in summaries.items()}
+    paths[0].write_text(json.dumps({"facts": facts, "guidance": by_guidance, "settings": settings}, indent=1) + "\n")
+    paths[1].write_text(markdown(summaries, facts, output.name + ".png"))
+    plot(paths[2], summaries)
     return paths
 
 
-def markdown(summary: dict[str, Any], facts: dict[str, Any], picture: str) -> str:
+def unit_of(summary: dict[str, Any]) -> str:
+    """What the figures are."""
+    return "PSNR (dB)" if summary["metric"] == "psnr" else "latent PSNR (dB)"
+
+
+def markdown(summaries: Mapping[float, dict[str, Any]], facts: dict[str, Any], picture: str) -> str:
     """Render the report."""
-    unit = "PSNR (dB)" if summary["metric"] == "psnr" else "latent PSNR (dB)"
     env = facts["environment"]
-    most = max(row["clips"] for row in summary["rows"])
+    counts = {row["clips"] for summary in summaries.values() for row in summary["rows"]}
+    number = f"{max(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    scales = " and ".join(f"{guidance:g}" for guidance in summaries)
+    solver = SOLVER_NAMES[facts["solver"]]
     lines = [
         "# Quality against time on the demo model",
         "",
-        f"{most} clips of the split `{facts['split']}`, {facts['steps']} Euler steps, guidance "
-        f"{facts['guidance']:g}, model {facts['model']}. {env['date']}, {env['device']}, {env['threads']} "
+        f"{number} clips of the split `{facts['split']}`, {facts['steps']} steps of {solver}, guidance "
+        f"{scales}, model {facts['model']}. {env['date']}, {env['device']}, {env['threads']} "
         f"thread(s), torch {env['versions']['torch']}, diffusers {env['versions']['diffusers']}, git "
         f"{env['git']}.",
         "",
-        f"Against {REFERENCES['dense']} and {REFERENCES['ode']} (200 steps of Adams-Bashforth 2). Means "
+        f"Against {REFERENCES['dense']} and {REFERENCES['ode']} (100 steps of Adams' method of third order). Means "
         "over clips ± standard error of the mean. *wall* is the median over clips of the denoising time "
         "(transformer and scheduler) over that of a dense run beside it, *CPU* the same in processor time. "
         "*compute* is counted in token rows that went through the blocks. Δ is the default policy "
-        f"(`{DEFAULT}`) minus the row's method on the same clips, so positive is good for the default. "
+        f"(`{DEFAULT}`) minus the row's method on the same clips, so positive is good for the default. In brackets: "
+        "clips whose ODE solution was computed, if not all. "
         f"Baselines were tuned to the computes on {facts['calibration_clips']} other clips. `steps*` are whole-step "
-        "baselines built from our parts, without the placement and the correction of the default.",
+        "baselines built from our parts, without the placement and the correction of the default. `unipc-placed` is "
+        "UniPC on our choice of noise levels and nothing else. `cache-dit` has as many full steps as the others, and "
+        "runs one block of this small model's six at each other step, so it spends more.",
         "",
         f"![time against quality]({picture})",
         "",
+        *_nearest_table(summaries),
     ]
-    for target in sorted({row["target"] for row in summary["rows"]}, reverse=True):
-        lines += ["", f"## compute {target:g}", "", *_table(summary, target, unit)]
-    lines += ["", *_equal_time_table(summary, unit)]
+    for guidance, summary in summaries.items():
+        lines += ["", f"## Guidance {guidance:g}"]
+        for target in sorted({row["target"] for row in summary["rows"]}, reverse=True):
+            lines += ["", f"### compute {target:g}", "", *_table(summary, target, unit_of(summary))]
+        lines += ["", *_equal_time_table(summary, unit_of(summary))]
     return "\n".join(lines) + "\n"
+
+
+def _nearest_table(summaries: Mapping[float, dict[str, Any]]) -> list[str]:
+    """The default beside the baseline that comes nearest to it, for each guidance scale, compute and reference."""
+    lines = [
+        "## The default and the baseline nearest to it",
+        "",
+        "| guidance | compute | reference | default | nearest | Δ | Δ in standard errors |",
+        "|---:|---:|---|---:|---|---:|---:|",
+    ]
+    for guidance, summary in summaries.items():
+        rows, metric = summary["rows"], summary["metric"]
+        for default in (row for row in rows if row["method"] == DEFAULT):
+            others = [r for r in rows if r["target"] == default["target"] and r["method"] not in OURS]
+            for which in REFERENCES:
+                compared = [r for r in others if "default_minus_this" in r[which]]
+                if not compared:
+                    continue
+                nearest = min(compared, key=lambda r, w=which: r[w]["default_minus_this"]["mean"])
+                delta = nearest[which]["default_minus_this"]
+                cells = [f"{guidance:g}", f"{default['target']:g}", which, _plus_minus(default[which].get(metric))]
+                cells += [nearest["method"], _plus_minus(delta, sign=True)]
+                cells.append(f"{delta['mean'] / delta['error']:+.1f}" if delta["error"] > 0 else "–")
+                lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _table(summary: dict[str, Any], target: float, unit: str) -> list[str]:
@@ -192,7 +235,7 @@ def _table(summary: dict[str, Any], target: float, unit: str) -> list[str]:
         shares = " / ".join(f"{100 * scores[key]:.0f}" for key in SCORES) if scores else "–"
         cells = [
             name,
-            str(row["clips"]),
+            f"{row['clips']} ({row['ode_clips']})" if "ode_clips" in row else f"{row['clips']}",
             f"{row['compute']:.3f}",
             f"{row['wall_time']:.2f}",
             f"{row['cpu_time']:.2f}",
@@ -211,7 +254,7 @@ def _table(summary: dict[str, Any], target: float, unit: str) -> list[str]:
 def _equal_time_table(summary: dict[str, Any], unit: str) -> list[str]:
     """Who wins at equal measured time."""
     lines = [
-        "## At equal measured time",
+        "### At equal measured time",
         "",
         f"The default policy minus each method, {unit}, with the default interpolated clip by clip to the "
         f"method's measured time ({CLOCKS[summary['clock']]}). Where a method is slower than the default at "
@@ -235,37 +278,41 @@ def _plus_minus(found: dict[str, float] | None, *, digits: int = 2, sign: bool =
     return mean if math.isnan(found["error"]) else f"{mean} ± {found['error']:.{digits}f}"
 
 
-def plot(path: pathlib.Path, summary: dict[str, Any]) -> None:
-    """Draw measured time against quality, one panel for each reference."""
+def plot(path: pathlib.Path, summaries: Mapping[float, dict[str, Any]]) -> None:
+    """Draw measured time against quality: a row for each guidance scale, a panel for each reference."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    metric = summary["metric"]
-    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5))
-    names = list(dict.fromkeys(row["method"] for row in summary["rows"] if row["method"] != "dense"))
-    colours = plt.get_cmap("tab20")
-    for panel, (which, words) in zip(panels, REFERENCES.items(), strict=True):
-        for i, name in enumerate(names):
-            rows = [r for r in summary["rows"] if r["method"] == name and metric in r[which]]
-            rows.sort(key=lambda r: r["time"])
-            style = {"linestyle": "-", "marker": "o"} if name in OURS else {"linestyle": "--", "marker": "s"}
-            panel.errorbar(
-                [r["time"] for r in rows],
-                [r[which][metric]["mean"] for r in rows],
-                [r[which][metric]["error"] for r in rows],
-                label=name,
-                color=colours(i % 20),
-                linewidth=2.5 if name == DEFAULT else 1.2,
-                markersize=4,
-                **style,
-            )
-        panel.set_xlabel(f"denoising time / dense ({CLOCKS[summary['clock']].split(',')[0]})")
-        panel.set_ylabel(f"{'PSNR' if metric == 'psnr' else 'latent PSNR'} (dB)")
-        panel.set_title(f"against {words}")
-        panel.grid(alpha=0.3)
-    panels[1].legend(fontsize=8, ncol=2)
+    figure, grid = plt.subplots(len(summaries), 2, figsize=(13, 5.5 * len(summaries)), squeeze=False)
+    names = list(dict.fromkeys(r["method"] for s in summaries.values() for r in s["rows"] if r["method"] != "dense"))
+    for panels, (guidance, summary) in zip(grid, summaries.items(), strict=True):
+        for panel, which in zip(panels, REFERENCES, strict=True):
+            _panel(panel, summary, which, names, plt.get_cmap("tab20"))
+            panel.set_title(f"against {REFERENCES[which]}, guidance {guidance:g}")
+    grid[0, 1].legend(fontsize=8, ncol=2)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _panel(panel: Any, summary: dict[str, Any], which: str, names: list[str], colours: Any) -> None:
+    metric = summary["metric"]
+    for i, name in enumerate(names):
+        rows = [r for r in summary["rows"] if r["method"] == name and metric in r[which]]
+        rows.sort(key=lambda r: r["time"])
+        style = {"linestyle": "-", "marker": "o"} if name in OURS else {"linestyle": "--", "marker": "s"}
+        panel.errorbar(
+            [r["time"] for r in rows],
+            [r[which][metric]["mean"] for r in rows],
+            [r[which][metric]["error"] for r in rows],
+            label=name,
+            color=colours(i % 20),
+            linewidth=2.5 if name == DEFAULT else 1.2,
+            markersize=4,
+            **style,
+        )
+    panel.set_xlabel(f"denoising time / dense ({CLOCKS[summary['clock']].split(',')[0]})")
+    panel.set_ylabel(unit_of(summary))
+    panel.grid(alpha=0.3)

@@ -13,8 +13,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor
 
-from heterostep.engine.denoise.hook import named
-
+from ...engine.denoise.hook import named
 from .models import Part, model_of
 
 
@@ -110,6 +109,10 @@ class Baseline(ABC):
     def compute(self) -> float:
         """Transformer work of the last run over that of the dense run; nan before the first."""
         return math.nan if self._work is None else self._work.share * self.steps / self.dense_steps
+
+    def refined(self) -> list[Baseline]:
+        """Variants worth a try once this one is the best of its kind."""
+        return []
 
     @contextmanager
     def applied(self, pipe: Any) -> Iterator[Baseline]:

@@ -1,44 +1,74 @@
-"""The plain alternative: fewer denoising steps, with Euler or with UniPC."""
+"""The plain alternatives: fewer denoising steps, with Euler or with UniPC, and the same on well-placed noise levels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-
+from ...hsa.config import HSAConfig, Schedule
+from ...hsa.policies import StepsPolicy
 from .baseline import Baseline
-
-_SCHEDULE = ("num_train_timesteps", "use_dynamic_shifting", "shift_terminal", "time_shift_type")
-_SHIFT = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+from .solvers import SOLVERS, on_levels, scheduler_like
 
 
 class FewerSteps(Baseline):
     """`evaluated` dense steps, first-order (``euler``) or second-order (``unipc``, Wan's own default)."""
 
     def __init__(self, dense_steps: int, *, evaluated: int, solver: str = "euler") -> None:
-        if solver not in ("euler", "unipc"):
-            raise ValueError(f"solver={solver!r}: euler or unipc.")
+        if solver not in SOLVERS:
+            raise ValueError(f"solver={solver!r}: {' or '.join(SOLVERS)}.")
         super().__init__(dense_steps, evaluated=evaluated, solver=solver)
         self.name, self.steps = solver, evaluated
 
     @contextmanager
     def _attached(self, pipe: Any) -> Iterator[None]:
-        stock = pipe.scheduler
-        config = stock.config
-        shift = config.get("flow_shift", config.get("shift", 1.0))
-        # LTX-2's shift depends on the size of the video, and its steps end above zero.
-        same = {name: config[name] for name in _SCHEDULE if name in config}
-        if self.settings["solver"] == "euler":
-            pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, **same)
-        else:
-            pipe.scheduler = UniPCMultistepScheduler(
-                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, **same
-            )
-        # The pipelines read from the scheduler how the shift depends on the size.
-        pipe.scheduler.register_to_config(**{name: config[name] for name in _SHIFT if name in config})
-        try:
+        with _scheduler(pipe, scheduler_like(pipe.scheduler, self.settings["solver"])):
             yield
-        finally:
-            pipe.scheduler = stock
+
+
+class PlacedSteps(Baseline):
+    """UniPC over a few of the dense run's noise levels, which our placement chooses: a list of sigmas, nothing else.
+
+    Args:
+        dense_steps: as in `Baseline`.
+        levels: numbers of the chosen levels, ascending; the first is 0.
+        solver: as in `FewerSteps`.
+    """
+
+    name = "unipc-placed"
+
+    def __init__(self, dense_steps: int, *, levels: Sequence[int], solver: str = "unipc") -> None:
+        super().__init__(dense_steps, levels=list(levels), solver=solver)
+        self.steps = len(levels)
+
+    @contextmanager
+    def _attached(self, pipe: Any) -> Iterator[None]:
+        s = self.settings
+        with _scheduler(pipe, on_levels(pipe.scheduler, s["solver"], self.dense_steps, s["levels"])):
+            yield
+
+    @classmethod
+    def candidates(cls, pipe: Any, dense_steps: int, compute: float) -> list[PlacedSteps]:
+        """The levels that are best for each forecast, with and without correction."""
+        scheduler = copy.deepcopy(pipe.scheduler)
+        scheduler.set_timesteps(dense_steps)
+        schedule = Schedule(sigmas=tuple(float(s) for s in scheduler.sigmas), num_tokens=1)
+        found = []
+        for forecast, correct in (("ab2", True), ("taylor", True), ("taylor", False)):
+            config = HSAConfig(compute=compute, forecast=forecast, correct=correct)
+            counts = StepsPolicy().counts(schedule, config)
+            found.append(cls(dense_steps, levels=[step for step, count in enumerate(counts) if count]))
+        return found
+
+
+@contextmanager
+def _scheduler(pipe: Any, scheduler: Any) -> Iterator[None]:
+    """Give the pipeline another scheduler for a while."""
+    stock = pipe.scheduler
+    pipe.scheduler = scheduler
+    try:
+        yield
+    finally:
+        pipe.scheduler = stock

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import TaylorSeerCacheConfig
 
-from .baseline import DiffusersCache
+from .baseline import Baseline, DiffusersCache
 
 # The default identifiers match no module of Wan ("attn" must end the name), so that the cache would do
 # nothing at all, and of LTX-2 two of eight.
@@ -54,7 +54,7 @@ class TaylorSeer(DiffusersCache):
         cls,
         dense_steps: int,
         compute: float,
-        orders: tuple[int, ...] = (1, 2),
+        orders: tuple[int, ...] = (2,),
         experts: Sequence[range] | None = None,
     ) -> list[TaylorSeer]:
         """For every interval and order the warm-up nearest to `compute`, if it is within half a step of each expert."""
@@ -66,3 +66,7 @@ class TaylorSeer(DiffusersCache):
             if abs(best.predicted_compute(experts) - compute) <= 0.5 * len(experts or [1]) / dense_steps + 1e-9:
                 found += [cls(dense_steps, **{**best.settings, "order": order}) for order in orders]
         return found
+
+    def refined(self) -> list[Baseline]:
+        """The same steps with the line."""
+        return [TaylorSeer(self.dense_steps, **{**self.settings, "order": 1})]

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers.hooks import ModelHook
-from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor
 
-from heterostep.engine.denoise.hook import named
-
-from .baseline import Baseline, hooked, relative_change, step_of, transformers_of
+from .baseline import Baseline, relative_change, transformers_of
 from .models import Model, model_of
-
-_HOOK = "teacache"
+from .replaced import Branch, Call, Streams, replaced
 
 
 class TeaCache(Baseline):
@@ -47,13 +42,8 @@ class TeaCache(Baseline):
         self.changes = []
         with ExitStack() as stack:
             for transformer in transformers_of(pipe):
-                model, states = model_of(transformer), StateManager(_State)
-                blocks = model.blocks(transformer)
-                if len(blocks) < 2:
-                    raise ValueError("TeaCache needs at least two blocks.")
-                hooks: list[tuple[torch.nn.Module, ModelHook]] = [(blocks[0], _FirstBlock(model, states, self, pipe))]
-                hooks += [(block, _LaterBlock(model, states, self, last=block is blocks[-1])) for block in blocks[1:]]
-                stack.enter_context(hooked(transformer, hooks, _HOOK))
+                model = model_of(transformer)
+                stack.enter_context(replaced(pipe, transformer, self.name, partial(_Branch, self, model)))
             yield
 
     def estimate(self, change: float) -> float:
@@ -63,88 +53,36 @@ class TeaCache(Baseline):
         return change if polynomial is None else max(float(np.polyval(polynomial, change)), 0.0)
 
 
-class _State(BaseState):
+class _Branch(Branch):
     """One guidance branch."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: TeaCache, model: Model) -> None:
+        self.cache, self.model = cache, model
         self.signal: Tensor | None = None
-        self.entering: tuple[Tensor, ...] = ()
-        self.residual: tuple[Tensor, ...] = ()
+        self.residual: Streams = ()
         self.output: Tensor | None = None
-        self.change = 0.0
-        self.accumulated = 0.0
-        self.evaluate = True
+        self.change = self.accumulated = 0.0
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self.__init__()  # type: ignore[misc]
+    def decide(self, call: Call) -> bool:
+        signal = self.model.modulated_input(call.block, call.arguments)
+        evaluate = True
+        if self.signal is not None:
+            self.change = relative_change(signal, self.signal)
+            self.accumulated += self.cache.estimate(self.change)
+            evaluate = call.last or self.accumulated >= self.cache.settings["threshold"]
+        self.signal = signal
+        if evaluate:
+            self.accumulated = 0.0
+        return evaluate
 
+    def stand_in(self, entering: Streams) -> Iterable[Tensor]:
+        return (x + residual for x, residual in zip(entering, self.residual, strict=True))
 
-class _BlockHook(ModelHook):
-    """Common to all blocks: the states of the branches, which diffusers resets at the end of a run."""
-
-    _is_stateful = True
-
-    def __init__(self, model: Model, states: StateManager, cache: TeaCache) -> None:
-        super().__init__()
-        self.model, self.states, self.cache = model, states, cache
-
-    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
-        self.states.reset()
-        return module
-
-
-class _FirstBlock(_BlockHook):
-    """Decides, and stands in for the whole stack where the step is skipped."""
-
-    def __init__(self, model: Model, states: StateManager, cache: TeaCache, pipe: Any) -> None:
-        super().__init__(model, states, cache)
-        self.pipe = pipe
-
-    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        state, context, arguments = self.states.get_state(), self.states.context, named(module, args, kwargs)
-        entering = tuple(arguments[name] for name in self.model.streams)
-        signal = self.model.modulated_input(module, arguments)
-        if state.signal is None:
-            state.evaluate = True
-        else:
-            state.change = relative_change(signal, state.signal)
-            state.accumulated += self.cache.estimate(state.change)
-            last = step_of(self.pipe, context) == self.pipe.num_timesteps - 1
-            state.evaluate = last or state.accumulated >= self.cache.settings["threshold"]
-        state.signal = signal
-        if not state.evaluate:
-            return _answer(x + residual for x, residual in zip(entering, state.residual, strict=True))
-        state.accumulated, state.entering = 0.0, entering
-        return self.fn_ref.original_forward(*args, **kwargs)
-
-
-class _LaterBlock(_BlockHook):
-    """Runs or passes through; the last one keeps the residual of the stack."""
-
-    def __init__(self, model: Model, states: StateManager, cache: TeaCache, last: bool) -> None:
-        super().__init__(model, states, cache)
-        self.last = last
-
-    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        state = self.states.get_state()
-        if not state.evaluate:
-            arguments = named(module, args, kwargs)
-            return _answer(arguments[name] for name in self.model.streams)
-        out = self.fn_ref.original_forward(*args, **kwargs)
-        if self.last:
-            leaving = out if isinstance(out, tuple) else (out,)
-            if state.output is not None:
-                self.cache.changes.append((state.change, relative_change(leaving[0], state.output)))
-            state.output = leaving[0]
-            state.residual = tuple(x - before for x, before in zip(leaving, state.entering, strict=True))
-        return out
-
-
-def _answer(streams: Iterable[Tensor]) -> Any:
-    """As a block returns it: a tensor, or a tuple of several."""
-    found = tuple(streams)
-    return found if len(found) > 1 else found[0]
+    def learn(self, leaving: Streams) -> None:
+        if self.output is not None:
+            self.cache.changes.append((self.change, relative_change(leaving[0], self.output)))
+        self.output = leaving[0]
+        self.residual = tuple(x - before for x, before in zip(leaving, self.entering, strict=True))
 
 
 def fit_polynomial(pipe: Any, runs: Sequence[Callable[[], Any]], steps: int, degree: int = 4) -> list[float]:

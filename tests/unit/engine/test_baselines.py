@@ -17,12 +17,17 @@ from tiny import build as pipeline_of
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
 import pareto_report
-from baselines import (
+
+import heterostep as hs
+from heterostep.benchmarks.baselines import (
     PAB,
+    DPCache,
     EasyCache,
     FewerSteps,
     FirstBlock,
     MagCache,
+    PlacedSteps,
+    Spectrum,
     TaylorSeer,
     TeaCache,
     Trial,
@@ -33,11 +38,10 @@ from baselines import (
     magnitude_ratios,
     tune,
 )
-from baselines.baseline import steps_of_experts
-
-import heterostep as hs
+from heterostep.benchmarks.baselines.baseline import steps_of_experts
 
 STEPS = 10
+FORECAST = ["unipc-placed", "spectrum", "dpcache"]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,10 @@ BASELINES = [
     TeaCache(STEPS, threshold=100.0),
     EasyCache(STEPS, threshold=100.0),
     PAB(STEPS, interval=2, cross_interval=5),
+    PlacedSteps(STEPS, levels=[0, 1, 2, 4, 6]),
+    Spectrum(STEPS, warmup=3, window=3.0, flex=0.0),
+    DPCache(STEPS, evaluated=[0, 1, 2, 5, 8]),
+    DPCache(STEPS, evaluated=[0, 1, 2, 5, 8], whole=True),
 ]
 
 
@@ -134,6 +142,7 @@ def test_video_with_sound(ltx2, baseline):
         out = tiny_ltx2.generate(pipe, steps=baseline.steps)
     expected = {"unipc": 0.5, "first-block": (STEPS + 2) / (3 * STEPS), "teacache": 2 / STEPS, "easycache": 4 / STEPS}
     expected |= {"euler": 0.5, "magcache": 4 / STEPS, "taylorseer": 5 / STEPS}
+    expected |= {"unipc-placed": 0.5, "spectrum": 0.5, "dpcache": 0.5}
     if baseline.name == "pab":
         assert 0.0 < baseline.compute < 1.0  # each layer at a rate of its own
     else:
@@ -325,7 +334,9 @@ def test_bisection_shares_measurements():
     assert len(calls) == len(set(calls)) < 27
 
 
-@pytest.mark.parametrize("kind", ["euler", "first-block", "magcache", "taylorseer", "pab", "teacache", "easycache"])
+@pytest.mark.parametrize(
+    "kind", ["euler", "first-block", "magcache", "taylorseer", "pab", "teacache", "easycache", *FORECAST]
+)
 def test_tuning_meets_the_compute(pipe, dense, kind):
     def run(steps):
         return generate(pipe, steps=steps)
@@ -384,11 +395,15 @@ def test_report_pairs_clips_and_compares_at_equal_time(results):
 def test_report_writes_three_files(results, tmp_path):
     environment = {"date": "today", "device": "CPU", "threads": 1, "git": "0", "versions": {}}
     environment["versions"] = {"torch": "2", "diffusers": "0"}
-    facts = {"split": "tune", "steps": 40, "guidance": 3.0, "model": "m", "calibration_clips": 2}
-    paths = pareto_report.write(tmp_path / "report", results, {**facts, "environment": environment})
+    facts = {"split": "tune", "solver": "unipc", "steps": 40, "model": "m", "calibration_clips": 2}
+    paths = pareto_report.write(
+        tmp_path / "report", {3.0: results, 6.0: results}, {**facts, "environment": environment}
+    )
     assert [p.suffix for p in paths] == [".json", ".md", ".png"]
     assert all(p.stat().st_size for p in paths)
     text = paths[1].read_text()
-    assert "## compute 0.5" in text
+    assert "## Guidance 3" in text and "### compute 0.5" in text
+    # Twice: the baseline that comes nearest to the default, and its row.
+    assert "| 6 | 0.5 | dense | 41.00 ± 1.00 | euler | +1.50 ± 0.50 | +3.0 |" in text
     assert "+1.50 ± 0.50" in text
-    assert json.loads(paths[0].read_text())["metric"] == "psnr"
+    assert json.loads(paths[0].read_text())["guidance"]["6"]["metric"] == "psnr"

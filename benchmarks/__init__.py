@@ -1,0 +1,1 @@
+"""Measurements: scripts, and the packages `baselines` and `quality`, which users have too."""
