@@ -24,7 +24,7 @@ class HSAConfig:
 
     The cost of a step is linear in its active tokens, so ``compute=0.5`` halves the denoising time. ``profile`` is an
     exponent a: the share of a step's tokens (``tokens``) or the density of evaluated steps (``steps``) is proportional
-    to (sigma_i - sigma_next)^a. ``correct`` is deduced as true where the solver is Euler, the policy works by whole
+    to (sigma_i - sigma_next)^a. ``correct`` is deduced as true where the policy works by whole
     steps (``joint``, ``steps``) and the forecast is not ``hold``. ``kv_forecast`` above 0 doubles the cache.
 
     Raises:
@@ -60,7 +60,8 @@ class HSAConfig:
     )
     correct: bool | None = setting(
         None,
-        help="correct each forecast afterwards with the next evaluation; deduced for Euler and whole steps",
+        help="take skipped steps again once the next evaluation shows what they should have moved by; deduced: for "
+        "whole steps",
     )
     kv_forecast: float | None = setting(
         None, least=0, most=1, help="damping of the linear forecast of stale keys and values; 0 is off"

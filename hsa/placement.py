@@ -44,7 +44,7 @@ class GapCosts:
         Args:
             sigmas: T + 1 falling noise levels; the last two may be equal.
             forecast: "hold", "taylor" or "ab2"; what is assumed of skipped steps.
-            correct: whether the next evaluation corrects them in hindsight (`velocity.VelocityCache`).
+            correct: whether the next evaluation corrects them in hindsight (`hindsight`).
             longest: no gap is longer than this many steps.
         """
         self.sigmas = torch.tensor(sigmas, dtype=torch.float64)
@@ -84,11 +84,12 @@ class GapCosts:
         return left, (left + 1 + torch.arange(self.longest)).clamp_max(self.num_steps)
 
     def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What is to be forecast over each gap, as in `velocity.VelocityCache`.
+        """What is to be forecast over each gap, by a step along sigma as Euler's.
 
         Returns:
-            The true displacement less that of holding v_l, [components, T, longest], and the moments M1 and M2,
-            [T, longest].
+            The true displacement less that of holding v_l, [components, T, longest], and two moments of the skipped
+            steps j, [T, longest]: sums over (sigma_{j+1} - sigma_j) of (sigma_j - sigma_l), and of
+            (sigma_j - sigma_l) (sigma_j - sigma_i). They are integrals over the gap for ``ab2``.
         """
         (left, right), sigma, v = self._gaps, self.sigmas, self.velocities
         s_l, s_i = sigma[left], sigma[right]

@@ -1,4 +1,4 @@
-"""The velocities of all tokens, fresh or not, and what is assumed of those that are not.
+"""The velocities of all tokens, fresh or not, and what is assumed of those that are not (`hindsight` corrects it).
 
 Notation: a token n was last evaluated at sigma_l with velocity v_l and before that at sigma_p with v_p. Its
 slope is s = (v_l - v_p) / (sigma_l - sigma_p), zero until two evaluations exist. The sampler moves x along
@@ -7,8 +7,7 @@ dx/dsigma = v.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -61,52 +60,14 @@ class VelocityCache:
       evaluation sigma_m: (sigma_m - sigma_l) (v_l + (sigma_m - sigma_l) / 2 * s), which is the
       Adams-Bashforth step of order 2 with variable step size on the token's own sub-grid. Belongs with
       Euler: a multistep scheduler would add its own second order.
-
-    With ``correct`` a token's next evaluation, at sigma_i, makes good in hindsight what its forecast v^ got
-    wrong. Velocity over the gap is then known at both ends, so the parabola u through (sigma_p, v_p),
-    (sigma_l, v_l), (sigma_i, v_i) replaces the line it moved by, and the difference of the two displacements
-    is paid together with step i. With c = (v_i - v_l) / (sigma_i - sigma_l), the slope of the chord:
-
-        owed = sum over skipped j of (sigma_{j+1} - sigma_j) (u(sigma_j) - v^(sigma_j))
-             = (c - s) (M1 + M2 / (sigma_i - sigma_p))
-        M1   = sum over skipped j of (sigma_{j+1} - sigma_j) (sigma_j - sigma_l)
-        M2   = sum over skipped j of (sigma_{j+1} - sigma_j) (sigma_j - sigma_l) (sigma_j - sigma_i)
-
-    For ``ab2`` the sums are integrals from sigma_l to sigma_i. With ``hold`` there is no v_p: s = 0, no M2. This is
-    the corrector of predictor-corrector schemes (as in UniPC, arXiv 2302.04867) per token, and costs no
-    evaluation. It is legal where the sampler is Euler, whose whole state is x.
     """
 
-    def __init__(self, forecast: str = "hold", correct: bool = False) -> None:
+    def __init__(self, forecast: str = "hold") -> None:
         """Create an empty cache; `start` allocates."""
-        self.forecast, self.correct = forecast, correct
+        self.forecast = forecast
         self.last: Tensor | None = None
         self.prev: Tensor | None = None
         self.clock: TokenClock | None = None
-        self._owed: tuple[Tensor | None, Tensor] | None = None
-        self._grid = self._moments = torch.empty(0)
-        self._levels: list[float] = []
-
-    def follow(self, sigmas: Sequence[float]) -> None:
-        """Say which schedule the run follows, T + 1 falling noise levels; ``correct`` needs it."""
-        if not self.correct:
-            return
-        # Differences of sums cancel in float32, and not every device has float64: these tables are made on the host.
-        grid = torch.tensor(sigmas, dtype=torch.float64)
-        each = torch.arange(len(sigmas))
-        if self.forecast == "ab2":
-            sums, begin = torch.stack([grid ** (p + 1) / (p + 1) for p in range(3)]), each.expand(len(each), -1)
-        else:  # step l itself moved by its exact velocity
-            terms = torch.stack([grid[:-1] ** p for p in range(3)]) * grid.diff()
-            sums = torch.cat([torch.zeros(3, 1, dtype=torch.float64), terms.cumsum(1)], dim=1)
-            begin = torch.minimum(each + 1, each[:, None])
-        m0, m1, m2 = sums[:, :, None] - sums[:, begin]
-        at, here = grid, grid[:, None]
-        # M1 and M2 of every gap: [2, T + 1, T + 1], by the step i that ends it and the step l that began it.
-        self._moments = torch.stack([m1 - at * m0, m2 - (at + here) * m1 + at * here * m0])
-        # Rising for searchsorted, and in the clock's precision so that the clock's values are found.
-        self._grid = -grid.float()
-        self._levels = self._grid.tolist()
 
     def start(
         self, batch_size: int, num_tokens: int, width: int, dtype: torch.dtype, device: torch.device | str
@@ -129,12 +90,10 @@ class VelocityCache:
         """Forget all evaluations, as at an expert switch: slopes across two models mean nothing."""
         assert self.clock is not None, "start() comes first"
         self.clock.reset()
-        self._owed = None
 
     def write(self, active: Tensor | None, rows: Tensor, sigma: float) -> None:
         """Store velocities [B, A, D] of the active tokens ([A], [B, A], None: all), evaluated at `sigma`."""
         assert self.last is not None and self.clock is not None, "start() comes first"
-        self._owed = (active, self._correction(active, rows, sigma)) if self.correct else None
         if self.prev is not None:
             if active is None:
                 self.prev, self.last = self.last, self.prev
@@ -151,47 +110,15 @@ class VelocityCache:
             at = sigma if self.forecast == "taylor" else 0.5 * (sigma + sigma_next)
             weight = self.clock.weight(at)[..., None].to(velocity.dtype)
             velocity = velocity + weight * (velocity - self.prev)
-        if self._owed is not None:
-            # Paid once. The scheduler multiplies by the step's length, so the displacement is divided by it.
-            (active, owed), self._owed = self._owed, None
-            if sigma_next == sigma:  # nothing moves by a step without length
-                return velocity
-            velocity = velocity.clone() if velocity is self.last else velocity
-            write_rows(velocity, active, gather_rows(velocity, active) + owed / (sigma_next - sigma))
         return velocity
-
-    def _correction(self, active: Tensor | None, rows: Tensor, sigma: float) -> Tensor:
-        """Displacement [B, A, D] that the active tokens are owed for their forecasts; see the class."""
-        assert self.last is not None and self.clock is not None
-        v_l = gather_rows(self.last, active)
-        if self._grid.device != rows.device or self._moments.dtype != v_l.dtype:
-            # Once a run: a copy at every step would stall the device's queue.
-            self._grid = self._grid.to(rows.device)
-            self._moments = self._moments.to(v_l.dtype).to(rows.device)
-        last, prev = gather_rows(self.clock.last, active), gather_rows(self.clock.prev, active)
-        known, two = ~last.isnan(), ~prev.isnan()
-        here = bisect_left(self._levels, float(torch.tensor(-sigma, dtype=torch.float32)))
-        begin = torch.searchsorted(self._grid, -last.where(known, torch.full_like(last, sigma)))
-        weight, second = self._moments[:, here, begin]
-        bend = (rows.to(v_l.dtype) - v_l) / (sigma - last)[..., None]
-        if self.prev is not None:
-            second = second / (sigma - prev)
-            weight = weight + second.where(two, torch.zeros_like(second))
-            slope = (v_l - gather_rows(self.prev, active)) / (last - prev)[..., None]
-            bend = bend - slope.where(two[..., None], torch.zeros_like(slope))
-        owed = bend * weight[..., None]
-        return owed.where(known[..., None], torch.zeros_like(owed))
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs, as it is at the end of a step; the tensors are not copies."""
-        # What is owed is paid at the step that found it out, so between two steps nothing is.
-        assert self._owed is None, "a step is going on"
         clock = None if self.clock is None else {"last": self.clock.last, "prev": self.clock.prev}
         return {"last": self.last, "prev": self.prev, "clock": clock}
 
     def restore(self, state: Mapping[str, Any], device: torch.device | str) -> None:
         """Go on where a cache of the same settings was when it gave its `state`."""
-        self._owed = None
         self.last, self.prev = (None if state[k] is None else state[k].to(device) for k in ("last", "prev"))
         self.clock = None
         if state["clock"] is not None:

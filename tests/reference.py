@@ -7,10 +7,13 @@ Nothing is imported from heterostep. Attention is a plain einsum; packing, gathe
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
@@ -87,18 +90,75 @@ class Hindsight:
         s = self.sigmas
 
         def u(sigma: float) -> Tensor:
-            total = torch.tensor(0.0)
-            for i, (a, v) in enumerate(knots):
-                basis = 1.0
-                for j, (c, _) in enumerate(knots):
-                    if i != j:
-                        basis *= (sigma - s[c]) / (s[a] - s[c])
-                total = total + basis * v
-            return total
+            return lagrange([(s[at], v) for at, v in knots], sigma)
 
         if self.forecast == "ab2":  # Simpson's rule is exact for parabolas
             return (s[step] - s[begin]) * (u(s[begin]) + 4 * u((s[begin] + s[step]) / 2) + u(s[step])) / 6
         return sum(((s[j + 1] - s[j]) * u(s[j]) for j in range(begin + 1, step)), torch.tensor(0.0))
+
+
+def replayed(scheduler: Any, evaluated: Callable[[int, Tensor], Tensor], forecast: str = "taylor") -> Any:
+    """A scheduler like the given one, of any kind, that takes the whole run again at each of its steps.
+
+    It does so with the polynomials through all velocities that are known by then. `evaluated(step, velocity)` says
+    which elements of a velocity are fresh at a step.
+    """
+    base = type(scheduler)
+
+    class Replayed(base):
+        @functools.wraps(base.set_timesteps)  # pipelines look at what it takes
+        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+            super().set_timesteps(*args, **kwargs)
+            self.arguments, self.moves, self.calls = (args, kwargs), [], []
+            self.forget()
+
+        def forget(self) -> None:
+            self.known: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def step(self, velocity: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:
+            i, mask = len(self.moves), evaluated(len(self.moves), velocity)
+            levels = [float(s) for s in self.sigmas]
+            self.start = self.start if self.moves else sample
+            numbers = sorted(self.known)
+            before = [self.known[number] for number in numbers]
+            for place in range(len(before)):  # where this was the last evaluation, and `back` the one before
+                last, here = numbers[place], mask & before[place][0]
+                for later, _ in before[place + 1 :]:
+                    here = here & ~later
+                for back in [*range(place - 1, -1, -1), None] if forecast != "hold" else [None]:
+                    chosen = here & before[back][0] if back is not None else here
+                    knots = [(levels[last], before[place][1]), (levels[i], velocity)]
+                    if back is not None:
+                        knots.append((levels[numbers[back]], before[back][1]))
+                        here = here & ~before[back][0]
+                    for j in range(last + 1, i):
+                        self.moves[j] = torch.where(chosen, lagrange(knots, levels[j]), self.moves[j])
+            if mask.any():
+                self.known[i] = mask, velocity.clone()
+            self.moves.append(velocity.clone())
+            self.calls.append(timestep)
+            again = base.from_config(self.config)
+            again.set_timesteps(*self.arguments[0], **self.arguments[1])
+            again.set_begin_index(0)
+            sample = self.start
+            for move, at in zip(self.moves, self.calls, strict=True):
+                sample = again.step(move, at, sample, return_dict=False)[0]
+            self._step_index = i + 1
+            return (sample,)
+
+    return Replayed.from_config(scheduler.config)
+
+
+def lagrange(knots: list[tuple[float, Tensor]], at: float) -> Tensor:
+    """The polynomial through (sigma, velocity) pairs."""
+    total = torch.zeros(())
+    for i, (a, v) in enumerate(knots):
+        basis = 1.0
+        for j, (c, _) in enumerate(knots):
+            if i != j:
+                basis *= (at - c) / (a - c)
+        total = total + basis * v
+    return total
 
 
 class MaskedProcessor(WanAttnProcessor):
@@ -131,12 +191,21 @@ class Reference:
     def __init__(self, pipe: Any, forecast: str, damp: float = 0.0, correct: bool = False) -> None:
         self.models = [copy.deepcopy(m) for m in (pipe.transformer, pipe.transformer_2) if m is not None]
         self.scheduler = copy.deepcopy(pipe.scheduler)
+        # Euler's correction has a closed form, per branch; any other scheduler takes its steps again.
+        self.again = correct and not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
+        if self.again:
+            self.scheduler = replayed(pipe.scheduler, self.evaluated, forecast)
         self.boundary = pipe.config.boundary_ratio
         self.per_token = pipe.config.expand_timesteps
-        self.forecast, self.damp, self.correct = forecast, damp, correct
+        self.forecast, self.damp, self.correct = forecast, damp, correct and not self.again
         for model in self.models:
             for i, block in enumerate(model.blocks):
                 block.attn1.set_processor(MaskedProcessor(i, self))
+
+    def evaluated(self, step: int, velocity: Tensor) -> Tensor:
+        """Which elements of a velocity are fresh."""
+        _, c, f, y, x = velocity.shape
+        return self.video(self.mask[..., None].expand(-1, -1, 4 * c).float(), (f, y, x)) > 0
 
     def given(self, latents: Tensor, t: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """The model's input and timesteps; `condition` is a first latent frame, or channels to be appended."""
@@ -180,6 +249,8 @@ class Reference:
                 histories, before = {name: History() for name in texts}, expert
                 for corrector in hindsight.values():
                     corrector.known.clear()
+                if self.again:
+                    scheduler.forget()
             self.mask = torch.zeros(b, n, dtype=torch.bool)
             for s in range(b):
                 chosen = plans[i]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_ltx2 import LTX2PerturbedAttnProcessor
-from reference import Hindsight, History
+from reference import History, replayed
 from torch import Tensor
 
 
@@ -66,9 +66,11 @@ class ReferenceLTX2:
     """Takes a stock pipeline over for runs under a plan; `plans` holds None, [0], [A] or [B, A] per step."""
 
     def __init__(self, pipe: Any, plans: list[Tensor | None], *, damp: float = 0.0, correct: bool = True) -> None:
-        self.pipe, self.plans, self.damp, self.correct = pipe, plans, damp, correct
+        self.pipe, self.plans, self.damp = pipe, plans, damp
+        if correct:
+            pipe.scheduler = replayed(pipe.scheduler, self.evaluated)
         self.calls: Counter[str] = Counter()
-        self.kept: dict[str, tuple[History, list[tuple[str, Hindsight]], History]] = {}
+        self.kept: dict[str, tuple[History, History]] = {}
         for i, block in enumerate(pipe.transformer.transformer_blocks):
             block.attn1.set_processor(MaskedProcessor(f"self {i}", self))
             block.video_to_audio_attn.set_processor(MaskedProcessor(f"cross {i}", self))
@@ -83,27 +85,26 @@ class ReferenceLTX2:
         self.sigma = sigmas[step]
         video, sound = arguments["hidden_states"], arguments["audio_hidden_states"]
         self.mask, everything = self._mask(video, step), torch.ones(sound.shape[:2], dtype=torch.bool)
-        if name not in self.kept:
-            corrected = [(key, Hindsight(sigmas, "taylor")) for key in ("video", "sound")]
-            self.kept[name] = History(), corrected, History()
-        self.history, corrected, heard = self.kept[name]
-        active = bool(self.mask.any())
-        if active:
+        self.history, heard = self.kept.setdefault(name, (History(), History()))
+        if self.mask.any():
             fresh = self.stock(**arguments)
             self.history.mix("velocity", fresh[0], self.mask)
             self.history.tick(self.sigma, self.mask)
             heard.mix("velocity", fresh[1], everything)
             heard.tick(self.sigma, everything)
-        answers = []
-        for (_, hindsight), history, mask in zip(
-            corrected, (self.history, heard), (self.mask, everything), strict=True
-        ):
-            rows = history.at("velocity", self.sigma)
-            hindsight.applied.append(rows)
-            if self.correct and active:
-                rows = rows + hindsight.owed(step, history.last["velocity"], mask) / (sigmas[step + 1] - self.sigma)
-            answers.append(rows)
-        return tuple(answers)
+        return tuple(history.at("velocity", self.sigma) for history in (self.history, heard))
+
+    def evaluated(self, step: int, velocity: Tensor) -> Tensor:
+        """Which elements of a velocity are fresh: all of sound, of the video those of active tokens."""
+        mask = self.mask[: len(velocity)]
+        if velocity.ndim == 5:  # from an image on, all frames but the first, unpacked; a token is one latent
+            frames = velocity.shape[2] + 1
+            mask = mask.unflatten(1, (frames, *velocity.shape[3:]))[:, None, 1:]
+        elif velocity.shape[1] == mask.shape[1]:
+            mask = mask[..., None]
+        else:
+            mask = mask.any(1)[:, None, None]
+        return mask.expand(velocity.shape)
 
     def _mask(self, video: Tensor, step: int) -> Tensor:
         """Active tokens of each sample in the batch, which may hold each video twice."""

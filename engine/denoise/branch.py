@@ -33,9 +33,7 @@ class Branch:
         self,
         num_sites: int,
         *,
-        sigmas: Sequence[float],
         forecast: str,
-        correct: bool,
         dtype: torch.dtype | None,
         history: bool,
     ) -> None:
@@ -43,14 +41,11 @@ class Branch:
 
         Args:
             num_sites: places with a K/V cache.
-            sigmas: of the run.
             forecast: of velocities.
-            correct: whether they are corrected in hindsight.
             dtype: of keys and values; None: as computed.
             history: whether the K/V before the last are kept too.
         """
-        self._sigmas, self._settings = sigmas, (forecast, correct)
-        self.velocity = self._made()
+        self.velocity = VelocityCache(forecast)
         self.layers = [KVCache(dtype, history=history) for _ in range(num_sites)]
         self.others: list[VelocityCache] = []
         self.begun = False
@@ -59,14 +54,11 @@ class Branch:
     def velocities(self, num_others: int | None = None) -> list[VelocityCache]:
         """All velocity caches, the tokens' first; those of `num_others` other outputs are made on first use."""
         while len(self.others) < (num_others or 0):
-            self.others.append(self._made())
+            self.others.append(VelocityCache(self.velocity.forecast))
         return [self.velocity, *self.others]
 
-    def begin(self, sigmas: Sequence[float]) -> None:
+    def begin(self) -> None:
         """Start a run: forget what an earlier one left behind, and keep the buffers."""
-        self._sigmas = sigmas
-        for velocity in self.velocities():
-            velocity.follow(sigmas)
         self.restart()
         for cache in self.layers:
             cache.reset()
@@ -82,11 +74,6 @@ class Branch:
         for velocity in self.velocities():
             if velocity.clock is not None:
                 velocity.reset()
-
-    def _made(self) -> VelocityCache:
-        cache = VelocityCache(*self._settings)
-        cache.follow(self._sigmas)
-        return cache
 
 
 def tiled(active: Tensor | None, units: int) -> Tensor | None:
@@ -260,3 +247,12 @@ def checked(active: Any, num_tokens: int, batch_size: int) -> Tensor | None:
             f"A plan holds an index out of range: with {num_tokens} tokens they lie between 0 and {num_tokens - 1}."
         )
     return None if active.shape[-1] == num_tokens else active
+
+
+def fresh_elements(step: Step, velocity: Tensor, *, adapter: Adapter, pipe: Any, grid: Grid) -> Tensor | None:
+    """Which elements of the video's velocity, as its scheduler gets it, were evaluated at a step; None for all."""
+    if step.active is None:
+        return None
+    rows = torch.zeros(len(velocity), grid.num_tokens, dtype=torch.bool, device=velocity.device)
+    fill_rows(rows, step.active, True)
+    return adapter.spread(adapter.transformers(pipe)[0][1], grid, rows, velocity)

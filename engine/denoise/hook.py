@@ -165,7 +165,7 @@ class HSAHook(registry.LastingHook):
         if not self.run.needs_velocity(step.index):
             return out
         self._write(step, call, self.run.adapter.rows(call.module, out))
-        if self.run.forecast == "ab2" or self.run.correct:
+        if self.run.forecast == "ab2":
             return self._merged(step, call)
         return out
 
@@ -253,7 +253,7 @@ class HSAHook(registry.LastingHook):
         if step.active is None and not run.needs_velocity(step.index):
             return run.adapter.answer(call.module, call.grid, *answer)
         self._write(step, call, answer)
-        if step.active is None and run.forecast != "ab2" and not run.correct:
+        if step.active is None and run.forecast != "ab2":
             return run.adapter.answer(call.module, call.grid, *answer)
         return self._merged(step, call)
 

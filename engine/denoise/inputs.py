@@ -8,7 +8,7 @@ makes a new tensor at every step, or in inference mode.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from types import FrameType
 from typing import Any
@@ -110,7 +110,7 @@ class Weights:
         return children, versions, places, [_strength(module) for module in self._adapted]
 
 
-class _Noted:
+class Noted:
     """A tensor as it was when it was noted."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -137,14 +137,14 @@ class _Noted:
 def _noted(value: Any) -> Any:
     """What `_same` can compare with a later value, also after `value` is changed in place."""
     if isinstance(value, Tensor):
-        return _Noted(value)
+        return Noted(value)
     if isinstance(value, Mapping):
         return {name: _noted(item) for name, item in value.items()}
     return [_noted(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _same(noted: Any, value: Any) -> bool:
-    if isinstance(noted, _Noted):
+    if isinstance(noted, Noted):
         return noted.same(value)
     if isinstance(noted, dict):
         return (
@@ -222,12 +222,25 @@ def calling_pipeline() -> DiffusionPipeline | None:
 
     A transformer's forward is not told who calls it, and scheduler, guidance and number of steps are the caller's.
     """
-    frame: FrameType | None = sys._getframe(1)
+    frame = _calling_frame()
+    return None if frame is None else frame.f_locals["self"]
+
+
+def loop_values(pipe: Any, names: Sequence[str]) -> list[Any]:
+    """Return what the running call of `pipe` keeps in its variables `names`; nothing if none runs."""
+    frame = _calling_frame() if names else None
+    if frame is None or frame.f_locals["self"] is not pipe:
+        return []
+    return [frame.f_locals[name] for name in names if name in frame.f_locals]
+
+
+def _calling_frame() -> FrameType | None:
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
         if code.co_argcount and code.co_varnames[0] == "self":
             owner = frame.f_locals.get("self")
             if isinstance(owner, DiffusionPipeline):
-                return owner
+                return frame
         frame = frame.f_back
     return None

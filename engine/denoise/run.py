@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from ...hsa.policies import JointPolicy
 from ..models import Adapter
 from ..models.base import Grid
 from ..report import HSAReport, StepRecord
-from .branch import CHANGED, Branch, Call, Step, checked, guided_velocity
-from .inputs import Change, Inputs
+from .branch import CHANGED, Branch, Call, Step, checked, fresh_elements, guided_velocity
+from .inputs import Change, Inputs, loop_values
+from .replay import Replays
 from .schedulers import check_levels, check_noise, correct_for, forecast_for
 from .work_split import Sharding, check_degrees, check_ranks
 
@@ -45,7 +47,7 @@ class Run:
         self.check = check
         self.own, self.adapter, self.config, self.sharding = pipe, adapter, config, sharding
         # The pipeline that runs: others may share the transformers.
-        self.pipe, self.inputs = pipe, Inputs()
+        self.pipe, self.inputs, self.replays = pipe, Inputs(), Replays()
         # What each guidance unit asks of the transformer at all steps alike: as far as seen, or told beforehand.
         self.told: dict[str, dict[str, Any]] = {}
         self.told_ahead: dict[str, dict[str, Any]] = {}
@@ -179,6 +181,7 @@ class Run:
         for name, branch in self.branches.items():
             if change == Change.ALL or name in (call.name, *call.units):
                 branch.restart()
+        self.replays.forget()
         if self.own_planner is not None:
             self.own_planner.jump()
 
@@ -196,9 +199,7 @@ class Run:
         if name not in self.branches:
             self.branches[name] = Branch(
                 num_sites,
-                sigmas=self.sigmas,
                 forecast=self.forecast,
-                correct=self.correct,
                 dtype=getattr(torch, self.config.kv_dtype) if self.config.kv_dtype else None,
                 history=self.kv_damping > 0.0,
             )
@@ -236,12 +237,9 @@ class Run:
         return None
 
     def needs_velocity(self, index: int) -> bool:
-        """Whether velocities of step `index` matter beyond it: for a step that skips tokens, a correction, or AB2."""
-        if self.forecast == "ab2":
-            return True
-        # What a step skipped is corrected by the next one, even if all from there on are full.
-        first = max(index - 1, 0) if self.correct else index
-        return any(self._count(other) != self.grid.num_tokens for other in range(first, self.num_steps))
+        """Whether velocities of step `index` matter beyond it: for a step that skips tokens, or AB2."""
+        left = (self._count(later) != self.grid.num_tokens for later in range(index, self.num_steps))
+        return self.forecast == "ab2" or any(left)
 
     def rehearse(self, grid: Grid) -> None:
         """Fix the plan of a run whose scheduler has its timesteps, and run nothing; ConfigError if none can be met."""
@@ -251,6 +249,7 @@ class Run:
         """Complete the last step: diffusers calls this after a pipeline call. Caches keep their memory."""
         step, self.step, self.timestep = self.step, None, None
         self.inputs.begin()
+        self.replays.end()
         # A step that an exception broke off has no velocities to show.
         if step is not None and step.left == len(step.entered):
             self._finish(step)
@@ -293,6 +292,7 @@ class Run:
         """
         self.step, self.resumed_at, self.kv_since = None, 0, math.inf
         self.inputs.begin()
+        self.replays.end()
         self.check()
         scheduler = self.pipe.scheduler
         if self.leaves_out:
@@ -317,15 +317,14 @@ class Run:
                 self.forced[i] = "expert switch"
         if start:
             self.forced[start] = "resume"
-        wanted = (self.forecast, self.correct)
-        if any((branch.velocity.forecast, branch.velocity.correct) != wanted for branch in self.branches.values()):
+        if any(branch.velocity.forecast != self.forecast for branch in self.branches.values()):
             self.branches.clear()
         # Buffers that were made in inference mode cannot be written to outside of it.
         if self.inference and not torch.is_inference_mode_enabled():
             self.branches.clear()
         self.inference = torch.is_inference_mode_enabled()
         for branch in self.branches.values():
-            branch.begin(self.sigmas)
+            branch.begin()
         self.told = dict(self.told_ahead)
         self.records = []
         self.evaluations = torch.zeros(self.batch_size, grid.num_tokens, dtype=torch.int32, device=latents.device)
@@ -336,6 +335,10 @@ class Run:
         else:
             self.restarts = frozenset()
         self._make_plan()
+        if self.correct and self.needs_velocity(0):
+            schedulers = scheduler, *loop_values(self.pipe, self.adapter.step_schedulers)
+            elements = partial(fresh_elements, adapter=self.adapter, pipe=self.pipe, grid=self.grid)
+            self.replays.begin(schedulers, self.sigmas, self.forecast, lambda: self.step, elements)
 
     def _make_plan(self) -> None:
         """Fix the size of every step; one after a checkpoint that would read K/V of before it is full."""
@@ -379,6 +382,7 @@ class Run:
             if reason == "expert switch":
                 for branch in self.branches.values():
                     branch.forget()
+                self.replays.forget()
         else:
             active = self._decided(index, sigma, device)
             reason = "full" if active is None else "partial" if active.numel() else "skipped"

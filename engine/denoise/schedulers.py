@@ -82,7 +82,6 @@ def scheduler_for(config: HSAConfig, stock: Any, known: Collection[str], pipelin
     if config.compute < 1.0:
         check_noise(scheduler)
     forecast_for(config, scheduler)
-    correct_for(config, scheduler)
     return scheduler
 
 
@@ -162,26 +161,18 @@ def forecast_for(config: HSAConfig, scheduler: Any) -> str:
 
 
 def correct_for(config: HSAConfig, scheduler: Any) -> bool:
-    """Return whether forecasts are corrected in hindsight.
-
-    Raises:
-        ConfigError: ``correct=True`` with a multistep scheduler, whose history would not know of the correction.
-    """
-    euler = kind_of(scheduler) == "euler"
-    if config.correct and not euler:
-        raise ConfigError(
-            f"correct=True with {type(scheduler).__name__}: a multistep history cannot be corrected afterwards; "
-            'use solver="euler", or leave correct out.'
-        )
+    """Return whether forecasts are corrected in hindsight (`replay`)."""
     if config.correct is not None:
         return config.correct
     # Beside stale keys and values a token's velocity jumps with theirs, and the correction multiplies the jump.
-    whole = config.policy in ("joint", "steps")
-    return euler and whole and forecast_for(config, scheduler) != "hold"
+    return config.policy in ("joint", "steps") and forecast_for(config, scheduler) != "hold"
 
 
 def scheduler_state(scheduler: Any) -> dict[str, Any]:
     """Return everything a scheduler holds beside its settings, whatever it is called: tensors, numbers, lists of them.
+
+    It stays what it is while the scheduler goes on: stock schedulers replace their tensors, and write to their lists
+    alone, which are copied.
 
     Raises:
         ConfigError: it holds something else, such as a second scheduler. (Functions, as of a compiled step, may be.)
@@ -194,7 +185,7 @@ def scheduler_state(scheduler: Any) -> dict[str, Any]:
                 f"{type(scheduler).__name__} keeps a {type(value).__name__} in {name}, which cannot be saved: run "
                 "without checkpoints, or with another scheduler."
             )
-    return state
+    return {name: list(value) if isinstance(value, list) else value for name, value in state.items()}
 
 
 def restore_scheduler(scheduler: Any, state: Mapping[str, Any], device: torch.device) -> None:

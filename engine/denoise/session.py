@@ -339,6 +339,7 @@ def run_state(run: Run) -> dict[str, Any]:
         "branches": {name: branch.velocity.state() for name, branch in run.branches.items()},
         "others": {name: [other.state() for other in branch.others] for name, branch in run.branches.items()},
         "planner": run.planner.state(),
+        "replays": run.replays.state(),
     }
 
 
@@ -373,6 +374,7 @@ def restore_run(run: Run, state: Mapping[str, Any], num_sites: int, device: torc
             cache.restore(content, device)
         branch.begun = branch.velocity.last is not None
     run.planner.restore(state["planner"], device)
+    run.replays.restore(state["replays"], device)
     run.records = [step_from(record) for record in state["records"]]
     run.evaluations = state["evaluations"].to(device)
     run.resumed_at = at = state["step"]

@@ -56,6 +56,8 @@ class Adapter(Protocol):
     """Schedulers that may replace the pipeline's own."""
     step_tensors: ClassVar[tuple[str, ...]]
     """Tensors besides the latents that the pipeline's loop carries from step to step, by the names it gives them."""
+    step_schedulers: ClassVar[tuple[str, ...]] = ()
+    """Variables of the pipeline's loop that hold the schedulers of the `step_tensors`, in their order."""
     output: ClassVar[Any]
     """What the transformer returns where it is not asked for a tuple."""
 
@@ -138,6 +140,12 @@ class Adapter(Protocol):
     @staticmethod
     def answer(module: Any, grid: Grid, rows: Tensor, others: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The inverse of `rows` for all tokens [batch, N, D]."""
+
+    @classmethod
+    def spread(cls, module: Any, grid: Grid, rows: Tensor, like: Tensor) -> Tensor:
+        """What holds for tokens, [B, N], in the form in which the pipeline's scheduler gets its velocity `like`."""
+        width = like[0].numel() // grid.num_tokens
+        return cls.answer(module, grid, rows[..., None].expand(-1, -1, width), ())[0]
 
     @staticmethod
     def nothing(module: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:

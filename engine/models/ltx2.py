@@ -194,6 +194,7 @@ class LTX2Adapter(Adapter):
         "euler",
     )  # the pipelines step sound by a copy of their scheduler, which must take their shift
     step_tensors: ClassVar[tuple[str, ...]] = ("audio_latents",)
+    step_schedulers: ClassVar[tuple[str, ...]] = ("audio_scheduler",)
     output: ClassVar[Any] = AudioVisualModelOutput
 
     @classmethod
@@ -311,6 +312,15 @@ class LTX2Adapter(Adapter):
     def answer(module: Any, grid: Grid, rows: Tensor, others: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """See `Adapter`."""
         return (rows, *others)
+
+    @classmethod
+    def spread(cls, module: Any, grid: Grid, rows: Tensor, like: Tensor) -> Tensor:
+        """See `Adapter`. From an image on, the pipeline steps all frames but the given first one, unpacked."""
+        if like.ndim == 3:
+            return rows[..., None].expand(like.shape)
+        patch = _patch(module)
+        width = like.shape[1] * math.prod(patch)
+        return unpatchify(rows[..., None].expand(-1, -1, width), patch, grid)[:, :, -like.shape[2] :]
 
     @staticmethod
     def nothing(module: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:

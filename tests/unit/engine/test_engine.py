@@ -557,7 +557,7 @@ def attempt(make):
 @pytest.mark.parametrize(
     ("settings", "acted"),
     [
-        ({}, {"policy": "joint", "solver": "unipc", "forecast": "taylor", "correct": False, "max_age": 8}),
+        ({}, {"policy": "joint", "solver": "unipc", "forecast": "taylor", "correct": True, "max_age": 8}),
         ({"solver": "euler"}, {"solver": "euler", "forecast": "taylor", "correct": True, "profile": None}),
         ({"policy": "tokens", "max_age": 3}, {"profile": -0.5, "max_age": 3, "cooldown": 1, "kv_dtype": "float32"}),
         ({"policy": "groups"}, {"max_age": None, "kv_forecast": 0.0, "correct": False}),

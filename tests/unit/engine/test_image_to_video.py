@@ -66,8 +66,7 @@ def test_full_compute_is_stock_a_target_is_met_and_remove_restores(kind):
 def test_partial_run_equals_the_masked_reference(kind, forecast):
     pipe, plans = tiny_image_pipeline(kind), plans_of(9)
     start = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(2))
-    euler = kind != "ti2v5b i2v"
-    reference = Reference(pipe, forecast, correct=euler and forecast != "hold")
+    reference = Reference(pipe, forecast, correct=forecast != "hold")
     condition, seen = conditions(pipe, start)
     session = hs.apply(pipe, hs.HSAConfig(forecast=forecast), planner=Fixed(plans))
     got = generate(pipe, steps=9, latents=start)

@@ -84,7 +84,7 @@ def test_partial_run_equals_the_masked_reference(kind, forecast):
     pipe, plans = tiny_pipeline(kind), random_plans(12)
     text = embeddings()
     start = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(2))
-    correct = kind == "euler" and forecast != "hold"
+    correct = forecast != "hold"
     reference = Reference(pipe, forecast, correct=correct)
     session = hs.apply(pipe, hs.HSAConfig(forecast=forecast), planner=FixedPlanner(plans))
     got = generate(pipe, steps=12, latents=start)
@@ -102,7 +102,7 @@ def test_per_sample_sets_and_kv_forecast_equal_the_reference(kind, damp):
     pipe, plans = tiny_pipeline(kind), random_plans(10, batch=2, per_sample=True)
     text = embeddings(2)
     start = torch.randn(2, 16, 3, 8, 8, generator=torch.Generator().manual_seed(2))
-    reference = Reference(pipe, "taylor", damp, correct=kind == "euler")
+    reference = Reference(pipe, "taylor", damp, correct=True)
     session = hs.apply(pipe, hs.HSAConfig(kv_forecast=damp), planner=FixedPlanner(plans))
     got = generate(pipe, steps=10, prompts=2, latents=start)
     want = reference.run(start, plans, text["prompt_embeds"], text["negative_prompt_embeds"], 3.0)

@@ -2,12 +2,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from heterostep.hsa.cache import fill_rows, gather_rows, write_rows
 from heterostep.hsa.velocity import TokenClock, VelocityCache
-from tiny import shifted
 
 SIGMAS = [1.0, 0.93, 0.85, 0.7, 0.55, 0.3, 0.1, 0.0]
 FIRST = torch.arange(2)
@@ -127,103 +124,3 @@ def test_rows_are_read_where_they_were_written(active):
     assert int((tokens.abs().sum(-1) > 0).sum()) == 2 * count
     fill_rows(tokens, active, 0.0)
     assert not tokens.any()
-
-
-def parabola(sigma: float) -> torch.Tensor:
-    """Velocities [1, 3, 2] that are quadratic in sigma, a different one for every number."""
-    a, b, c = (torch.randn(1, 3, 2, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(3))
-    return a + b * sigma + c * sigma**2
-
-
-@pytest.mark.parametrize("forecast", ["taylor", "ab2"])
-@pytest.mark.parametrize("per_sample", [False, True])
-def test_correction_makes_a_gap_exact_for_quadratic_velocity(forecast, per_sample):
-    """After the evaluation that ends a gap every token stands where exact velocities would have led it."""
-    sigmas = [1.0, 0.93, 0.81, 0.7, 0.52, 0.4, 0.21, 0.0]
-    evaluated = {0: [0, 1, 2], 1: [0, 1, 2], 2: [1], 4: [0, 1], 5: [0, 1, 2]}
-    cache = VelocityCache(forecast, correct=True)
-    cache.follow(sigmas)
-    cache.start(1, 3, 2, torch.float64, "cpu")
-    moved = torch.zeros(1, 3, 2, dtype=torch.float64)
-    for i in range(6):
-        if i in evaluated:
-            ids = torch.tensor(evaluated[i])
-            active = None if len(ids) == 3 else (ids[None] if per_sample else ids)
-            cache.write(active, parabola(sigmas[i])[:, ids], sigmas[i])
-        moved += (sigmas[i + 1] - sigmas[i]) * cache.merged(sigmas[i], sigmas[i + 1])
-    if forecast == "taylor":
-        exact = sum((sigmas[i + 1] - sigmas[i]) * parabola(sigmas[i]) for i in range(6))
-    else:
-        # What is not yet corrected: the last step, which moves by its own line; the first step had no slope, so its
-        # gap was corrected with a chord.
-        def integral(a, b):
-            return (b - a) * (parabola(a) + 4 * parabola((a + b) / 2) + parabola(b)) / 6
-
-        prev = torch.tensor([4, 4, 1])
-        line = torch.stack(
-            [
-                (parabola(sigmas[5]) - parabola(sigmas[int(p)]))[0, n] / (sigmas[5] - sigmas[int(p)])
-                for n, p in enumerate(prev)
-            ]
-        )[None]
-        h = sigmas[6] - sigmas[5]
-        chord = (sigmas[1] - sigmas[0]) * (parabola(sigmas[0]) + parabola(sigmas[1])) / 2
-        exact = chord + sum(integral(sigmas[i], sigmas[i + 1]) for i in range(1, 5))
-        exact = exact + h * (parabola(sigmas[5]) + line * h / 2)
-    assert torch.allclose(moved, exact, atol=1e-6)
-
-
-def test_correction_is_paid_once_and_forgotten_by_a_reset():
-    sigmas = [1.0, 0.8, 0.6, 0.4, 0.0]
-    cache = VelocityCache("taylor", correct=True)
-    cache.follow(sigmas)
-    cache.start(1, 3, 2, torch.float64, "cpu")
-    cache.write(None, parabola(1.0), 1.0)
-    cache.write(None, parabola(0.6), 0.6)
-    first, second = cache.merged(0.6, 0.4), cache.merged(0.6, 0.4)
-    assert not torch.equal(first, second) and torch.allclose(second, parabola(0.6))
-    cache.reset()
-    cache.write(None, parabola(0.4), 0.4)
-    assert torch.allclose(cache.merged(0.4, 0.0), parabola(0.4))
-
-
-def corrected(forecast, device, dtype, seed=0):
-    """What a run of 40 steps over 6 tokens, evaluated at random, returns at every step: [B, N, D] each."""
-    g = torch.Generator().manual_seed(seed)
-    sigmas = list(shifted(40, 5.0))
-    cache = VelocityCache(forecast, correct=True)
-    cache.follow(sigmas)
-    cache.start(1, 6, 2, dtype, device)
-    returned = []
-    for i in range(40):
-        ids = torch.arange(6)[torch.rand(6, generator=g) < 0.3] if i else torch.arange(6)
-        rows = torch.stack([torch.sin(4 * sigmas[i] * (n + 1) + torch.arange(2)) for n in range(6)])[None]
-        if len(ids):
-            active = None if i == 0 else ids.to(device)
-            cache.write(active, rows[:, ids].to(device, dtype), sigmas[i])
-        returned.append(cache.merged(sigmas[i], sigmas[i + 1]))
-    return returned
-
-
-@pytest.mark.parametrize("forecast", ["hold", "taylor", "ab2"])
-def test_correction_in_float32_is_that_in_float64(forecast):
-    exact = corrected(forecast, "cpu", torch.float64)
-    for narrow, wide in zip(corrected(forecast, "cpu", torch.float32), exact, strict=True):
-        assert torch.allclose(narrow.double(), wide, rtol=1e-5, atol=1e-5)
-
-
-class NoFloat64(TorchDispatchMode):
-    """A device without float64, such as Apple's; the meta device stands in for it."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            wide = isinstance(tensor, torch.Tensor) and tensor.device.type == "meta" and tensor.dtype == torch.float64
-            assert not wide, f"{func} makes float64 on the device"
-        return result
-
-
-@pytest.mark.parametrize("forecast", ["hold", "taylor", "ab2"])
-def test_correction_needs_no_float64_of_the_device(forecast):
-    with NoFloat64():
-        assert all(v.device.type == "meta" for v in corrected(forecast, "meta", torch.float32))
