@@ -8,10 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import Any, Literal, TextIO
 
-if TYPE_CHECKING:
-    from .request import Event, StepDone
+from .request import Decoding, Event, Started, StepDone
 
 # Between two lines about steps where there is no terminal.
 _LINE_SECONDS = 10.0
@@ -107,9 +106,6 @@ class Progress:
             self.close()
 
     def _show(self, event: Event, label: str) -> None:
-        # Imported late: requests know images, and whoever shows the first stage waits for nothing.
-        from .request import Decoding, Started, StepDone
-
         if self._kind == "nothing":
             return
         if isinstance(event, Started):

@@ -101,18 +101,6 @@ class HSAReport:
     ranks: tuple[RankReport, ...] = ()
     conditioned: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and strings, ready for JSON."""
-        return {
-            "compute": self.compute,
-            "num_steps": self.num_steps,
-            "kv_bytes": self.kv_bytes,
-            "conditioned": self.conditioned,
-            **({"ranks": [asdict(rank) for rank in self.ranks]} if self.ranks else {}),
-            "steps": [plain_step(record) for record in self.steps],
-            "evaluations": None if self.evaluations is None else self.evaluations.tolist(),
-        }
-
 
 def plain_step(record: StepRecord) -> dict[str, Any]:
     """One step as numbers and lists; how ranks shared it only where there are several."""

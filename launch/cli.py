@@ -21,7 +21,9 @@ from ..errors import (
 )
 from ..hsa.config import HSAConfig
 from ..parallel.config import ParallelConfig
+from ..version import __version__
 from .options import Outputs, Ranks, Serving, add_flags, command_of, given, service_settings, size_of
+from .serve import serve
 from .service.settings import ServiceSettings
 
 EXIT_FAILED = 1
@@ -79,20 +81,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_BAD_INPUT, f"heterostep: {message}; see `{self.prog} --help`\n")
 
 
-class _Version(argparse.Action):
-    """Looks the version up when it is asked for, not at every start."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            number = version("heterostep")
-        except PackageNotFoundError:  # a checkout on the path, not installed
-            number = "of this checkout"
-        print("heterostep", number)
-        parser.exit()
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; it imports nothing heavy, so that `--help` is quick."""
     parser = _Parser(
@@ -102,7 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser.add_argument(
+        "--version", action="version", version=f"heterostep {__version__}", help="show the version and exit"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_info(commands)
@@ -188,8 +178,6 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from .serve import serve
-
     given_flags = vars(arguments)
     return serve(service_settings(given_flags), Serving(**given(Serving, given_flags)))
 
@@ -202,8 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 on success, 2 for bad input, 73 for a video that could not be written where it was asked to be, 75 for a job
-        that was saved and can resume, 130 after Ctrl-C, 1 for any other
-        foreseen failure; each of these but 0 with one sentence on stderr.
+        that was saved and can resume, 130 after Ctrl-C, 1 for any other foreseen failure; each of these but 0 with one
+        sentence on stderr.
     """
     # Must be set before PyTorch is imported. Busy-waiting OpenMP threads starve the others: on a loaded machine small
     # models ran fifty times slower.

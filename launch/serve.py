@@ -6,6 +6,7 @@ On a Ray cluster that runs already: `serve run heterostep.launch.serve:app model
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import ipaddress
 import logging
@@ -21,8 +22,11 @@ from ..engine.request import EngineConfig
 from ..errors import ConfigError
 from ..hsa.config import HSAConfig
 from ..parallel.config import ParallelConfig
+from .logs import log_json_lines, say
 from .options import Serving, is_loopback, read_settings, service_settings
+from .service.results import remove_unknown
 from .service.settings import ServiceSettings
+from .service.store import JobStore
 
 # Connections at once; more are answered 503.
 _MAX_CONNECTIONS = 512
@@ -43,9 +47,6 @@ def serve(settings: ServiceSettings, serving: Serving) -> int:
 
 def _remove_unknown(settings: ServiceSettings) -> int:
     """Remove what a service keeps in its data directory though it belongs to no job."""
-    from .service.results import remove_unknown
-    from .service.store import JobStore
-
     store = JobStore(settings.database)
     try:
         removed = remove_unknown(settings, store)
@@ -63,7 +64,6 @@ def _serve_here(settings: ServiceSettings, host: str, port: int) -> int:
     """One process with the HTTP API, and a worker process for each replica."""
     import uvicorn
 
-    from .logs import log_json_lines, say
     from .service.access import BoundedConnection
     from .service.app import create_app
     from .service.service import VideoService
@@ -165,8 +165,6 @@ def app(arguments: Mapping[str, Any]) -> Any:
 
 def _application(settings: ServiceSettings, gpus: int | None) -> Any:
     """The deployment: each replica is the whole service with one runner; the job store is what they share."""
-    import dataclasses
-
     import ray
     from ray import serve
 
@@ -183,7 +181,6 @@ def _application(settings: ServiceSettings, gpus: int | None) -> Any:
 
     class VideoReplica:
         def __init__(self, settings: ServiceSettings) -> None:
-            from .logs import log_json_lines
             from .service.runner import Runner
             from .service.service import VideoService
 

@@ -199,18 +199,15 @@ class LTX2Adapter(Adapter):
 
     @classmethod
     def recognises(cls, pipe: Any) -> bool:
-        """See `Adapter`."""
         known = any(c.__name__ in cls.pipelines for c in type(pipe).__mro__)
         return known and isinstance(getattr(pipe, "transformer", None), LTX2VideoTransformer3DModel)
 
     @staticmethod
     def transformers(pipe: Any) -> list[tuple[int, Any]]:
-        """See `Adapter`."""
         return [(0, pipe.transformer)]
 
     @staticmethod
     def blocks(transformer: Any) -> list[Any]:
-        """See `Adapter`."""
         return list(transformer.transformer_blocks)
 
     @staticmethod
@@ -224,7 +221,6 @@ class LTX2Adapter(Adapter):
 
     @staticmethod
     def processor(call: AttentionCall, replaced: Any, *, everywhere: bool = False) -> CachedLTX2AttnProcessor:
-        """See `Adapter`."""
         return CachedLTX2AttnProcessor(call, replaced, everywhere=everywhere)
 
     @staticmethod
@@ -238,7 +234,6 @@ class LTX2Adapter(Adapter):
 
     @staticmethod
     def text_processor(replaced: Any) -> CachedLTX2TextAttnProcessor:
-        """See `Adapter`."""
         return CachedLTX2TextAttnProcessor(replaced)
 
     @staticmethod
@@ -248,21 +243,19 @@ class LTX2Adapter(Adapter):
 
     @staticmethod
     def branches(pipe: Any) -> tuple[str, ...]:
-        """See `Adapter`."""
         perturbed = ("uncond_stg",) if pipe.do_spatio_temporal_guidance else ()
         isolated = ("uncond_modality",) if pipe.do_modality_isolation_guidance else ()
         return ("cond_uncond", *perturbed, *isolated)
 
     @staticmethod
     def units(pipe: Any, branch: str) -> tuple[str, ...]:
-        """See `Adapter`."""
         if branch != "cond_uncond":
             return (branch,)
         return ("uncond", "cond") if pipe.do_classifier_free_guidance else ("cond",)
 
     @staticmethod
     def guidance(pipe: Any, units: Sequence[str], expert: int) -> dict[str, float]:
-        """See `Adapter`. The pipeline's rescaling by the latents' spread is left out: it moves all tokens alike."""
+        """The pipeline's rescaling by the latents' spread is left out: it moves all tokens alike."""
         pushes = {
             "uncond": pipe._guidance_scale - 1.0,
             "uncond_stg": pipe._stg_scale,
@@ -273,18 +266,16 @@ class LTX2Adapter(Adapter):
 
     @staticmethod
     def grid(module: Any, arguments: Mapping[str, Any]) -> Grid:
-        """See `Adapter`."""
         size = (arguments[name] for name in ("num_frames", "height", "width"))
         return Grid(*(n // p for n, p in zip(size, _patch(module), strict=True)))
 
     @staticmethod
     def video(module: Any, arguments: Mapping[str, Any]) -> Tensor:
-        """See `Adapter`."""
         return unpatchify(arguments["hidden_states"], _patch(module), LTX2Adapter.grid(module, arguments))
 
     @staticmethod
     def subset(module: Any, arguments: Mapping[str, Any], active: Tensor) -> dict[str, Any]:
-        """See `Adapter`.
+        """The arguments for the active tokens: their latents, noise levels and coordinates.
 
         Raises:
             ConfigError: the video's self-attention is masked.
@@ -310,7 +301,6 @@ class LTX2Adapter(Adapter):
 
     @staticmethod
     def answer(module: Any, grid: Grid, rows: Tensor, others: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """See `Adapter`."""
         return (rows, *others)
 
     @classmethod
@@ -324,7 +314,6 @@ class LTX2Adapter(Adapter):
 
     @staticmethod
     def nothing(module: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """See `Adapter`."""
         video, sound, widths = arguments["hidden_states"], arguments["audio_hidden_states"], module.config
         nought = video.new_zeros(())
         video = nought.expand(*video.shape[:2], widths.out_channels or widths.in_channels)
@@ -340,7 +329,6 @@ class LTX2Adapter(Adapter):
 
     @staticmethod
     def arguments(facts: ModelFacts, request: ResolvedRequest) -> dict[str, Any]:
-        """See `Adapter`."""
         guidance, scale = facts.guidance_for(request.guidance_scale), request.guidance_scale
         assert guidance is not None
         # Where the value for sound is nothing, the pipelines take the video's.
@@ -375,17 +363,15 @@ class LTX2Adapter(Adapter):
 
     @staticmethod
     def start(facts: ModelFacts, image: Image.Image | None) -> dict[str, Any]:
-        """See `Adapter`. Told here, since the pipeline would ask its text encoder, which not every rank has."""
+        """Given here, since the pipeline would ask its text encoder, which not every rank has."""
         return {} if image is None else {"image": image, "image_crf": facts.image_crf}
 
     @staticmethod
     def results(output: Any) -> tuple[Tensor, Tensor | None]:
-        """See `Adapter`."""
         return output.frames, output.audio
 
     @staticmethod
     def finished(pipeline: Any, latents: Tensor) -> Tensor:
-        """See `Adapter`."""
         vae = pipeline.vae
         given: Tensor = pipeline._denormalize_latents(
             latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
@@ -399,7 +385,6 @@ class LTX2Adapter(Adapter):
 
     @staticmethod
     def decode(vae: Any, latents: Tensor) -> Tensor:
-        """See `Adapter`."""
         # The pipelines' own default of a VAE that is told how noisy its latents are.
         noise = latents.new_zeros(len(latents)) if vae.config.timestep_conditioning else None
         video: Tensor = vae.decode(latents, noise, return_dict=False)[0]
@@ -408,7 +393,6 @@ class LTX2Adapter(Adapter):
     @staticmethod
     @torch.no_grad()
     def audio(pipeline: Any, latents: Tensor) -> Audio:
-        """See `Adapter`."""
         vae = pipeline.audio_vae
         spectrograms = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         check_finite(spectrograms, "the audio VAE", vae.dtype)

@@ -172,7 +172,6 @@ class WanAdapter(Adapter):
 
     @classmethod
     def recognises(cls, pipe: Any) -> bool:
-        """See `Adapter`."""
         if not any(c.__name__ in cls.pipelines for c in type(pipe).__mro__):
             return False
         found = cls.transformers(pipe)
@@ -180,13 +179,11 @@ class WanAdapter(Adapter):
 
     @staticmethod
     def transformers(pipe: Any) -> list[tuple[int, Any]]:
-        """See `Adapter`."""
         pair = (getattr(pipe, "transformer", None), getattr(pipe, "transformer_2", None))
         return [(expert, model) for expert, model in enumerate(pair) if model is not None]
 
     @staticmethod
     def blocks(transformer: Any) -> list[Any]:
-        """See `Adapter`."""
         return list(transformer.blocks)
 
     @staticmethod
@@ -196,7 +193,6 @@ class WanAdapter(Adapter):
 
     @staticmethod
     def processor(call: AttentionCall, replaced: Any, *, everywhere: bool = False) -> CachedWanAttnProcessor:
-        """See `Adapter`."""
         assert not everywhere
         return CachedWanAttnProcessor(call, replaced)
 
@@ -208,7 +204,6 @@ class WanAdapter(Adapter):
 
     @staticmethod
     def text_processor(replaced: Any) -> CachedTextAttnProcessor:
-        """See `Adapter`."""
         return CachedTextAttnProcessor(replaced)
 
     @staticmethod
@@ -218,7 +213,6 @@ class WanAdapter(Adapter):
 
     @staticmethod
     def experts(pipe: Any) -> list[int]:
-        """See `Adapter`."""
         timesteps, ratio = pipe.scheduler.timesteps, getattr(pipe.config, "boundary_ratio", None)
         if ratio is None:
             return [0] * len(timesteps)
@@ -228,7 +222,6 @@ class WanAdapter(Adapter):
 
     @staticmethod
     def branches(pipe: Any) -> tuple[str, ...]:
-        """See `Adapter`."""
         return ("cond", "uncond") if pipe.do_classifier_free_guidance else ("cond",)
 
     @staticmethod
@@ -238,7 +231,6 @@ class WanAdapter(Adapter):
 
     @staticmethod
     def guidance(pipe: Any, units: Sequence[str], expert: int) -> dict[str, float]:
-        """See `Adapter`."""
         if set(units) != {"cond", "uncond"}:
             return {name: 1.0 / len(units) for name in units}
         scale = pipe._guidance_scale_2 if expert == 1 else pipe._guidance_scale
@@ -246,18 +238,15 @@ class WanAdapter(Adapter):
 
     @staticmethod
     def grid(module: Any, arguments: Mapping[str, Any]) -> Grid:
-        """See `Adapter`."""
         return _patch(module).grid_of(arguments["hidden_states"])
 
     @staticmethod
     def video(module: Any, arguments: Mapping[str, Any]) -> Tensor:
-        """See `Adapter`."""
         latents: Tensor = arguments["hidden_states"]
         return latents[:, : module.config.out_channels]
 
     @staticmethod
     def subset(module: Any, arguments: Mapping[str, Any], active: Tensor) -> dict[str, Any]:
-        """See `Adapter`."""
         patch, timestep = _patch(module), arguments["timestep"]
         packed = pack(gather_rows(patchify(arguments["hidden_states"], patch), active), patch)
         if timestep.ndim == 2:
@@ -266,17 +255,14 @@ class WanAdapter(Adapter):
 
     @staticmethod
     def rows(module: Any, out: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See `Adapter`."""
         return patchify(out[0], _patch(module)), ()
 
     @staticmethod
     def answer(module: Any, grid: Grid, rows: Tensor, others: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """See `Adapter`."""
         return (unpatchify(rows, _patch(module), grid),)
 
     @staticmethod
     def nothing(module: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """See `Adapter`."""
         latents = arguments["hidden_states"]
         shape = (latents.shape[0], module.config.out_channels, *latents.shape[2:])
         return (latents.new_zeros(()).expand(shape),)
@@ -286,13 +272,11 @@ class WanAdapter(Adapter):
 
     @classmethod
     def told(cls, embeds: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """See `Adapter`."""
         found = zip(("cond", "uncond"), (embeds[name] for name in cls.embeds), strict=True)
         return {unit: text for unit, text in found if text is not None}
 
     @staticmethod
     def arguments(facts: ModelFacts, request: ResolvedRequest) -> dict[str, Any]:
-        """See `Adapter`."""
         # With a VAE that does not compress time, the pipelines add one to the number of frames that they are given.
         extra = 1 if facts.vae_temporal == 1 else 0
         return {
@@ -304,12 +288,10 @@ class WanAdapter(Adapter):
 
     @staticmethod
     def start(facts: ModelFacts, image: Image.Image | None) -> dict[str, Any]:
-        """See `Adapter`."""
         return {} if image is None else {"image": image}
 
     @staticmethod
     def results(output: Any) -> tuple[Tensor, Tensor | None]:
-        """See `Adapter`."""
         return output.frames, None
 
     @staticmethod
@@ -322,7 +304,6 @@ class WanAdapter(Adapter):
 
     @staticmethod
     def decode(vae: Any, latents: Tensor) -> Tensor:
-        """See `Adapter`."""
         video: Tensor = vae.decode(latents, return_dict=False)[0]
         return video
 
