@@ -162,7 +162,7 @@ class Sharding:
             sent=sent,
             kv_bytes=kv_bytes,
             weight_bytes=weights,
-            peak_bytes=_peak_bytes(self.mesh.device),
+            peak_bytes=peak_bytes(self.mesh.device),
         )
 
 
@@ -172,7 +172,7 @@ def _held(parameter: Tensor) -> int:
     return local.nbytes
 
 
-def _peak_bytes(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
     """The most memory in use so far: of the GPU by this process, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -24,8 +24,11 @@ from .access import AccessMiddleware, PrefixMiddleware
 from .bodies import (
     DeletedVideo,
     ErrorBody,
+    Generated,
+    Generation,
     Health,
     ModelCard,
+    ModelInfo,
     ModelList,
     Status,
     Video,
@@ -112,17 +115,24 @@ async def create_and_wait(
 ) -> Response:
     """Make a video and answer with its file. When the client goes away, the video is cancelled."""
     asked = await read_create(request, service.takes_images)
-    queued, _ = await run_in_threadpool(service.submit, asked, owner, idempotency_key)
-    video = await _finished(service, request, queued.id, owner)
-    if video is None:
-        raise HTTPException(503, f"the wait for video {queued.id} was interrupted; fetch it by its id")
-    if video.status != "completed":
-        assert video.error is not None, "a video that is not completed says why"
-        raise HTTPException(400 if video.error.code == "invalid_request" else 500, video.error.message)
+    video = await _made(service, request, asked, owner, idempotency_key)
     path, media_type = service.file(video.id, "video")
     assert video.timing is not None, "a completed video has times"
     headers = {"x-video-id": video.id, "x-inference-time-s": f"{video.timing['total']:.3f}", **_ignored(asked)}
     return FileResponse(path, media_type=media_type, headers=headers)
+
+
+@router.post("/v1/videos/generations", response_model=Generated, openapi_extra=openapi_body(Generation))
+async def generate_and_wait(request: Request, service: Service, owner: Owner, response: Response) -> Generated:
+    """The same for MLPerf's and TensorRT-LLM's clients, which take the file in base64, or only the path of its URL."""
+    asked = await read_create(request, service.takes_images, Generation)
+    video = await _made(service, request, asked, owner)
+    response.headers.update(_ignored(asked))
+    if asked.body.response_format == "video_path":
+        return Generated(video_id=video.id, video_path=request.url_for("content", video_id=video.id).path)
+    path, _ = service.file(video.id, "video")
+    file = await run_in_threadpool(path.read_bytes)
+    return Generated(video_id=video.id, video_bytes=base64.b64encode(file).decode())
 
 
 @router.get("/v1/videos")
@@ -242,6 +252,12 @@ def retrieve_model(model: str, service: Service, owner: Owner) -> ModelCard:
     return service.card()
 
 
+@router.get("/v1/model_info")
+def model_info(service: Service, owner: Owner) -> ModelInfo:
+    """Name the model that is served, for SGLang's clients."""
+    return ModelInfo(model_path=service.model)
+
+
 @router.get("/health", responses={503: {"model": Health}})
 def health(service: Service, response: Response) -> Health:
     """Say whether a job could run now."""
@@ -289,6 +305,24 @@ async def page_file(name: str, request: Request) -> Response:
         raise HTTPException(404, "there is no such file") from error
     response.headers.update({"content-security-policy": _PAGE_POLICY, "cache-control": "no-cache"})
     return response
+
+
+async def _made(
+    service: VideoService, request: Request, asked: Asked, owner: str, idempotency_key: str | None = None
+) -> Video:
+    """Make a video and wait for it.
+
+    Raises:
+        HTTPException: it was not completed.
+    """
+    queued, _ = await run_in_threadpool(service.submit, asked, owner, idempotency_key)
+    video = await _finished(service, request, queued.id, owner)
+    if video is None:
+        raise HTTPException(503, f"the wait for video {queued.id} was interrupted; fetch it by its id")
+    if video.status != "completed":
+        assert video.error is not None, "a video that is not completed says why"
+        raise HTTPException(400 if video.error.code == "invalid_request" else 500, video.error.message)
+    return video
 
 
 async def _finished(service: VideoService, request: Request, id: str, owner: str) -> Video | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -50,7 +50,7 @@ _NOT_SERVED = {
 _CODES = {401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed", 408: "timeout"}
 
 IGNORED = ("user", "safety_identifier", "metadata", "response_format")
-"""Fields of `CreateVideo` that cannot change a video. The answer names those that a request had."""
+"""Fields of a request that cannot change a video. The answer names those that a request had and that did nothing."""
 
 
 def _asked(item: Setting) -> tuple[Any, Any]:
@@ -87,6 +87,7 @@ class CreateVideo(_Asked):  # type: ignore[valid-type, misc]
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    ignored: ClassVar[tuple[str, ...]] = IGNORED
 
     prompt: str = Field(min_length=1, description="What the video shows.", examples=["a red disc moves right"])
     seed: Annotated[int, Field(ge=-1, lt=2**63), _WHOLE] | None = Field(
@@ -107,6 +108,9 @@ class CreateVideo(_Asked):  # type: ignore[valid-type, misc]
     input_reference: Any = Field(
         None, description="An image to start from, for models that take one: a PNG, JPEG or WebP file in a form."
     )
+    boundary_ratio: float | None = Field(
+        None, description="Where the second expert begins, for clients that send it: it must be the model's own value."
+    )
     n: One | None = Field(None, description="Number of videos; it must be 1.")
     num_outputs_per_prompt: One | None = Field(None, description="The same as `n`.")
     extra_body: dict[str, Any] | None = Field(
@@ -116,6 +120,25 @@ class CreateVideo(_Asked):  # type: ignore[valid-type, misc]
     safety_identifier: Any = Field(None, description="Ignored: the newer name of `user`.")
     metadata: Any = Field(None, description="Ignored: the caller's notes.")
     response_format: Any = Field(None, description="Ignored: the file is always fetched from `/content`.")
+
+
+class Generation(CreateVideo):
+    """A video to make and to answer with, as MLPerf's and TensorRT-LLM's clients ask for it."""
+
+    ignored: ClassVar[tuple[str, ...]] = tuple(name for name in IGNORED if name != "response_format")
+
+    output_format: Literal["mp4", "auto"] | None = Field(None, description="The file is always an MP4.")
+    response_format: Literal["video_bytes", "video_path"] | None = Field(
+        None, description="Whether the answer holds the file in base64 (default) or the path of its URL."
+    )
+
+
+class Generated(BaseModel):
+    """A finished video: its file in base64, or the path of its URL."""
+
+    video_id: str
+    video_bytes: str | None = None
+    video_path: str | None = None
 
 
 class Problem(BaseModel):
@@ -167,7 +190,13 @@ class Video(_Made):  # type: ignore[valid-type, misc]
     hsa: dict[str, Any] | None = Field(
         description="What was computed; `steps` is the share of the tokens that each step evaluated, so far."
     )
+    url: str | None = Field(description="Path of the file of a completed video, below the address of the service.")
     timing: dict[str, float] | None = Field(description="Seconds by stage.")
+    inference_time_s: float | None = Field(description="Seconds of all stages but the queue, as AIPerf reads them.")
+    stage_durations: dict[str, float] | None = Field(description="Seconds by stage, without their sum and the queue.")
+    peak_memory_mb: float | None = Field(
+        description="The most memory that a rank had in use (MiB), on its GPU, or of its process on a CPU."
+    )
     faults: list[Fault]
 
 
@@ -205,6 +234,12 @@ class ModelCard(BaseModel):
     limits: dict[str, int]
 
 
+class ModelInfo(BaseModel):
+    """What is served, as SGLang's clients ask for it."""
+
+    model_path: str
+
+
 class ModelList(BaseModel):
     """The models that are served: one."""
 
@@ -234,20 +269,22 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-def to_video(job: Job, *, position: int | None, keep_seconds: float) -> Video:
+def to_video(job: Job, *, position: int | None, keep_seconds: float, openai_statuses: bool = False) -> Video:
     """What users see of a job.
 
     Args:
         job: the job.
         position: its place in the queue.
         keep_seconds: how long finished jobs are kept.
+        openai_statuses: whether a cancelled one has failed, with the code `cancelled`.
     """
-    request = job.request
+    request, timing = job.request, dict(job.timing) if job.timing is not None else None
     seconds = request["num_frames"] / request["fps"]
+    peak = (job.hsa or {}).get("peak_bytes")
     return Video(
         id=job.id,
         model=job.model,
-        status=job.status,
+        status="failed" if openai_statuses and job.status == "cancelled" else job.status,
         progress=job.progress,
         created_at=int(job.created_at),
         started_at=_whole(job.started_at),
@@ -263,7 +300,11 @@ def to_video(job: Job, *, position: int | None, keep_seconds: float) -> Video:
         eta_seconds=job.eta_seconds,
         cancel_requested=job.cancel_requested,
         hsa=dict(job.hsa) if job.hsa is not None else None,
-        timing=dict(job.timing) if job.timing is not None else None,
+        url=f"/v1/videos/{job.id}/content" if job.status == "completed" else None,
+        timing=timing,
+        inference_time_s=timing["total"] if timing is not None else None,
+        stage_durations={name: timing[name] for name in timing if name not in ("queued", "total")} if timing else None,
+        peak_memory_mb=round(peak / 2**20, 1) if peak is not None else None,
         faults=[Fault.model_validate(fault) for fault in job.faults],
     )
 
@@ -348,9 +389,9 @@ def _no_route(request: Request) -> JSONResponse:
     return error_answer(405, missing or message, headers={"allow": ", ".join(allowed)})
 
 
-def openapi_body() -> dict[str, Any]:
+def openapi_body(body: type[CreateVideo] = CreateVideo) -> dict[str, Any]:
     """The body of a request for a video, as JSON or as a form with an image."""
-    schema = CreateVideo.model_json_schema()
+    schema = body.model_json_schema()
     form = {**schema, "properties": {**schema["properties"], "input_reference": {"type": "string", "format": "binary"}}}
     kinds = {
         "application/json": {"schema": schema},

@@ -26,7 +26,18 @@ _PLAIN_FORM = "application/x-www-form-urlencoded"
 _MAX_FIELDS = 32
 _MAX_FIELD = 256 * 1024
 # What says nothing of the video, and other ways to say what `_settled` puts into one field.
-_NOT_COMPARED = {"width", "height", "n", "num_outputs_per_prompt", "extra_body", *IGNORED}
+_NOT_COMPARED = {
+    "width",
+    "height",
+    "n",
+    "num_outputs_per_prompt",
+    "extra_body",
+    "boundary_ratio",
+    "output_format",
+    *IGNORED,
+}
+# What SGLang's clients send where nobody named a model.
+_ANY_MODEL = "default"
 # Stands for a file among the texts of a form.
 _FILE = "file"
 # Whatever a model makes is shorter; beyond it the number of frames is only a number.
@@ -51,28 +62,29 @@ class Asked(NamedTuple):
     @property
     def ignored(self) -> list[str]:
         """Names of the fields that were given and do nothing."""
-        return [name for name in IGNORED if getattr(self.body, name) is not None]
+        return [name for name in self.body.ignored if getattr(self.body, name) is not None]
 
 
-async def read_create(request: Request, takes_images: bool = False) -> Asked:
+async def read_create(request: Request, takes_images: bool = False, expected: type[CreateVideo] = CreateVideo) -> Asked:
     """Read the body of a request for a video.
 
     Args:
         request: of HTTP.
         takes_images: whether the model does; else files are not kept.
+        expected: what the body should be.
 
     Raises:
-        BadField: it is not what `CreateVideo` says.
+        BadField: it is not what `expected` says.
     """
     image = None
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind == "application/json":
             fields = _json_object("the body", await request.body())
-            body = CreateVideo.model_validate(_unfolded(fields, fields.pop("extra_body", None)), strict=True)
+            body = expected.model_validate(_unfolded(fields, fields.pop("extra_body", None)), strict=True)
         elif kind in (_PLAIN_FORM, "multipart/form-data"):
             texts, image = await _read_form(request, takes_images)
-            body = CreateVideo.model_validate_strings(_unfolded_texts(texts))
+            body = expected.model_validate_strings(_unfolded_texts(texts))
         else:
             raise BadField(None, f"the body must be application/json, multipart/form-data or {_PLAIN_FORM}")
     except pydantic.ValidationError as error:
@@ -201,8 +213,13 @@ def to_request(
         RequestError: it does not fit the model's grid.
     """
     body = _settled(asked.body)
-    if body.model is not None and body.model != model:
+    if body.model not in (None, _ANY_MODEL, model):
         raise BadField("model", f"model {body.model[:80]!r} is not served here; this service has {model!r}")
+    if body.boundary_ratio not in (None, facts.boundary_ratio):
+        own = f"{facts.boundary_ratio:g}" if facts.boundary_ratio is not None else "none: it has one expert"
+        raise BadField(
+            "boundary_ratio", f"boundary_ratio {body.boundary_ratio:g} is not the model's own ({own}); leave it out"
+        )
     _check_reference(asked, model, facts)
     for name in ("prompt", "negative_prompt"):
         text = getattr(body, name) or ""

@@ -246,7 +246,13 @@ class VideoService:
         self.metrics.count("heterostep_requests", status=status)
 
     def _shown(self, job: Job) -> Video:
-        return to_video(job, position=self._position(job), keep_seconds=self.settings.keep_days * _DAY)
+        settings = self.settings
+        return to_video(
+            job,
+            position=self._position(job),
+            keep_seconds=settings.keep_days * _DAY,
+            openai_statuses=settings.openai_statuses,
+        )
 
     def _position(self, job: Job) -> int | None:
         return self._store.position(job) if job.status == "queued" else None

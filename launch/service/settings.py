@@ -64,6 +64,11 @@ class ServiceSettings:
         None, least=1, help="maximum number of frames of a video (default 4 x the model's)"
     )
     max_steps: int | None = setting(None, least=1, help="maximum number of denoising steps (default 4 x the model's)")
+    openai_statuses: bool = setting(
+        False,
+        help="answer `failed` with the code `cancelled` for cancelled videos, for clients that know no other statuses "
+        "than OpenAI's, such as benchmarks, and would wait for ever",
+    )
     keep_days: float = setting(30.0, above=0, help="delete finished videos after X days")
     keep_gib: float = setting(20.0, above=0, help="delete the oldest finished videos when together they exceed X GiB")
 

@@ -23,7 +23,7 @@ from PIL import Image
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ...engine.denoise.preview import Preview
-from ...engine.denoise.work_split import Sharding
+from ...engine.denoise.work_split import Sharding, peak_bytes
 from ...engine.engine import Engine
 from ...engine.facts import first_line, read_facts
 from ...engine.media.files import when_there_is_room, write_json
@@ -381,10 +381,10 @@ def write_files(folder: Path, engine: Engine, output: VideoOutput) -> dict[str, 
     paths["thumbnail"].write_bytes(webp(frames[len(frames) // 2], _THUMBNAIL_SIDE, quality=85))
     paths["spritesheet"].write_bytes(webp(_spritesheet(frames), _SPRITE_SIDE * _SPRITE_COLUMNS, quality=80))
     write_json(paths["report"], run_record(engine, output))
-    return _summary(output)
+    return _summary(output, engine.device)
 
 
-def _summary(output: VideoOutput) -> dict[str, Any]:
+def _summary(output: VideoOutput, device: torch.device) -> dict[str, Any]:
     """The response's block `hsa`."""
     hsa, report = output.hsa, output.report
     assert report.evaluations is not None, "a finished run has evaluations"
@@ -400,6 +400,7 @@ def _summary(output: VideoOutput) -> dict[str, Any]:
             "mean": float(evaluations.float().mean()),
         },
         "steps": [round(step.active / step.total, 4) for step in report.steps],
+        "peak_bytes": max(rank.peak_bytes for rank in report.ranks) if report.ranks else peak_bytes(device),
     }
 
 

@@ -63,6 +63,28 @@ def dripping(server):
         yield pool.submit(drip)
 
 
+def test_what_benchmark_clients_read(server, made):
+    assert made["inference_time_s"] == made["timing"]["total"] > 0 and made["peak_memory_mb"] > 50
+    stages = made["stage_durations"]
+    assert stages.keys() >= {"encode_text", "denoise", "decode"} and not stages.keys() & {"queued", "total"}
+    assert sum(stages.values()) == pytest.approx(made["inference_time_s"])
+    assert server.http.get(made["url"]).headers["content-type"] == "video/mp4"
+
+
+@pytest.mark.parametrize("kind", [None, "video_bytes", "video_path"])
+def test_mlperfs_clients_get_the_file_or_its_path(server, made, kind):
+    body = {"prompt": PROMPT, "seed": 3, "num_inference_steps": STEPS, "seconds": 2.0, "fps": 8}
+    answer = server.http.post("/v1/videos/generations", json=body | {"output_format": "auto", "response_format": kind})
+    assert answer.status_code == 200 and "x-ignored-fields" not in answer.headers, answer.text
+    found = answer.json()
+    if kind == "video_path":
+        content = server.http.get(found["video_path"]).content
+    else:
+        content = base64.b64decode(found["video_bytes"])
+    assert content == server.http.get(f"/v1/videos/{made['id']}/content").content
+    server.http.delete(f"/v1/videos/{found['video_id']}")
+
+
 def test_events_tell_steps_time_left_and_pictures(server, made):
     id = server.create(num_inference_steps=40)
     told = list(events_of(server, id))

@@ -73,6 +73,8 @@ def multipart(**fields):
                    "num_inference_steps": "4", "guidance_scale": "2.0", "negative_prompt": ""}},
          {"size": "64x48", "seed": 42, "guidance_scale": 2.0}),
         (multipart(prompt=PROMPT, width="64", height="48", num_frames="9"), {"size": "64x48", "num_frames": 9}),
+        # SGLang's bench_serving where nobody names a model
+        ({"json": {"prompt": PROMPT, "model": "default", "num_outputs_per_prompt": 1}}, {"model": "demo"}),
         # AIPerf, whose extra inputs are what its user says
         ({"json": {"prompt": PROMPT, "model": "demo"}}, {}),
         (multipart(prompt=PROMPT, model="demo", size="64x64", seconds="1", seed="7"), {"num_frames": 9, "seed": 7}),
@@ -104,6 +106,46 @@ def test_what_clients_send_is_taken(client, sent, made):
 def test_a_drawn_seed_is_told(client, kind):
     videos = [client.post("/v1/videos", **{kind: {"prompt": PROMPT, "seed": -1}}).json() for _ in range(2)]
     assert videos[0]["seed"] != videos[1]["seed"] and min(video["seed"] for video in videos) >= 0
+
+
+def test_sglang_asks_what_is_served(client):
+    assert client.get("/v1/model_info").json() == {"model_path": "demo"}
+
+
+def test_boundary_ratio_must_be_the_models_own(tmp_path):
+    own, single = service_of(tmp_path / "two", boundary_ratio=0.875), service_of(tmp_path / "one")
+    two, one = (testclient.TestClient(create_app(service)) for service in (own, single))
+    assert two.post("/v1/videos", json={"prompt": PROMPT, "boundary_ratio": 0.875}).status_code == 200
+    answer = two.post("/v1/videos", json={"prompt": PROMPT, "boundary_ratio": 0.9})
+    assert answer.status_code == 400 and "0.9 is not the model's own (0.875)" in answer.text
+    answer = one.post("/v1/videos", json={"prompt": PROMPT, "boundary_ratio": 0.875})
+    assert answer.status_code == 400 and "the model's own (none: it has one expert)" in answer.text
+    own.close()
+    single.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"output_format": "avi"}, "output_format: input should be 'mp4' or 'auto'"),
+        ({"response_format": "url"}, "response_format: input should be 'video_bytes' or 'video_path'"),
+        ({"latent_path": "/noise.pt"}, "there is no field 'latent_path', and it is not ignored"),
+    ],
+)
+def test_what_mlperf_may_not_ask(client, fields, says):
+    answer = client.post("/v1/videos/generations", json={"prompt": PROMPT, **fields})
+    assert answer.status_code == 400 and says in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("plain", "status"), [(False, "cancelled"), (True, "failed")])
+def test_clients_that_know_no_cancelled_video_stop_waiting(tmp_path, plain, status):
+    service = VideoService(ServiceSettings(data_dir=tmp_path, openai_statuses=plain))
+    client = testclient.TestClient(create_app(service))
+    id = client.post("/v1/videos", json={"prompt": PROMPT}).json()["id"]
+    video = client.post(f"/v1/videos/{id}/cancel").json()
+    assert (video["status"], video["error"]["code"]) == (status, "cancelled")
+    assert client.get(f"/v1/videos/{id}").json()["status"] == status
+    service.close()
 
 
 def test_what_cannot_change_a_video_is_ignored_and_named(client):
