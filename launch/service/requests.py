@@ -240,7 +240,11 @@ def to_request(
     try:
         check_plan(facts, allocation(engine, request), request, every)
     except ConfigError as error:
-        raise BadField("compute", str(error)) from error
+        if body.compute is not None:
+            raise BadField("compute", str(error)) from error
+        # Nobody asked for the default; benchmarks warm up with a single step.
+        wanted = replace(wanted, compute=1.0)
+        request = resolve(wanted, replace(facts, image="none"))
     if asked.image is None:
         return request, None
     try:

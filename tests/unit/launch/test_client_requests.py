@@ -108,6 +108,14 @@ def test_a_drawn_seed_is_told(client, kind):
     assert videos[0]["seed"] != videos[1]["seed"] and min(video["seed"] for video in videos) >= 0
 
 
+def test_a_default_that_so_few_steps_cannot_meet_is_not_asked_for(client):
+    # SGLang's warm-up.
+    assert client.post("/v1/videos", json={"prompt": PROMPT, "num_inference_steps": 1}).json()["compute"] == 1.0
+    assert client.post("/v1/videos", json={"prompt": PROMPT, "num_inference_steps": 20}).json()["compute"] == 0.5
+    answer = client.post("/v1/videos", json={"prompt": PROMPT, "num_inference_steps": 1, "compute": 0.5})
+    assert answer.status_code == 400 and "compute=0.5 cannot be met with 1 step" in answer.json()["error"]["message"]
+
+
 def test_sglang_asks_what_is_served(client):
     assert client.get("/v1/model_info").json() == {"model_path": "demo"}
 
