@@ -19,7 +19,7 @@
         ├── RankLost                         a rank is gone, and why; its worker group can recover
         └── GroupClosed                      a worker group was closed while somebody waited for it
 
-Two are not errors of a caller: `Damaged` (a checkpoint that is skipped) and `JobStopped` (a signal told a job to stop).
+Two are not errors of a caller: `Damaged` (a checkpoint that is skipped) and `JobStopped` (a signal stopped a job).
 
 A message is one sentence: what was given, the rule it broke, and what would do.
 """

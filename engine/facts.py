@@ -300,7 +300,7 @@ def locate(model: str) -> str:
     try:
         folder = Path(model).expanduser()
         found, is_folder = folder.exists(), folder.is_dir()
-    except (OSError, RuntimeError) as error:  # a name that is too long; the home of nobody
+    except (OSError, RuntimeError) as error:  # a name that is too long; the home of an unknown user
         raise ConfigError(f"model {model[:80]!r} cannot be used as a folder name ({first_line(error)})") from error
     if is_folder:
         if not (folder / "model_index.json").is_file():

@@ -151,7 +151,7 @@ class Progress:
 
 
 class _Unfailing:
-    """A stream whose failures are nobody's concern; tqdm would keep a lock after one, for which all other bars wait."""
+    """A stream whose failures are ignored; tqdm would keep a lock after one, for which all other bars wait."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream  # None: a process without stderr

@@ -185,7 +185,7 @@ class StepPlanner:
         }
 
     def restore(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
-        """Go on where another planner was when it gave its `state`; `begin` comes first, with the same arguments."""
+        """Resume where another planner was when it gave its `state`; `begin` comes first, with the same arguments."""
         assert self._schedule is not None, "begin() comes first"
         self._tokens = self._velocity = None
         if state["tokens"] is not None:

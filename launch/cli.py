@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-    """Return the sentence and the exit code for a foreseen error; None for one that nobody foresaw."""
+    """Return the sentence and the exit code for a foreseen error; None for an unforeseen one."""
     if isinstance(error, ConfigError | RequestError):
         return str(error), EXIT_BAD_INPUT
     if isinstance(error, OutputElsewhere):

@@ -140,8 +140,8 @@ def _work(
     """Load the model and resume a job.
 
     Raises:
-        JobStopped: a signal told to go; what is done is saved.
-        KeyboardInterrupt: likewise by Ctrl-C.
+        JobStopped: a signal stopped the command; the steps that are done are saved.
+        KeyboardInterrupt: Ctrl-C stopped it; the message says that the same command resumes.
     """
     engines: list[Engine] = []
     asked = False

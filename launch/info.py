@@ -20,7 +20,7 @@ def info(model: str, size: tuple[int, int] | None, num_frames: int | None) -> in
     Args:
         model: `"demo"`, a folder, or a hub id.
         size: width and height for which tokens are counted; None: the model's default.
-        num_frames: frames likewise.
+        num_frames: for which tokens are counted; None: the model's default.
     """
     silence_libraries("huggingface_hub")
     facts = read_facts(model)

@@ -100,7 +100,7 @@ class Command:
         request: the video.
         engine: the model and how to compute, without degrees.
         degrees: the settings of `ParallelConfig` that were given; the others are chosen.
-        shard_weights: see `EngineConfig`, which takes it only together with degrees.
+        shard_weights: whether ranks share the weights; `EngineConfig` takes it only together with degrees.
         job: where the job is kept; None for a video that does not survive its process.
         outputs: what is written.
         ranks: which processes are started.

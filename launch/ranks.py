@@ -60,7 +60,7 @@ def generate_on_ranks(command: Command, show: Show, progress: Progress) -> Made:
 
     Raises:
         ConfigError: flags that do not fit each other, the model, the machine or the cluster.
-        JobStopped: a signal told to go; what is done is saved.
+        JobStopped: a signal stopped the command; the steps that are done are saved.
     """
     if command.ranks.ray or command.ranks.ray_address is not None:
         return _on_ray(command, show, progress)

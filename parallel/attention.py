@@ -112,7 +112,7 @@ class Placement:
     def attend_everywhere(
         self, q: Tensor, k: Tensor, v: Tensor, *, plan: Plan, cache: Cache | None, weight: Tensor | None = None
     ) -> Tensor:
-        """The same for few queries that are no tokens of the video, and that every rank has alike.
+        """The same for few queries that are not tokens of the video, and that every rank has alike.
 
         Keys and values travel as in `attend`, queries do not. Over ulysses each rank attends with its heads, and an
         all-gather puts them together: M d (P-1)/P elements sent per sample. Over a sharded ring each attends to its

@@ -288,17 +288,17 @@ class Agreement:
         """
         if self.mesh.world.size == 1:
             return [list(tensors)]
-        told = self.collect([(tuple(tensor.shape), tensor.dtype) for tensor in tensors])
-        dtype = next((dtype for part in told for _, dtype in part), torch.float32)
+        parts = self.collect([(tuple(tensor.shape), tensor.dtype) for tensor in tensors])
+        dtype = next((dtype for part in parts for _, dtype in part), torch.float32)
         flat = [tensor.to(self.mesh.device).flatten() for tensor in tensors]
         rows = torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=self.mesh.device)
-        sizes = [sum(math.prod(shape) for shape, _ in part) for part in told]
+        sizes = [sum(math.prod(shape) for shape, _ in part) for part in parts]
         others = self.mesh.world.size - 1
         receive = sizes if self.leads else [0] * len(sizes)
         received = self._world.all_to_all(rows, [len(rows)] + [0] * others, receive, "result")
         if not self.leads:
             return []
-        shapes = [[shape for shape, _ in part] for part in told]
+        shapes = [[shape for shape, _ in part] for part in parts]
         pieces = iter(received.split([math.prod(shape) for part in shapes for shape in part]))
         return [[next(pieces).view(shape) for shape in part] for part in shapes]
 

@@ -198,7 +198,7 @@ def resolve(
 
     Returns:
         The configuration, unchanged where nothing is to choose, and why; the reason also says where K/V do not fit at
-        all. Without figures sharded is taken: it needs no more memory than any other placement.
+        all. Without these numbers sharded is taken: it needs no more memory than any other placement.
     """
     if kv_bytes is None or free_bytes is None:
         if config.ring == 1 or config.ring_cache != "auto":

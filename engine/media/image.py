@@ -53,7 +53,11 @@ def read_image(source: ImageSource) -> Image.Image:
         if is_file:
             with open(path, "rb") as file:
                 content = file.read(MAX_BYTES + 1)
-    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long; the home of nobody; a null byte
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # a name that is too long; the home of an unknown user; a null byte
         said = getattr(error, "strerror", None) or type(error).__name__
         raise RequestError(f"{name} cannot be read ({said}); name a PNG, JPEG or WebP file") from error
     if not is_file:

@@ -30,7 +30,7 @@ class Site(NamedTuple):
 
     Attributes:
         attention: the module; its processor is replaced.
-        everywhere: its queries are no video tokens, but something that every rank has whole (sound).
+        everywhere: its queries are not video tokens, but something that every rank has whole (sound).
     """
 
     attention: Any
@@ -239,7 +239,7 @@ class CachedAttention:
     """The part of an attention processor that no model changes: fresh K/V rows go to the cache, queries see all rows.
 
     A processor derives from this and from the model's stock processor. ``cache`` is set before each pass to the
-    guidance branch's cache of this layer. ``everywhere`` says that the queries are no video tokens but something that
+    guidance branch's cache of this layer. ``everywhere`` says that the queries are not video tokens but something that
     every rank has whole, such as sound.
     """
 

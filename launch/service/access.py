@@ -1,6 +1,6 @@
 """What a request passes before the application sees it: who may call, from where, how much and how slowly.
 
-API keys, the middleware, and connections that do not wait for ever for a slow client.
+API keys, the middleware, and connections that do not wait forever for a slow client.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ async def _answer(send: Send, status: int, message: str) -> None:
 class PrefixMiddleware:
     """ASGI middleware that tells the application under which path clients reach it.
 
-    The path is `root_path`, or else what the proxy says in X-Forwarded-Prefix. A header that is no path is ignored.
+    The path is `root_path`, or else what the proxy says in X-Forwarded-Prefix. A header that is not a path is ignored.
     """
 
     def __init__(self, app: ASGIApp, *, root_path: str) -> None:
@@ -307,7 +307,7 @@ class BoundedConnection(H11Protocol):
         super().connection_lost(exc)
 
     def _wait(self, what: str, seconds: float) -> None:
-        """Close the connection when `what` has not come in time; a timer that runs already goes on."""
+        """Close the connection when `what` has not come in time; a timer that runs already keeps running."""
         if what not in self._timers:
             self._timers[what] = self.loop.call_later(seconds, self.transport.abort)
 

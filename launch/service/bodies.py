@@ -363,7 +363,7 @@ def add_error_answers(app: FastAPI, retry_after: Callable[[], int]) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def left(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=499)  # to nobody
+        return Response(status_code=499)  # the client has gone
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:

@@ -140,7 +140,7 @@ class Database:
     def select(self, where: str, values: Sequence[Any] = ()) -> list[Job]:
         """Return the jobs for which `where` holds.
 
-        A row that cannot be read is made a failed job, here and in the file, so that it is in nobody's way again.
+        A row that cannot be read is made a failed job, here and in the file, so that it does not fail again.
         """
         with contextlib.suppress(BadRow):
             return [read_row(row) for row in self._rows(where, values)]
@@ -305,7 +305,7 @@ def damage(name: str, reason: object) -> str:
     """The sentence about a damaged store, with what would do.
 
     Args:
-        name: what to call it: to strangers without its folder.
+        name: what to call it; clients are not told its folder.
         reason: what SQLite says.
     """
     short = textwrap.shorten(str(reason), 100, placeholder=" ...")  # SQLite may quote half a schema

@@ -67,7 +67,7 @@ class Dispatcher:
         self._threads: list[threading.Thread] = []
         # Jobs whose runner was lost: when, and why.
         self._lost: dict[str, tuple[float, str]] = {}
-        # Folders that belong to no job, and the last failures that nobody foresaw: each is said once.
+        # Folders that belong to no job, and the last unforeseen failures: each is logged once.
         self._unknown: list[Path] = []
         self._said: dict[str, tuple[str, float]] = {}
         # Of the last video, seconds for a pixel: what is left to do when denoising ends.
@@ -171,7 +171,7 @@ class Dispatcher:
                 self._stopping.wait(_RETRY_SECONDS)
 
     def _tell_failure(self, event: str, error: Exception) -> None:
-        """Log what nobody foresaw; the same again and again is one record a minute."""
+        """Log an unforeseen failure; the same one again is one record a minute."""
         last, when = self._said.get(event, ("", 0.0))
         if repr(error) != last or time.monotonic() - when > _CLEAN_UP_SECONDS:
             self._said[event] = repr(error), time.monotonic()
@@ -227,7 +227,7 @@ class Dispatcher:
             else:
                 self._lose(job, error.cause, str(error), follower.step)
         except OSError as error:
-            if no_room(error):  # nobody's fault: again, as soon as there is room
+            if no_room(error):  # not the request's fault: again, as soon as there is room
                 self._store.failed(error)
                 self._recorded(lambda: self._store.requeue(job, None))
                 return

@@ -188,7 +188,7 @@ def _as_json(manifest: Mapping[str, Any]) -> bytes:
 
 
 def clean_up(settings: ServiceSettings, store: JobStore) -> list[Path]:
-    """Remove what is deleted, too old, too much, or was left half written by a process that is no more.
+    """Remove what is deleted, too old, too much, or was left half written by a process that has ended.
 
     Nothing else: a result that the store does not know is made a completed job again where it says enough of itself.
 

@@ -92,7 +92,7 @@ def read_row(row: Sequence[Any]) -> Job:
         row: the values of `COLUMNS`.
 
     Raises:
-        BadRow: nobody could use it: text that is not JSON, values of another type or beyond all bounds.
+        BadRow: it cannot be used: text that is not JSON, values of another type or beyond all bounds.
     """
     values = dict(zip(COLUMNS, row, strict=True))
     for name in JSON_COLUMNS:

@@ -94,7 +94,7 @@ class VideoService:
 
     @property
     def broken(self) -> bool:
-        """Whether the service must be replaced: it cannot heal by itself."""
+        """Whether the service must be replaced: it cannot recover by itself."""
         return self._dispatcher.broken
 
     @property

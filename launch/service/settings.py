@@ -134,7 +134,7 @@ def limits_for(settings: ServiceSettings, facts: ModelFacts) -> Limits:
 
 
 def public_name(model: str) -> str:
-    """What the API calls a model: of a local folder only its own name, for paths are nobody's business."""
+    """What the API calls a model: of a local folder only its own name, since paths are private."""
     return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
 
 

@@ -382,7 +382,7 @@ class JobStore:
             return int(self._db.execute("SELECT coalesce(sum(bytes), 0) FROM jobs").fetchone()[0])
 
     def remove(self, id: str) -> None:
-        """Forget a finished job."""
+        """Delete the row of a finished job."""
         with self._db.writing():
             self._db.execute("DELETE FROM previews WHERE id = ?", (id,))
             self._db.execute(f"DELETE FROM jobs WHERE id = ? AND {_FINISHED}", (id,))

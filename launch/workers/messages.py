@@ -53,7 +53,7 @@ class Place:
         gpu: which of the machine's GPUs it takes, where there are any, counted round; None: it sees its own alone.
         rendezvous: number of the rendezvous, from 1.
         address: of rank 0's store.
-        port: likewise.
+        port: of that store.
     """
 
     rank: int
@@ -190,7 +190,7 @@ class GroupConfig:
         size: W, ranks that it has when all is well.
         degrees: settings of `ParallelConfig`, all or some; those that are left out, or do not fit the number of ranks
             or the request, are chosen.
-        shard_weights: as in `EngineConfig`.
+        shard_weights: whether each rank keeps only its share of the transformer's weights.
         standby: whether to keep one more process that has loaded the model and waits, so that a rank that dies is
             replaced in a second. Only on CPUs: a GPU has no room for two.
         threads: of each rank; None shares the cores of a machine among its ranks.

@@ -248,7 +248,7 @@ class WorkerLoop:
                 self._rank.stop(message.verb)
 
     def run(self) -> NoReturn:
-        """Work for as long as the process lives; end it if that cannot be, for a heartbeat alone looks like work."""
+        """Work until the process ends; an unforeseen error ends it, since a heartbeat alone looks like work."""
         try:
             self._work()
         except BaseException:
@@ -275,7 +275,7 @@ def _listen(loop: WorkerLoop) -> None:
     with contextlib.suppress(EOFError, pickle.UnpicklingError):
         while True:
             loop.post(pickle.load(sys.stdin.buffer))
-    # Not sys.exit: nothing must be finished, written or waited for on behalf of nobody.
+    # Not sys.exit: the driver is gone, so nothing must be finished, written or waited for.
     os._exit(0)
 
 

@@ -41,7 +41,7 @@ def join_group(store: Store, name: str, rank: int, size: int, *, cuda: bool, sec
         rank: of this process.
         size: number of ranks.
         cuda: whether NCCL is wanted beside gloo.
-        seconds: as `COLLECTIVE_SECONDS`.
+        seconds: how long a collective may take before its rank gives up.
     """
     shared = PrefixStore(name, store)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"

@@ -1,4 +1,7 @@
-"""Every placement against one process that keeps the same stale keys and values and attends by a plain softmax."""
+"""Every placement (parallel/attention.py, ring.py) against one process with a plain softmax.
+
+That process keeps the same stale keys and values.
+"""
 
 import pytest
 import torch

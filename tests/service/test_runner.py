@@ -92,7 +92,7 @@ def test_cancel_and_stop_within_a_step(runner, task):
                 seen.append(event)
                 if isinstance(event, StepDone) and len(seen) == 7:
                     ask()
-        # The step that ran when the wish came is the last one; some may have been on their way to us.
+        # The step that ran when the stop request came is the last one; some may have been on their way to us.
         assert 7 <= len(seen) <= 20
     # What was stopped was saved: the next attempt goes on there.
     stopped = seen[-1].step
@@ -101,7 +101,7 @@ def test_cancel_and_stop_within_a_step(runner, task):
             if isinstance(event, Started):
                 assert stopped <= event.resumed_at <= stopped + 1
                 runner.cancel()
-    # A wish without a task is none.
+    # A stop request without a task does nothing.
     runner.cancel()
     assert isinstance(list(runner.run(task(num_inference_steps=6)))[-1], Outcome)
 

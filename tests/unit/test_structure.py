@@ -36,3 +36,13 @@ def test_files_that_a_page_names_exist(path):
     code = " ".join(re.findall(r"`([^`\n]+)`", path.read_text()))
     named = set(re.findall(r"(?<![*\w])\w+\.py\b", code))
     assert named - {"utils.py"} <= known  # CONTRIBUTING.md: there is none
+
+
+def test_every_module_has_a_test_file_or_is_named_in_one():
+    tests = {path.stem: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    text = "\n".join(tests.values())
+    for path in FILES:
+        folder, name = ".".join(("heterostep", *path.relative_to(ROOT).parts[:-1])), path.stem
+        imported = rf"{folder}\.{name}\b|from {re.escape(folder)} import [^\n]*\b{name}\b|\b{name}\.py\b"
+        product = not folder.startswith("heterostep.benchmarks") and name != "__init__"
+        assert not product or f"test_{name}" in tests or re.search(imported, text), path

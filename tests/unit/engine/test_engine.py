@@ -1,3 +1,5 @@
+"""The life of a request through engine/engine.py and decoding.py: results, events, cancelling, errors."""
+
 from __future__ import annotations
 
 import dataclasses

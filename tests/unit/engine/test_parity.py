@@ -1,5 +1,5 @@
 """Parity is the specification: against the stock pipeline bit for bit, against an independent reference to
-1e-5."""
+1e-5. It is what engine/denoise/hook.py, run.py and branch.py do together."""
 
 import operator
 

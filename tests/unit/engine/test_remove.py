@@ -1,4 +1,7 @@
-"""`remove` gives the stock pipeline back, whatever happened since `apply`."""
+"""`remove` gives the stock pipeline back, whatever happened since `apply`.
+
+That is the work of engine/models/hook_registry.py.
+"""
 
 import contextlib
 import functools

@@ -1,3 +1,5 @@
+"""The commands `generate`, `info` (launch/info.py) and `serve`: their flags, messages and exit codes."""
+
 from __future__ import annotations
 
 import json

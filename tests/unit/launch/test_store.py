@@ -1,4 +1,7 @@
-"""The job store: what each change does, who sees what, and what two processes and a full disk do to it."""
+"""The job store: what each change does, who sees what, and what two processes and a full disk do to it.
+
+Its rows are those of launch/service/rows.py.
+"""
 
 from __future__ import annotations
 
