@@ -248,7 +248,8 @@ def test_a_rank_that_dies_while_it_is_idle(group, unbroken):
     assert not group.ready
 
 
-def test_the_service_drives_a_group(where, shared, tmp_path):
+@here_only  # tests/service/test_ray.py has the whole service on Ray.
+def test_the_service_drives_a_group(shared, tmp_path):
     pytest.importorskip("prometheus_client", reason="the extra 'serve' is not installed")
     from heterostep.launch.service.bodies import CreateVideo
     from heterostep.launch.service.requests import Asked
@@ -257,7 +258,7 @@ def test_the_service_drives_a_group(where, shared, tmp_path):
     from heterostep.launch.service.settings import ServiceSettings
 
     settings = ServiceSettings(data_dir=tmp_path, ranks=2, threads=1, engine=ENGINE, max_steps=400)
-    service = VideoService(settings, functools.partial(Runner, on_ray=where == "ray", frozen_after=FROZEN))
+    service = VideoService(settings, functools.partial(Runner, frozen_after=FROZEN))
     (runner,) = service._dispatcher.runners
     service.start()
 
