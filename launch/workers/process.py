@@ -1,8 +1,8 @@
 """Worker processes on this machine: the driver's end of their pipes, and the loop that runs inside each.
 
-`python -m heterostep.launch.workers.process ADDRESS` is a worker on the machine with this address: pickled messages come
-on stdin and leave on stdout, a heartbeat among them. When stdin ends the driver is gone, and so is this process. A Ray actor runs the same loop
-(`ray_cluster.py`).
+`python -m heterostep.launch.workers.process ADDRESS` is a worker on the machine with this address: pickled messages
+come on stdin and leave on stdout, a heartbeat among them. When stdin ends the driver is gone, and so is this process.
+A Ray actor runs the same loop (`ray_cluster.py`).
 
 A worker imports PyTorch at once, while the heartbeat goes on already: all ranks then do so at the same time.
 """
