@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = explain(error)
         if said is None:
             raise
-        return _fail(*said)
+        return fail(*said)
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
@@ -225,6 +225,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
-def _fail(message: str, status: int) -> int:
-    print(f"heterostep: {' '.join(message.split())}", file=sys.stderr)
+def fail(message: str, status: int) -> int:
+    """Print a sentence to stderr, and return the exit code."""
+    print(f"heterostep: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
