@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from harness import DEMO_MODEL, REPORTS, ROOT, Bench, Clip, References, clips, compare, environment, quiet
 from oracles import OtherSelection, Recorder, Replay, fresh, with_frozen_kv, without_sync
-from pareto_report import mean_and_error
 from torch import Tensor
 
 import heterostep as hs
+from heterostep.benchmarks.quality.figures import mean_and_error
 from heterostep.engine.models.base import Patch, patchify
 
 FIELDS: dict[str, dict[str, Any]] = {

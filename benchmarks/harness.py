@@ -186,14 +186,14 @@ class References:
         """Latents of the stock pipeline at the dense number of steps."""
         path = self._path(clip, f"dense-{self.bench.solver}{self.steps}")
         if not path.exists():
-            _save(path, self.bench.denoise(clip, self.steps).latents)
+            save(path, self.bench.denoise(clip, self.steps).latents)
         return load_file(path)["latents"]
 
     def keep(self, clip: Clip, latents: Tensor) -> None:
         """Take the latents of a dense run that was made for something else."""
         path = self._path(clip, f"dense-{self.bench.solver}{self.steps}")
         if not path.exists():
-            _save(path, latents)
+            save(path, latents)
 
     def ode(self, clip: Clip, ahead: list[Clip] | None = None) -> Tensor:
         """Latents of an accurate solution of the sampling ODE; clips that are needed next are made along in
@@ -214,7 +214,7 @@ class References:
             finally:
                 self.bench.pipe.scheduler = stock
             for c, rows in zip(batch, latents, strict=True):
-                _save(self._path(c, f"ode{ODE_STEPS}"), rows[None])
+                save(self._path(c, f"ode{ODE_STEPS}"), rows[None])
         return load_file(path)["latents"]
 
     def frames(self, clip: Clip, which: str) -> np.ndarray:
@@ -223,7 +223,7 @@ class References:
         run = f"{self.bench.solver}{self.steps}" if which == "dense" else f"{ODE_STEPS}"
         path = self._path(clip, f"{which}-frames-{run}")
         if not path.exists():
-            _save(path, torch.from_numpy(self.bench.decode(latents.to(self.bench.device))), "frames")
+            save(path, torch.from_numpy(self.bench.decode(latents.to(self.bench.device))), "frames")
         return load_file(path)["frames"].numpy()
 
     def _path(self, clip: Clip, which: str) -> pathlib.Path:
@@ -294,7 +294,7 @@ def judge(frames: np.ndarray, clip: Clip) -> dict[str, bool]:
     return {name: bool(getattr(found, name)) for name in score.NAMES}
 
 
-def _save(path: pathlib.Path, tensor: Tensor, name: str = "latents") -> None:
+def save(path: pathlib.Path, tensor: Tensor, name: str = "latents") -> None:
     """Write a file that is whole or absent."""
     torn = path.with_suffix(".tmp")
     save_file({name: tensor.cpu().contiguous()}, torn)

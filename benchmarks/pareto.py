@@ -27,14 +27,17 @@ from harness import (
     ROOT,
     Bench,
     Clip,
+    Denoised,
     References,
     clips,
     compare,
     environment,
     judge,
     quiet,
+    save,
     source_digest,
 )
+from safetensors.torch import load_file
 
 import heterostep as hs
 from heterostep.benchmarks.baselines import KINDS, SOLVERS, Trial, WorkCounter, available, build, tune
@@ -92,37 +95,49 @@ class Method:
             counter.close()
 
 
+DENSE = Method("dense", 1.0, ours=False)
+
+
 class Evaluation:
     """Runs methods on clips with one guidance scale, and appends results to a file."""
 
     def __init__(self, bench: Bench, args: argparse.Namespace) -> None:
-        self.bench, self.steps, self.latent_only, self.no_ode = bench, args.steps, args.latent_only, args.no_ode
+        self.bench, self.steps, self.latent_only = bench, args.steps, args.latent_only
+        self.no_ode, self.stored_dense = args.no_ode, args.stored_dense
         self.folder = args.work / f"{bench.fingerprint}-g{bench.guidance:g}"
         self.references = References(bench, args.steps, self.folder / "references")
         self.results = self.folder / f"{args.split}-{bench.solver}{args.steps}.jsonl"
         self.split, self.digest = args.split, source_digest()
-        self.done = {(r["clip"], r["key"]) for r in read_results(self.results) if self._complete(r)}
+        self.known = {(r["clip"], r["key"]): r for r in read_results(self.results)}
 
-    def _complete(self, result: dict[str, Any]) -> bool:
+    def _key(self, method: Method) -> str:
+        return method.key(self.bench, self.steps, self.digest)
+
+    def _complete(self, result: dict[str, Any] | None) -> bool:
+        if result is None:
+            return False
         return (self.latent_only or "score" in result) and (self.no_ode or "ode" in result["against"])
 
     def clip(self, clip: Clip, ahead: list[Clip], methods: list[Method], deadline: float) -> None:
         """Run what is missing for a clip; its accurate solution is made together with those of the clips `ahead`."""
-        left = [m for m in methods if (clip.name, m.key(self.bench, self.steps, self.digest)) not in self.done]
+        left = [m for m in methods if not self._complete(self.known.get((clip.name, self._key(m))))]
         if not left:
             return
         began = time.monotonic()
         if not self.no_ode:
             self.references.ode(clip, ahead)
-        dense = None
-        for i, method in enumerate(left):
+        dense, runs = None, 0
+        for method in left:
             if time.monotonic() > deadline:
                 return
-            if dense is None or i % DENSE_EVERY == 0:
-                dense = self.bench.denoise(clip, self.steps)
-                self.references.keep(clip, dense.latents)
-            self._one(clip, method, dense)
-        self._say(clip, f"{len(left)} runs", began)
+            result, latents = self._stored(clip, method)
+            if latents is None:
+                if dense is None or runs % DENSE_EVERY == 0:
+                    dense = self._dense(clip)
+                result, latents = self._generated(clip, method, dense)
+                runs += 1
+            self._compared(clip, result, latents)
+        self._say(clip, f"{runs} runs, {len(left)} results", began)
 
     def prepare(self, clip: Clip, ahead: list[Clip]) -> None:
         """Make the references of a clip, where they are missing."""
@@ -136,8 +151,25 @@ class Evaluation:
         took = time.monotonic() - began
         print(f"{clip.name}, guidance {self.bench.guidance:g}: {what} in {took:.0f} s", flush=True)
 
-    def _one(self, clip: Clip, method: Method, dense: Any) -> None:
-        """Generate, compare, and write a line."""
+    def _dense(self, clip: Clip) -> Denoised:
+        """A dense run for its time, or the one that was timed with the clip's earlier results."""
+        stored = self.known.get((clip.name, self._key(DENSE)))
+        if stored is not None and self.stored_dense:
+            return Denoised(self.references.dense(clip), stored["seconds"], stored["cpu_seconds"])
+        dense = self.bench.denoise(clip, self.steps)
+        self.references.keep(clip, dense.latents)
+        return dense
+
+    def _path(self, clip: Clip, method: Method) -> pathlib.Path:
+        return self.folder / "latents" / f"{clip.name}-{self._key(method)}.safetensors"
+
+    def _stored(self, clip: Clip, method: Method) -> tuple[dict[str, Any], Any]:
+        """What is known of a run that is to be compared with more than it was; latents None: it must be made."""
+        result, path = self.known.get((clip.name, self._key(method))), self._path(clip, method)
+        return ({}, None) if result is None or not path.exists() else (result, load_file(path)["latents"])
+
+    def _generated(self, clip: Clip, method: Method, dense: Denoised) -> tuple[dict[str, Any], Any]:
+        """Run a method; what is known of the run, and its latents, which are kept."""
         if method.name == "dense":
             out, compute = dense, 1.0
         else:
@@ -146,7 +178,7 @@ class Evaluation:
             compute = compute_of()
         result = {
             "clip": clip.name,
-            "key": method.key(self.bench, self.steps, self.digest),
+            "key": self._key(method),
             "method": method.name,
             "target": method.target,
             "settings": method.settings,
@@ -155,17 +187,25 @@ class Evaluation:
             "cpu_seconds": out.cpu_seconds,
             "dense_seconds": dense.seconds,
             "dense_cpu_seconds": dense.cpu_seconds,
-            "against": {},
         }
-        frames = None if self.latent_only else self.bench.decode(out.latents)
+        path = self._path(clip, method)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path, out.latents)
+        return result, out.latents
+
+    def _compared(self, clip: Clip, result: dict[str, Any], latents: Any) -> None:
+        """Compare, and write a line."""
+        result = {**result, "against": {}}
+        frames = None if self.latent_only else self.bench.decode(latents)
         for which in ("dense",) if self.no_ode else ("dense", "ode"):
-            latents = self.references.dense(clip) if which == "dense" else self.references.ode(clip)
+            reference = self.references.dense(clip) if which == "dense" else self.references.ode(clip)
             other = None if frames is None else self.references.frames(clip, which)
-            result["against"][which] = compare(out.latents, latents, frames, other)
+            result["against"][which] = compare(latents, reference, frames, other)
         if frames is not None:
             result["score"] = judge(frames, clip)
         with self.results.open("a") as file:
             file.write(json.dumps(result) + "\n")
+        self.known[clip.name, result["key"]] = result
 
 
 def read_results(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -211,7 +251,7 @@ def select_methods(evaluations: list[Evaluation], args: argparse.Namespace) -> l
     def matches(name: str) -> bool:
         return any(fnmatch.fnmatch(name, pattern) for pattern in args.methods)
 
-    methods = [Method("dense", 1.0, ours=False)]
+    methods = [DENSE]
     for name, settings in ours.items():
         if matches(name):
             methods += [Method(name, c, settings) for c in args.computes]
@@ -253,6 +293,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--no-ode", action="store_true", help="without the accurate solution, which costs two dense runs"
     )
+    parser.add_argument("--stored-dense", action="store_true", help="time no clip's dense run twice")
     parser.add_argument("--references", action="store_true", help="make the references only")
     parser.add_argument("--report", action="store_true", help="render the results that are there, run nothing")
     parser.add_argument("--output", type=pathlib.Path, help="report, without suffix (reports/pareto-SOLVER[-tune])")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from heterostep.benchmarks.quality.figures import Results, paired, plus_minus, summary_of, time_ratio
 
 DEFAULT = "joint"
 OURS = ("joint", "joint-ab2", "tokens", "groups")
@@ -18,24 +19,6 @@ SOLVER_NAMES = {"euler": "Euler", "unipc": "UniPC"}
 SCORES = ("colour", "size", "direction", "single")
 TIME_NOISE = 0.02
 """Ratios of times that differ by no more are equal: no measurement here is better."""
-Results = Sequence[dict[str, Any]]
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error of the mean (nan for fewer than two values)."""
-    array = np.array(values, dtype=float)
-    if not len(array):
-        return math.nan, math.nan
-    return float(array.mean()), float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else math.nan
-
-
-def time_ratio(results: Results, name: str = "seconds") -> tuple[float, float]:
-    """Median over clips of time (a key of `CLOCKS`) over the dense time beside it; quartile distance."""
-    ratios = [r[name] / r[f"dense_{name}"] for r in results if r[f"dense_{name}"]]
-    if not ratios:
-        return math.nan, math.nan
-    low, middle, high = np.percentile(ratios, (25, 50, 75))
-    return float(middle), float(high - low)
 
 
 def metric_of(results: Results) -> str:
@@ -80,25 +63,18 @@ def _row(name: str, target: float, group: Results, groups: dict[Any, Any], metri
         if len(found) < len(group):
             row[f"{which}_clips"] = len(found)
         row[which] = {
-            key: dict(zip(("mean", "error"), mean_and_error(values), strict=True))
+            key: summary_of(values)
             for key in ("psnr", "ssim", "relative_l2", "latent_psnr")
             if (values := [f[key] for f in found if f.get(key) is not None])
         }
         default = groups.get((DEFAULT, target), [])
         differences = paired(default, group, lambda r, w=which: r["against"].get(w, {}).get(metric))
         if name not in (DEFAULT, "dense") and differences:
-            row[which]["default_minus_this"] = dict(zip(("mean", "error"), mean_and_error(differences), strict=True))
+            row[which]["default_minus_this"] = summary_of(differences)
     scored = [r["score"] for r in group if "score" in r]
     if scored:
         row["score"] = {key: float(np.mean([s[key] for s in scored])) for key in SCORES}
     return row
-
-
-def paired(first: Results, second: Results, value: Callable[[dict[str, Any]], float | None]) -> list[float]:
-    """Differences first - second over the clips that both have."""
-    other = {r["clip"]: value(r) for r in second}
-    pairs = [(value(r), other.get(r["clip"])) for r in first]
-    return [a - b for a, b in pairs if a is not None and b is not None]
 
 
 def equal_time(groups: dict[tuple[str, float], Results], metric: str, clock: str) -> list[dict[str, Any]]:
@@ -128,7 +104,7 @@ def equal_time(groups: dict[tuple[str, float], Results], metric: str, clock: str
                 if value is not None and None not in curve and time >= times[0] - TIME_NOISE:
                     differences.append(float(np.interp(time, times, curve)) - value)
             if differences:
-                entry[which] = dict(zip(("mean", "error"), mean_and_error(differences), strict=True))
+                entry[which] = summary_of(differences)
         found.append(entry)
     return sorted(found, key=lambda e: (-e["target"], e["method"]))
 
@@ -215,8 +191,8 @@ def _nearest_table(summaries: Mapping[float, dict[str, Any]]) -> list[str]:
                     continue
                 nearest = min(compared, key=lambda r, w=which: r[w]["default_minus_this"]["mean"])
                 delta = nearest[which]["default_minus_this"]
-                cells = [f"{guidance:g}", f"{default['target']:g}", which, _plus_minus(default[which].get(metric))]
-                cells += [nearest["method"], _plus_minus(delta, sign=True)]
+                cells = [f"{guidance:g}", f"{default['target']:g}", which, plus_minus(default[which].get(metric))]
+                cells += [nearest["method"], plus_minus(delta, sign=True)]
                 cells.append(f"{delta['mean'] / delta['error']:+.1f}" if delta["error"] > 0 else "–")
                 lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -239,12 +215,12 @@ def _table(summary: dict[str, Any], target: float, unit: str) -> list[str]:
             f"{row['compute']:.3f}",
             f"{row['wall_time']:.2f}",
             f"{row['cpu_time']:.2f}",
-            _plus_minus(row["dense"].get(metric)),
-            _plus_minus(row["dense"].get("default_minus_this"), sign=True),
-            _plus_minus(row["ode"].get(metric)),
-            _plus_minus(row["ode"].get("default_minus_this"), sign=True),
-            _plus_minus(row["dense"].get("ssim"), digits=4),
-            _plus_minus(row["dense"].get("relative_l2"), digits=4),
+            plus_minus(row["dense"].get(metric)),
+            plus_minus(row["dense"].get("default_minus_this"), sign=True),
+            plus_minus(row["ode"].get(metric)),
+            plus_minus(row["ode"].get("default_minus_this"), sign=True),
+            plus_minus(row["dense"].get("ssim"), digits=4),
+            plus_minus(row["dense"].get("relative_l2"), digits=4),
             shares,
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -266,16 +242,9 @@ def _equal_time_table(summary: dict[str, Any], unit: str) -> list[str]:
     ]
     for entry in summary["equal_time"]:
         cells = [entry["method"], f"{entry['target']:g}", f"{entry['time']:.2f}"]
-        cells += [_plus_minus(entry.get(which), sign=True) for which in REFERENCES]
+        cells += [plus_minus(entry.get(which), sign=True) for which in REFERENCES]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def _plus_minus(found: dict[str, float] | None, *, digits: int = 2, sign: bool = False) -> str:
-    if not found:
-        return "–"
-    mean = f"{found['mean']:{'+' if sign else ''}.{digits}f}"
-    return mean if math.isnan(found["error"]) else f"{mean} ± {found['error']:.{digits}f}"
 
 
 def plot(path: pathlib.Path, summaries: Mapping[float, dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ..benchmarks.quality.settings import QualitySettings
 from ..engine.progress import Progress
 from ..engine.request import EngineConfig, GenerateRequest, JobConfig
 from ..errors import (
@@ -74,6 +75,21 @@ docs/serving.md describes the API, the settings, and what survives which failure
 """
 
 
+_BENCH_EPILOG = """\
+examples:
+  the demo model, in minutes:
+    heterostep bench quality --model demo --count 4 --output bench
+  Wan 2.1 with the settings of MagCache's table, whose figures the report shows beside; how long it takes is said first:
+    heterostep bench quality --model ./Wan2.1-T2V-1.3B-Diffusers --preset magcache --estimate
+  other policies and methods, and prompts of your own:
+    heterostep bench quality --model ./Wan2.1-T2V-1.3B-Diffusers --policies joint,tokens --baselines unipc,taylorseer \\
+        --prompts prompts.txt --output wan
+
+The folder holds report.md, report.json, report.png and index.html with the videos side by side. The same command
+continues after an interruption. docs/benchmarks.md describes it.
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, without a page of usage before it."""
 
@@ -97,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_info(commands)
     _add_serve(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -160,6 +177,25 @@ def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.set_defaults(run=_serve)
 
 
+def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _add_command(commands, "bench", "measure on your own weights and machine", _BENCH_EPILOG)
+    kinds = command.add_subparsers(dest="bench", metavar="WHAT", required=True)
+    purpose = "compare videos at a share of the work with the dense ones of the same prompts"
+    quality = _add_command(kinds, "quality", purpose, _BENCH_EPILOG)
+    add_flags(quality.add_argument_group("what to measure"), QualitySettings)
+    what = quality.add_argument_group("what all videos have in common")
+    add_flags(what, GenerateRequest, leave_out=["prompt"])
+    _add_size(what, "width and height in pixels, such as 832x480")
+    how = quality.add_argument_group("how to compute them")
+    add_flags(how, EngineConfig, leave_out=["shard_weights"])
+    add_flags(how, HSAConfig, leave_out=["policy", "compute"])
+    ranks = quality.add_argument_group("on how many ranks")
+    add_flags(ranks, Ranks, leave_out=["ray", "ray_address"])
+    add_flags(ranks, ParallelConfig, defaults=False)
+    add_flags(ranks, EngineConfig, leave_out=["model", "dtype", "device"])
+    quality.set_defaults(run=_bench)
+
+
 def _generate(arguments: argparse.Namespace) -> int:
     command = command_of(arguments)
     with Progress(not command.outputs.quiet) as progress:
@@ -175,6 +211,18 @@ def _info(arguments: argparse.Namespace) -> int:
 
     config = EngineConfig(**given(EngineConfig, vars(arguments)))
     return info(config.model, getattr(arguments, "size", None), arguments.frames)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    given_flags = vars(arguments)
+    settings = QualitySettings(**given(QualitySettings, given_flags))
+    # Every prompt takes the place of this one.
+    command = command_of(argparse.Namespace(**{**given_flags, "prompt": "-", "output": Outputs.output}))
+    with Progress(True) as progress:
+        progress.stage("loading PyTorch")
+        from .bench import bench_quality
+
+        return bench_quality(settings, command, arguments.said, progress)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -199,13 +247,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = sys.argv[1:] if argv is None else list(argv)
         arguments = build_parser().parse_args(given)
+        arguments.said = given
         status: int = arguments.run(arguments)
         return status
     except BaseException as error:
         said = explain(error)
         if said is None:
             raise
-        return fail(*said)
+        return _fail(*said)
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
@@ -225,7 +274,6 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
-def fail(message: str, status: int) -> int:
-    """Print a sentence to stderr, and return the exit code."""
-    print(f"heterostep: {' '.join(message.split())}", file=sys.stderr, flush=True)
+def _fail(message: str, status: int) -> int:
+    print(f"heterostep: {' '.join(message.split())}", file=sys.stderr)
     return status

@@ -33,7 +33,7 @@ from ..engine.request import (
 )
 from ..errors import ConfigError, Interrupted, JobStopped, OutputElsewhere
 from .logs import silence_libraries
-from .ranks import degrees_for, generate_on_ranks, help_elsewhere, saving_signals
+from .ranks import degrees_for, generate_on_ranks, saving_signals
 
 if TYPE_CHECKING:
     from ..engine.job import Finished
@@ -53,10 +53,6 @@ def generate(command: Command, progress: Progress, rank: TorchrunRank | None = N
         HeterostepError: a setting, the model or the request is wrong, or the work failed.
     """
     silence_libraries(downloads=progress.shown)
-    if rank is not None and command.ranks.machines > 1:
-        raise ConfigError("--nnodes of heterostep works only with `heterostep generate`; torchrun has its own")
-    if help_elsewhere(command.ranks, progress):
-        return 0
     # Everything that can be wrong is checked before a model is loaded, which may take minutes.
     outputs, config, request, job = command.outputs, command.engine, command.request, command.job
     files = OutputFiles(outputs, None if job is None else Path(job.folder))
@@ -67,9 +63,9 @@ def generate(command: Command, progress: Progress, rank: TorchrunRank | None = N
     on_ray = command.ranks.ray or command.ranks.ray_address is not None
     if on_ray and rank is not None:
         raise ConfigError("--ray works only with `heterostep generate`: torchrun has already started the ranks")
-    if on_ray or command.ranks.size > 1:
+    if on_ray or (command.ranks.nproc or 1) > 1:
         files.announce(progress.say)
-        output, record = generate_on_ranks(command, lambda events, label: _run(events, label, progress), progress)
+        output, record = generate_on_ranks(command, lambda events, label: shown(events, label, progress), progress)
         return _done(output, record, files, job, progress)
     size, decide = (1, None) if rank is None else (rank.world_size, rank.decide)
     parallel, _ = degrees_for(command, size, pick_device(config.device), decide)
@@ -131,10 +127,10 @@ def _compute(
         # The first steps of a process pay for allocations and kernel choices; neither side should.
         engine.generate(dataclasses.replace(request, compute=1.0, num_inference_steps=2), progress=False)
     # Before the dense run, which can take an hour: the plan may be one that cannot be met.
-    output = _run(engine.stream(request), "denoising", progress)
+    output = shown(engine.stream(request), "denoising", progress)
     dense = None
     if compare_dense:
-        dense = _run(engine.stream(dataclasses.replace(request, compute=1.0)), "dense", progress)
+        dense = shown(engine.stream(dataclasses.replace(request, compute=1.0)), "dense", progress)
     return output, run_record(engine, output, dense)
 
 
@@ -168,7 +164,7 @@ def _work(
                         engines[0].save_and_stop()
                     yield event
 
-            output = _run(events(), "denoising", progress)
+            output = shown(events(), "denoising", progress)
     except Interrupted as interrupted:
         raise JobStopped(str(interrupted)) from interrupted
     except KeyboardInterrupt as interrupt:
@@ -176,7 +172,7 @@ def _work(
     return output, run_record(engines[0], output)
 
 
-def _run(events: Iterator[Event], label: str, progress: Progress) -> VideoOutput:
+def shown(events: Iterator[Event], label: str, progress: Progress) -> VideoOutput:
     """Show the events of a run; its video."""
     output = None
     for event in progress.follow(events, label):

@@ -32,15 +32,11 @@ from ..engine.record import compare
 from ..engine.request import EngineConfig, Event, GenerateRequest, JobConfig, VideoOutput, resolve
 from ..errors import Cancelled, ConfigError, JobStopped, RankLost
 from ..parallel.config import ParallelConfig
-from .options import Command, Ranks
+from .options import Command
 from .workers.group import WorkerGroup
-from .workers.machines import Machines
-from .workers.member import MemberMachine
 from .workers.messages import GroupConfig, Work, threads_asked
-from .workers.network import WAIT_SECONDS, Meeting, key_of
 from .workers.process import ThisMachine
 from .workers.rendezvous import parallel_from
-from .workers.several import SeveralMachines
 from .workers.video import make_video
 
 Show = Callable[[Iterator[Event], str], VideoOutput]
@@ -68,56 +64,40 @@ def generate_on_ranks(command: Command, show: Show, progress: Progress) -> Made:
     """
     if command.ranks.ray or command.ranks.ray_address is not None:
         return _on_ray(command, show, progress)
-    job, ranks = command.job, command.ranks
-    gpus = pick_device(command.engine.device).type == "cuda"
-    _check_gpus(ranks.nproc or 1, command.engine.device, torch.cuda.device_count() if gpus else None)
-    config, reason = _settled(command, gpus)
-    found = _finished(config, command.request, job, progress.say)
+    config, reason = settled_here(command)
+    found = _finished(config, command.request, command.job, progress.say)
     if found is not None:
         return found
-    progress.say(reason)
-    output = _Output(Path(job.folder) / "logs" if job is not None else None)
-    with contextlib.ExitStack() as stack:
-        machines: Machines = ThisMachine(show=output.show)
-        if ranks.machines > 1:
-            machines = stack.enter_context(_several(ranks, output, progress))
-        progress.stage(f"loading model {config.model} on {ranks.size} ranks")
-        group = WorkerGroup(_group_config(command, config), _alone(config), machines)
-        return _make(group, command, _with_image(command.request), show, output.lost)
+    group, on_loss = group_here(command, config, reason, progress)
+    return _make(group, command, command.request, show, on_loss)
 
 
-def _several(ranks: Ranks, output: _Output, progress: Progress) -> SeveralMachines:
-    """This machine, which all are told to meet at, and the others."""
-    assert ranks.master is not None
-    meeting, nproc, key = Meeting.at(ranks.master), ranks.nproc or 1, key_of(ranks.cluster_key_file)
-    least = nproc * (ranks.min_nnodes or 1)
-    return SeveralMachines(meeting, nproc, least, key, output.show, progress.say)
-
-
-def help_elsewhere(ranks: Ranks, progress: Progress) -> bool:
-    """Where another machine is the main one: start ranks for it until it is done. Returns whether that was so.
+def settled_here(command: Command) -> tuple[EngineConfig, str]:
+    """The settings for ranks of this machine without anything automatic, and why.
 
     Raises:
-        ConfigError: this machine cannot take part.
-        RankFailure: the main machine failed, or was lost for too long.
-        JobStopped: a signal stopped the job.
+        ConfigError: flags that do not fit each other, the model or the machine.
     """
-    if ranks.machines == 1:
-        return False
-    assert ranks.master is not None
-    meeting = Meeting.at(ranks.master)
-    if meeting.ours:
-        return False
-    progress.stage(f"waiting for the main machine at {meeting.address}:{meeting.port}")
-    member = MemberMachine(meeting, ranks.nproc or 1, key_of(ranks.cluster_key_file), progress.say)
-    with saving_signals(member.stop):
-        member.serve()
-    return True
+    gpus = pick_device(command.engine.device).type == "cuda"
+    _check_gpus(command.ranks.nproc or 1, command.engine.device, torch.cuda.device_count() if gpus else None)
+    return _settled(command, gpus)
 
 
-def _with_image(request: GenerateRequest) -> GenerateRequest:
-    """The request with its image read: the file is on this machine, the ranks may be on others."""
-    return request if request.image is None else dataclasses.replace(request, image=read_image(request.image))
+def group_here(
+    command: Command, config: EngineConfig, reason: str, progress: Progress
+) -> tuple[WorkerGroup, Callable[[RankLost], None]]:
+    """A group of ranks on this machine, which is to be closed, and what is to be told of its losses.
+
+    Args:
+        command: what is asked for.
+        config: of `settled_here`.
+        reason: likewise.
+        progress: shows what is done.
+    """
+    progress.say(reason)
+    progress.stage(f"loading model {config.model} on {command.ranks.nproc or 1} ranks")
+    output = _Output(Path(command.job.folder) / "logs" if command.job is not None else None)
+    return WorkerGroup(_group_config(command, config), _alone(config), ThisMachine(show=output.show)), output.lost
 
 
 def _on_ray(command: Command, show: Show, progress: Progress) -> Made:
@@ -127,7 +107,8 @@ def _on_ray(command: Command, show: Show, progress: Progress) -> Made:
 
     config, request, job = command.engine, command.request, command.job
     size = command.ranks.nproc or 1
-    request = _with_image(request)
+    if request.image is not None:  # its file is on this machine, the ranks may be on others
+        request = dataclasses.replace(request, image=read_image(request.image))
     if config.device.startswith("cuda:"):
         raise ConfigError(f"--device {config.device} with --ray: Ray chooses the GPUs; take cuda, cpu or auto")
     address = cluster_address(command.ranks.ray_address)
@@ -158,13 +139,11 @@ def _on_ray(command: Command, show: Show, progress: Progress) -> Made:
 
 def _group_config(command: Command, config: EngineConfig, standby: bool = False) -> GroupConfig:
     return GroupConfig(
-        size=command.ranks.size,
+        size=command.ranks.nproc or 1,
         degrees={} if config.parallel is None else dataclasses.asdict(config.parallel),
         shard_weights=config.shard_weights,
         standby=standby,
         threads=threads_asked(),
-        start_seconds=WAIT_SECONDS if command.ranks.machines > 1 else GroupConfig.start_seconds,
-        least=(command.ranks.nproc or 1) * (command.ranks.min_nnodes or 1) if command.ranks.machines > 1 else 1,
     )
 
 
@@ -189,7 +168,7 @@ def _settled(command: Command, gpus: bool) -> tuple[EngineConfig, str]:
     name = "cuda" if gpus else "cpu"
     dtype = str(pick_dtype(command.engine.dtype, torch.device(name))).removeprefix("torch.")
     config = dataclasses.replace(command.engine, device=name, dtype=dtype)
-    size, device = command.ranks.size, pick_device("auto" if gpus else "cpu")
+    size, device = command.ranks.nproc or 1, pick_device("auto" if gpus else "cpu")
     if gpus and device.type == "cpu":  # kernels and memory are those of other machines: the ranks check them
         parallel, reason = degrees_for(_elsewhere(command), size, device)
         if parallel is not None and "kernel" in command.degrees:
@@ -259,10 +238,10 @@ def _make(
             return _keep(group, work, job, show, on_loss)
         if command.outputs.compare_dense:
             return _compare(group, work, show, on_loss)
-        return _once(group, work, Path(kept), show, on_loss)
+        return once(group, work, Path(kept), show, on_loss)
 
 
-def _once(
+def once(
     group: WorkerGroup,
     work: Work,
     folder: Path | None,
@@ -270,7 +249,16 @@ def _once(
     on_loss: Callable[[RankLost], None],
     label: str = "denoising",
 ) -> Made:
-    """One video through the group, and its record."""
+    """One video through the group, and its record.
+
+    Args:
+        group: makes it.
+        work: what is to be made.
+        folder: where steps are saved; None: nowhere.
+        show: shows the events.
+        on_loss: told of each loss.
+        label: of the steps.
+    """
     records: list[dict[str, Any]] = []
 
     def events() -> Iterator[Event]:
@@ -290,8 +278,8 @@ def _compare(group: WorkerGroup, work: Work, show: Show, on_loss: Callable[[Rank
     first = dataclasses.replace(work, request=dataclasses.replace(dense, num_inference_steps=2))
     for _ in make_video(group, first, None, on_loss):
         pass
-    output, record = _once(group, work, None, show, on_loss)
-    other, _ = _once(group, dataclasses.replace(work, request=dense), None, show, on_loss, "dense")
+    output, record = once(group, work, None, show, on_loss)
+    other, _ = once(group, dataclasses.replace(work, request=dense), None, show, on_loss, "dense")
     record["against_dense"] = compare(output, other)
     return output, record
 
@@ -308,7 +296,7 @@ def _keep(group: WorkerGroup, work: Work, job: JobConfig, show: Show, on_loss: C
 
     try:
         with saving_signals(stop):
-            return _once(group, work, Path(job.folder), show, on_loss)
+            return once(group, work, Path(job.folder), show, on_loss)
     except Cancelled as stopped:
         raise JobStopped(str(stopped)) from stopped
     except KeyboardInterrupt as interrupt:

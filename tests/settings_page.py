@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from heterostep.benchmarks.quality.settings import QualitySettings
 from heterostep.engine.request import EngineConfig, GenerateRequest, JobConfig
 from heterostep.hsa.config import HSAConfig
 from heterostep.launch.options import Outputs, Ranks, Serving
@@ -28,6 +29,7 @@ SECTIONS = (
     (JobConfig, "A job that survives its process, for `generate`."),
     (Ranks, "The processes that `generate` starts."),
     (Outputs, "What `generate` writes and prints."),
+    (QualitySettings, "What `bench quality` measures; [benchmarks.md](benchmarks.md) describes it."),
     (Serving, "Where `serve` listens, and which processes it starts."),
     (ServiceSettings, "The service, for `serve`."),
 )  # fmt: skip
