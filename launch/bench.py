@@ -74,7 +74,7 @@ def bench_quality(settings: QualitySettings, command: Command, said: Sequence[st
         "request": {**_plain(resolved), "prompt": None},
         "scheduler": f"{read_scheduler(read_facts(model))[0]}"
         + (f" with shift {shift:g}" if shift is not None else ""),
-        "ranks": command.ranks.nproc or 1,
+        "ranks": command.ranks.size,
         "device": device_name(pick_device(command.engine.device)),
         "versions": versions(),
     }
@@ -102,7 +102,7 @@ def _request(given: GenerateRequest, preset: Any) -> GenerateRequest:
 @contextlib.contextmanager
 def _maker(command: Command, progress: Progress) -> Iterator[Any]:
     """Whatever makes the videos, as long as it is needed."""
-    if (command.ranks.nproc or 1) == 1:
+    if (command.ranks.size) == 1:
         progress.stage(f"loading model {command.engine.model}")
         yield OneRank(command.engine, lambda events, label: shown(events, label, progress))
         return
@@ -123,6 +123,7 @@ class Ranks:
         """Start nothing yet."""
         self._command, self._progress = command, progress
         self._group: WorkerGroup | None = None
+        self._open_now = contextlib.ExitStack()
         self._hsa: HSAConfig | None = None
         self._on_loss: Callable[[RankLost], None] = lambda lost: None
 
@@ -142,11 +143,12 @@ class Ranks:
         self.close()
         command = dataclasses.replace(self._command, engine=dataclasses.replace(self._command.engine, hsa=hsa))
         config, reason = settled_here(command)
-        self._group, self._on_loss = group_here(command, config, reason, self._progress)
+        opened = group_here(command, config, reason, self._progress)
+        self._group, self._on_loss = self._open_now.enter_context(opened)
+        self._open_now.callback(self._group.close)
         self._hsa = hsa
 
     def close(self) -> None:
         """End the ranks."""
-        if self._group is not None:
-            self._group.close()
+        self._open_now.close()
         self._group = None

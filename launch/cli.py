@@ -190,7 +190,7 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     add_flags(how, EngineConfig, leave_out=["shard_weights"])
     add_flags(how, HSAConfig, leave_out=["policy", "compute"])
     ranks = quality.add_argument_group("on how many ranks")
-    add_flags(ranks, Ranks, leave_out=["ray", "ray_address"])
+    add_flags(ranks, Ranks, leave_out=["nnodes", "master", "min_nnodes", "cluster_key_file", "ray", "ray_address"])
     add_flags(ranks, ParallelConfig, defaults=False)
     add_flags(ranks, EngineConfig, leave_out=["model", "dtype", "device"])
     quality.set_defaults(run=_bench)
@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = explain(error)
         if said is None:
             raise
-        return _fail(*said)
+        return fail(*said)
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
@@ -274,6 +274,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
-def _fail(message: str, status: int) -> int:
-    print(f"heterostep: {' '.join(message.split())}", file=sys.stderr)
+def fail(message: str, status: int) -> int:
+    """Print a sentence to stderr, and return the exit code."""
+    print(f"heterostep: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status

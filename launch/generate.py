@@ -33,7 +33,7 @@ from ..engine.request import (
 )
 from ..errors import ConfigError, Interrupted, JobStopped, OutputElsewhere
 from .logs import silence_libraries
-from .ranks import degrees_for, generate_on_ranks, saving_signals
+from .ranks import degrees_for, generate_on_ranks, help_elsewhere, saving_signals
 
 if TYPE_CHECKING:
     from ..engine.job import Finished
@@ -53,6 +53,10 @@ def generate(command: Command, progress: Progress, rank: TorchrunRank | None = N
         HeterostepError: a setting, the model or the request is wrong, or the work failed.
     """
     silence_libraries(downloads=progress.shown)
+    if rank is not None and command.ranks.machines > 1:
+        raise ConfigError("--nnodes of heterostep works only with `heterostep generate`; torchrun has its own")
+    if help_elsewhere(command.ranks, progress):
+        return 0
     # Everything that can be wrong is checked before a model is loaded, which may take minutes.
     outputs, config, request, job = command.outputs, command.engine, command.request, command.job
     files = OutputFiles(outputs, None if job is None else Path(job.folder))
@@ -63,7 +67,7 @@ def generate(command: Command, progress: Progress, rank: TorchrunRank | None = N
     on_ray = command.ranks.ray or command.ranks.ray_address is not None
     if on_ray and rank is not None:
         raise ConfigError("--ray works only with `heterostep generate`: torchrun has already started the ranks")
-    if on_ray or (command.ranks.nproc or 1) > 1:
+    if on_ray or command.ranks.size > 1:
         files.announce(progress.say)
         output, record = generate_on_ranks(command, lambda events, label: shown(events, label, progress), progress)
         return _done(output, record, files, job, progress)

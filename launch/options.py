@@ -50,7 +50,21 @@ class Outputs:
 class Ranks:
     """Which processes `generate` starts."""
 
-    nproc: int | None = setting(None, least=1, metavar="P", help="number of ranks to start on this machine (default 1)")
+    nproc: int | None = setting(None, least=1, metavar="P", help="number of ranks to start on a machine (default 1)")
+    nnodes: int | None = setting(
+        None, least=1, metavar="N", help="number of machines, on each of which this command is given (default 1)"
+    )
+    master: str | None = setting(
+        None,
+        metavar="HOST[:PORT]",
+        help="the machine that keeps the job and writes the files, by its name or address in the network of all",
+    )
+    min_nnodes: int | None = setting(
+        None, least=1, metavar="M", help="number of machines without which a job waits (default 1)"
+    )
+    cluster_key_file: Path | None = setting(
+        None, metavar="F", help="file with a secret, the same on all machines, that keeps strangers out"
+    )
     ray: bool = setting(False, help="start the ranks as Ray actors")
     ray_address: str | None = setting(
         None, metavar="A", help="start the ranks on a running Ray cluster; auto or HOST:PORT"
@@ -58,6 +72,26 @@ class Ranks:
 
     def __post_init__(self) -> None:
         check(self)
+        on_ray = self.ray or self.ray_address is not None
+        if self.machines > 1 and self.master is None:
+            raise ConfigError(f"--nnodes {self.nnodes} needs --master HOST: the machine that keeps the job")
+        if self.machines > 1 and on_ray:
+            raise ConfigError("--nnodes with --ray: Ray knows its machines itself; leave out one of them")
+        for name in ("master", "min_nnodes", "cluster_key_file"):
+            if self.machines == 1 and getattr(self, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} needs several machines; say how many with --nnodes")
+        if (self.min_nnodes or 1) > self.machines:
+            raise ConfigError(f"--min-nnodes {self.min_nnodes} is more than --nnodes {self.nnodes}")
+
+    @property
+    def machines(self) -> int:
+        """How many machines take part; with Ray, that is Ray's."""
+        return self.nnodes or 1
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are on all of them."""
+        return self.machines * (self.nproc or 1)
 
 
 @dataclass(frozen=True, kw_only=True)

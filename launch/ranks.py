@@ -32,11 +32,15 @@ from ..engine.record import compare
 from ..engine.request import EngineConfig, Event, GenerateRequest, JobConfig, VideoOutput, resolve
 from ..errors import Cancelled, ConfigError, JobStopped, RankLost
 from ..parallel.config import ParallelConfig
-from .options import Command
+from .options import Command, Ranks
 from .workers.group import WorkerGroup
+from .workers.machines import Machines
+from .workers.member import MemberMachine
 from .workers.messages import GroupConfig, Work, threads_asked
+from .workers.network import WAIT_SECONDS, Meeting, key_of
 from .workers.process import ThisMachine
 from .workers.rendezvous import parallel_from
+from .workers.several import SeveralMachines
 from .workers.video import make_video
 
 Show = Callable[[Iterator[Event], str], VideoOutput]
@@ -68,8 +72,8 @@ def generate_on_ranks(command: Command, show: Show, progress: Progress) -> Made:
     found = _finished(config, command.request, command.job, progress.say)
     if found is not None:
         return found
-    group, on_loss = group_here(command, config, reason, progress)
-    return _make(group, command, command.request, show, on_loss)
+    with group_here(command, config, reason, progress) as (group, on_loss):
+        return _make(group, command, _with_image(command.request), show, on_loss)
 
 
 def settled_here(command: Command) -> tuple[EngineConfig, str]:
@@ -83,10 +87,11 @@ def settled_here(command: Command) -> tuple[EngineConfig, str]:
     return _settled(command, gpus)
 
 
+@contextlib.contextmanager
 def group_here(
     command: Command, config: EngineConfig, reason: str, progress: Progress
-) -> tuple[WorkerGroup, Callable[[RankLost], None]]:
-    """A group of ranks on this machine, which is to be closed, and what is to be told of its losses.
+) -> Iterator[tuple[WorkerGroup, Callable[[RankLost], None]]]:
+    """A group of ranks on this machine, or on this and others; it is to be closed. And what is told of its losses.
 
     Args:
         command: what is asked for.
@@ -95,9 +100,48 @@ def group_here(
         progress: shows what is done.
     """
     progress.say(reason)
-    progress.stage(f"loading model {config.model} on {command.ranks.nproc or 1} ranks")
-    output = _Output(Path(command.job.folder) / "logs" if command.job is not None else None)
-    return WorkerGroup(_group_config(command, config), _alone(config), ThisMachine(show=output.show)), output.lost
+    ranks, job = command.ranks, command.job
+    output = _Output(Path(job.folder) / "logs" if job is not None else None)
+    with contextlib.ExitStack() as stack:
+        machines: Machines = ThisMachine(show=output.show)
+        if ranks.machines > 1:
+            machines = stack.enter_context(_several(ranks, output, progress))
+        progress.stage(f"loading model {config.model} on {ranks.size} ranks")
+        yield WorkerGroup(_group_config(command, config), _alone(config), machines), output.lost
+
+
+def _several(ranks: Ranks, output: _Output, progress: Progress) -> SeveralMachines:
+    """This machine, which all are told to meet at, and the others."""
+    assert ranks.master is not None
+    meeting, nproc, key = Meeting.at(ranks.master), ranks.nproc or 1, key_of(ranks.cluster_key_file)
+    least = nproc * (ranks.min_nnodes or 1)
+    return SeveralMachines(meeting, nproc, least, key, output.show, progress.say)
+
+
+def help_elsewhere(ranks: Ranks, progress: Progress) -> bool:
+    """Where another machine is the main one: start ranks for it until it is done. Returns whether that was so.
+
+    Raises:
+        ConfigError: this machine cannot take part.
+        RankFailure: the main machine failed, or was lost for too long.
+        JobStopped: a signal stopped the job.
+    """
+    if ranks.machines == 1:
+        return False
+    assert ranks.master is not None
+    meeting = Meeting.at(ranks.master)
+    if meeting.ours:
+        return False
+    progress.stage(f"waiting for the main machine at {meeting.address}:{meeting.port}")
+    member = MemberMachine(meeting, ranks.nproc or 1, key_of(ranks.cluster_key_file), progress.say)
+    with saving_signals(member.stop):
+        member.serve()
+    return True
+
+
+def _with_image(request: GenerateRequest) -> GenerateRequest:
+    """The request with its image read: the file is on this machine, the ranks may be on others."""
+    return request if request.image is None else dataclasses.replace(request, image=read_image(request.image))
 
 
 def _on_ray(command: Command, show: Show, progress: Progress) -> Made:
@@ -107,8 +151,7 @@ def _on_ray(command: Command, show: Show, progress: Progress) -> Made:
 
     config, request, job = command.engine, command.request, command.job
     size = command.ranks.nproc or 1
-    if request.image is not None:  # its file is on this machine, the ranks may be on others
-        request = dataclasses.replace(request, image=read_image(request.image))
+    request = _with_image(request)
     if config.device.startswith("cuda:"):
         raise ConfigError(f"--device {config.device} with --ray: Ray chooses the GPUs; take cuda, cpu or auto")
     address = cluster_address(command.ranks.ray_address)
@@ -139,11 +182,13 @@ def _on_ray(command: Command, show: Show, progress: Progress) -> Made:
 
 def _group_config(command: Command, config: EngineConfig, standby: bool = False) -> GroupConfig:
     return GroupConfig(
-        size=command.ranks.nproc or 1,
+        size=command.ranks.size,
         degrees={} if config.parallel is None else dataclasses.asdict(config.parallel),
         shard_weights=config.shard_weights,
         standby=standby,
         threads=threads_asked(),
+        start_seconds=WAIT_SECONDS if command.ranks.machines > 1 else GroupConfig.start_seconds,
+        least=(command.ranks.nproc or 1) * (command.ranks.min_nnodes or 1) if command.ranks.machines > 1 else 1,
     )
 
 
@@ -168,7 +213,7 @@ def _settled(command: Command, gpus: bool) -> tuple[EngineConfig, str]:
     name = "cuda" if gpus else "cpu"
     dtype = str(pick_dtype(command.engine.dtype, torch.device(name))).removeprefix("torch.")
     config = dataclasses.replace(command.engine, device=name, dtype=dtype)
-    size, device = command.ranks.nproc or 1, pick_device("auto" if gpus else "cpu")
+    size, device = command.ranks.size, pick_device("auto" if gpus else "cpu")
     if gpus and device.type == "cpu":  # kernels and memory are those of other machines: the ranks check them
         parallel, reason = degrees_for(_elsewhere(command), size, device)
         if parallel is not None and "kernel" in command.degrees:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from ..engine.progress import Progress
 from ..errors import ConfigError, RequestError
-from .cli import EXIT_BAD_INPUT, EXIT_FAILED, build_parser, explain
+from .cli import EXIT_BAD_INPUT, EXIT_FAILED, build_parser, explain, fail
 from .options import command_of
 
 
@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = command_of(build_parser().parse_args(["generate", *given]))
     except (ConfigError, RequestError) as error:
         # Alike on all ranks; that it is said once needs no meeting.
-        return _say(str(error), EXIT_BAD_INPUT) if os.environ.get("RANK", "0") == "0" else EXIT_BAD_INPUT
+        return fail(str(error), EXIT_BAD_INPUT) if os.environ.get("RANK", "0") == "0" else EXIT_BAD_INPUT
     if command.ranks.nproc is not None:
-        return _say("--nproc is for `heterostep generate`; torchrun itself starts the ranks", EXIT_BAD_INPUT)
+        return fail("--nproc is for `heterostep generate`; torchrun itself starts the ranks", EXIT_BAD_INPUT)
     progress = Progress(os.environ.get("RANK", "0") == "0" and not command.outputs.quiet)
     with progress:
         progress.stage("loading PyTorch")
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 said = explain(error)
                 if isinstance(error, ConfigError | RequestError):
                     rank.fail(str(error))
-                    return _say(*said) if rank.leads and said else EXIT_BAD_INPUT
+                    return fail(*said) if rank.leads and said else EXIT_BAD_INPUT
                 if isinstance(error, Exception):
                     # A connection that broke says only that some rank has ended: that one knows why.
                     reason = rank.wait_for_failure()
@@ -54,14 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     said = (f"rank {rank.rank} ends: {reason}", EXIT_FAILED) if reason else said
                 if said is None:
                     raise
-                return _say(*said)
+                return fail(*said)
     except ConfigError as error:
-        return _say(str(error), EXIT_BAD_INPUT)
-
-
-def _say(message: str, status: int) -> int:
-    print(f"heterostep: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return status
+        return fail(str(error), EXIT_BAD_INPUT)
 
 
 if __name__ == "__main__":

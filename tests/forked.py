@@ -7,6 +7,7 @@ it starts itself (ranks, workers) is forked from the same server. For tests that
 
 import atexit
 import contextlib
+import ctypes
 import os
 import pickle
 import runpy
@@ -72,6 +73,7 @@ class Popen(_Stock):
             "cwd": os.getcwd() if cwd is None else os.fspath(cwd),
             "env": {os.fsdecode(k): os.fsdecode(v) for k, v in (os.environ if env is None else env).items()},
             "session": bool(new_session),
+            "spaces": f"/proc/{os.getpid()}/task/{threading.get_native_id()}/ns",
         }
         socket.send_fds(self._line, [pickle.dumps(request)], files)
         what, self.pid = pickle.loads(self._line.recv(1024))
@@ -223,6 +225,7 @@ class _Server:
         self.listener.close()
         for file in (self.woken, self.wake):
             os.close(file)
+        _enter(request["spaces"])
         if request["session"]:
             os.setsid()
         for number, file in enumerate(files):
@@ -233,6 +236,14 @@ class _Server:
         os.environ.clear()
         os.environ.update(request["env"])
         tempfile.tempdir = None
+
+
+def _enter(spaces):
+    """Be on the machine of whoever asked, which may be in a network of its own (`machines.py`)."""
+    for kind in ("net", "uts"):
+        if os.stat(f"{spaces}/{kind}").st_ino != os.stat(f"/proc/self/ns/{kind}").st_ino:
+            with open(f"{spaces}/{kind}") as space:
+                assert ctypes.CDLL(None).setns(space.fileno(), 0) == 0
 
 
 def _run(argv):

@@ -143,7 +143,7 @@ class Follower:
             self.step = event.resumed_at or 0
             # What an earlier attempt evaluated is told at the end.
             self._shares = [0.0] * self.step
-            if self._job.attempt == 1:
+            if self._job.attempt == 1 and event.resumed_at is None:
                 self._metrics.observe("heterostep_queue_seconds", time.time() - self._job.created_at)
             self._tell(stage="denoising", step=self.step, progress=self._progress())
         elif isinstance(event, StepDone):

@@ -221,12 +221,7 @@ def to_request(
             "boundary_ratio", f"boundary_ratio {body.boundary_ratio:g} is not the model's own ({own}); leave it out"
         )
     _check_reference(asked, model, facts)
-    for name in ("prompt", "negative_prompt"):
-        text = getattr(body, name) or ""
-        if len(text) > limits.prompt:
-            raise BadField(name, f"{name} has {len(text)} characters, and at most {limits.prompt} are taken")
-        if _UNPRINTABLE.search(text):
-            raise BadField(name, f"{name} holds control characters; send plain text")
+    _check_texts(body, limits)
     given = {name: value for name in SETTINGS if (value := getattr(body, name)) is not None}
     width, height = (int(side) for side in body.size.split("x")) if body.size is not None else (None, None)
     given |= {"width": width, "height": height, "num_frames": _frames(body, facts)}
@@ -255,6 +250,15 @@ def to_request(
     _check_limits(request, limits)
     assert image is not None, "there was one"
     return request, png(image)
+
+
+def _check_texts(body: CreateVideo, limits: Limits) -> None:
+    for name in ("prompt", "negative_prompt"):
+        text = getattr(body, name) or ""
+        if len(text) > limits.prompt:
+            raise BadField(name, f"{name} has {len(text)} characters, and at most {limits.prompt} are taken")
+        if _UNPRINTABLE.search(text):
+            raise BadField(name, f"{name} holds control characters; send plain text")
 
 
 def check_plan(facts: ModelFacts, hsa: HSAConfig | None, request: ResolvedRequest, every: int) -> None:

@@ -16,7 +16,8 @@ from ...engine.media.image import read_image
 from ...engine.request import EngineConfig, Event, GenerateRequest, ResolvedRequest
 from ...errors import Cancelled, ConfigError, GroupClosed, Interrupted, RankLost
 from ..logs import say
-from ..workers.group import Machines, WorkerGroup
+from ..workers.group import WorkerGroup
+from ..workers.machines import Machines
 from ..workers.messages import FILES, GroupConfig, Outcome, Work
 from ..workers.process import ThisMachine
 from ..workers.video import run_once

@@ -5,55 +5,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Generator, Sequence
-from typing import Any, Protocol
+from collections.abc import Generator, Sequence
+from typing import Any
 
 from ...engine.request import EngineConfig
-from ...errors import TOO_LARGE, Cancelled, ConfigError, GroupClosed, Interrupted, RankLost, RequestError
-from .messages import PEER, GroupConfig, Identity, Outcome, Place, Progress, Work
+from ...errors import TOO_LARGE, Cancelled, ConfigError, GroupClosed, Interrupted, RankFailure, RankLost, RequestError
+from .machines import Machines
+from .messages import PEER, GroupConfig, Outcome, Place, Progress, Work
 from .watch import LOOK_SECONDS, Watch, Worker
 
 TRIES = 3
 """How often in a row a group may fail to become complete."""
 # The first import of a large library from a slow disk leaves no time for heartbeats.
 _LOADING_SECONDS = 60.0
+_GROW = "grow"
 
 
-class Machines(Protocol):
-    """Where worker processes are started: this machine (`process.py`), or a Ray cluster (`ray_cluster.py`)."""
-
-    def reserve(self, config: GroupConfig, attend: Callable[[], None]) -> None:
-        """Get a place for each rank, if that is not done; `attend` is called again and again meanwhile."""
-        ...
-
-    def start(self, seat: int | None) -> Worker:
-        """Start a process in a place, or, for None, a standby."""
-        ...
-
-    def wait(self, workers: Sequence[Worker], seconds: float) -> None:
-        """Return when one of some workers may have sent something, or after some seconds."""
-        ...
-
-    @property
-    def complete(self) -> bool:
-        """Whether there is every place that was reserved."""
-        ...
-
-    def near(self, identity: Identity) -> bool:
-        """Whether a process can use this process's folders."""
-        ...
-
-    def rank_key(self, worker: Worker) -> Any:
-        """What workers are sorted by to number the ranks: neighbours in the order are neighbours in the machine."""
-        ...
-
-    def gpu(self, seat: int) -> int | None:
-        """See `Place.gpu`."""
-        ...
-
-    def release(self) -> None:
-        """Give the places back."""
-        ...
+class Grown(Exception):
+    """The video was saved because ranks that were missing are ready; `recover` lets them in, `run` goes on with it."""
 
 
 class WorkerGroup:
@@ -80,7 +49,10 @@ class WorkerGroup:
         self._standby: Worker | None = None
         # Seats that the cluster had not given when the group resumed without them.
         self._without: set[int] = set()
+        # What is asked for and not passed on yet, and what the ranks were told.
         self._stop_request: str | None = None
+        self._stopping: str | None = None
+        self._kept = False
         self._complete = self._closed = self._on_gpus = False
         self.working = False
         """Whether a video is being made."""
@@ -123,8 +95,8 @@ class WorkerGroup:
     def recover(self, work: Work | None = None) -> None:
         """Start what is missing and let the ranks meet, if they are not together already.
 
-        A place that the cluster has no more is done without after a while; should it come back, it is taken up the
-        next time that the group recovers, or when `watch` sees it.
+        A place that the cluster has no more is done without after a while. Should it come back, it is taken up the next
+        time that the group recovers, when `watch` sees it, or in the midst of a video that is kept (`Grown`).
 
         Args:
             work: what comes next, if that is known.
@@ -136,14 +108,11 @@ class WorkerGroup:
         """
         if self._complete:
             return
-        for left in reversed(range(TRIES)):
-            try:
-                self._gather()
-                self._meet(work)
-                break
-            except RankLost:
-                if not left:
-                    raise
+        try:
+            self._assemble(work)
+        except BaseException:
+            self.working = False
+            raise
         self._complete = True
         self._keep_standby()
 
@@ -171,10 +140,14 @@ class WorkerGroup:
                 every rank; the group stays.
             Cancelled: after a stop request; `Interrupted` if the video was saved and can be resumed.
             RankLost: a rank was lost; `recover` replaces it.
+            Grown: ranks can be let in.
             GroupClosed: by `close`.
         """
         assert self._complete, "recover comes before run"
-        self.working, self._stop_request = True, None
+        # After `Grown` the work goes on, and what was asked for meanwhile still holds.
+        self._stop_request = self._stop_request if self.working else None
+        self.working, self._stopping = True, None
+        self._kept = work.folder is not None or work.copies is not None
         watch = self._order("make", [(work,)] * self.size)
         try:
             yield from watch.progress()
@@ -186,7 +159,20 @@ class WorkerGroup:
             raise
         finally:
             self.working = False
-        return self._judge(watch)
+        try:
+            return self._judge(watch)
+        except Interrupted as saved:
+            if self._stopping == "cancel":
+                raise Cancelled(str(saved)) from saved
+            if self._stopping != _GROW:
+                raise
+            self.working, self._complete = True, False
+            raise Grown from saved
+
+    @property
+    def _reloads(self) -> bool:
+        """Whether every rank loads its model anew when they meet: a GPU is chosen then, and shards depend on all."""
+        return self._on_gpus or self.config.shard_weights
 
     def request_stop(self, verb: str) -> None:
         """Let the running video end within one step: "cancel", or "stop" after saving it. Harmless when idle.
@@ -207,10 +193,21 @@ class WorkerGroup:
 
     # How it becomes complete.
 
+    def _assemble(self, work: Work | None) -> None:
+        for left in reversed(range(TRIES)):
+            try:
+                self._gather()
+                self._meet(work)
+                return
+            except RankLost:
+                if not left:
+                    raise
+
     def _gather(self) -> None:
         """Have a process in every place that there is."""
         self._attend()
         self._machines.reserve(self.config, self._attend)
+        self._arrived()  # those of places that the group has done without so far
         self._take_standby()
         taken = {worker.seat for worker in self._workers}
         for seat in range(self.config.size):
@@ -223,9 +220,15 @@ class WorkerGroup:
             if self._machines.complete:
                 missing_since = now
             late = now - begin > self.config.start_seconds
+            enough = len(self._workers) >= self.config.least
             if late and not self._workers:
                 raise RankLost("timeout", f"no process was started in {self.config.start_seconds:.0f} s")
-            if late or (now - missing_since > self.config.patience and self._workers):
+            if late and not enough:
+                raise RankFailure(
+                    f"given up: {len(self._workers)} of at least {self.config.least} ranks are left after "
+                    f"{self.config.start_seconds:.0f} s; a job that was kept is resumed by the same command"
+                )
+            if late or (now - missing_since > self.config.patience and enough):
                 self._without |= self._coming.keys()
             elif self._coming:
                 self._pause(list(self._coming.values()))
@@ -369,7 +372,7 @@ class WorkerGroup:
         """
         self._complete = False
         everybody, gone = self._workers, set(ranks)
-        if gone and (self._on_gpus or self.config.shard_weights):
+        if gone and self._reloads:
             gone = set(range(len(everybody)))
         for rank in gone:
             everybody[rank].kill(everybody)
@@ -398,10 +401,37 @@ class WorkerGroup:
         if standby is not None:  # or what it sends would pile up; `watch` and `recover` see to it if it is lost
             with contextlib.suppress(RankLost):
                 standby.read()
-        verb, self._stop_request = self._stop_request, None
-        if verb is not None and self.working:
+        if not (self.working and self._complete):
+            return
+        if self._stop_request is not None:
+            self._stopping, self._stop_request = self._stop_request, None
             for worker in self._workers:
-                worker.request_stop(verb)
+                worker.request_stop(self._stopping)
+        elif self._kept and self._coming and self._stopping is None and self._grow():
+            self._stopping = _GROW
+            for worker in self._workers:
+                worker.request_stop("stop")
+
+    def _grow(self) -> bool:
+        """Whether ranks that were missing are ready; their models are loaded while the others work."""
+        for seat, worker in list(self._coming.items()):
+            try:
+                worker.read()
+                useless = worker.outcome is not None and worker.outcome.ended != "done"
+            except RankLost:
+                useless = True
+            if useless:  # the next recovery starts another one, and says what is wrong
+                self._coming.pop(seat).kill()
+            elif worker.identity is not None and not worker.ordered and not self._reloads:
+                worker.order("load", self._engine, self.config.threads)
+        found = [worker for worker in self._coming.values() if worker.identity is not None]
+        ready = bool(found) and all(worker.outcome is not None or self._reloads for worker in found)
+        if ready:
+            have = len(self._workers)
+            logging.getLogger("heterostep").warning(
+                "heterostep: going on with %d of %d ranks instead of %d", have + len(found), self.config.size, have
+            )
+        return ready
 
     def _pause(self, workers: Sequence[Worker]) -> None:
         self._attend()

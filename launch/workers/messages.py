@@ -31,7 +31,7 @@ class Identity:
 
     Attributes:
         pid: its number on its machine.
-        node: Ray's id of the machine; empty without Ray.
+        node: stands for the machine; empty on the driver's own, where there is no Ray.
         address: of the machine, for the other ranks.
         device: the number of the GPU that Ray gave it; empty without one.
     """
@@ -198,6 +198,7 @@ class GroupConfig:
         collective_seconds: how long a collective may take before its rank gives up.
         start_seconds: how long a process may take to start in a place that is free.
         patience: seconds that a place may be missing in the cluster before the group resumes without it.
+        least: ranks without which it does not resume; it waits for them for `start_seconds`.
 
     Raises:
         ConfigError: a value is out of range.
@@ -212,9 +213,10 @@ class GroupConfig:
     collective_seconds: float = 1800.0
     start_seconds: float = 180.0
     patience: float = 15.0
+    least: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("size", "threads"):
+        for name in ("size", "threads", "least"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} of a worker group must be a whole number of at least 1, not {value!r}")

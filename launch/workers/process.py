@@ -1,8 +1,8 @@
 """Worker processes on this machine: the driver's end of their pipes, and the loop that runs inside each.
 
-`python -m heterostep.launch.workers.process` is a worker: pickled messages come on stdin and leave on stdout, a
-heartbeat among them. When stdin ends the driver is gone, and so is this process. A Ray actor runs the same loop
-(`ray_cluster.py`).
+`python -m heterostep.launch.workers.process ADDRESS` is a worker on the machine with this address: pickled messages
+come on stdin and leave on stdout, a heartbeat among them. When stdin ends the driver is gone, and so is this process.
+A Ray actor runs the same loop (`ray_cluster.py`).
 
 A worker imports PyTorch at once, while the heartbeat goes on already: all ranks then do so at the same time.
 """
@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from ...errors import RankLost
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 
 _MODULE = "heterostep.launch.workers.process"
+_LOOPBACK = "127.0.0.1"
 
 
 class LocalWorker(Worker):
@@ -41,20 +42,26 @@ class LocalWorker(Worker):
     """
 
     def __init__(
-        self, seat: int | None, environment: dict[str, str], arrived: threading.Condition, show: Callable[[str], None]
+        self,
+        seat: int | None,
+        environment: Mapping[str, str],
+        address: str,
+        arrived: threading.Condition,
+        show: Callable[[str], None],
     ) -> None:
         """Start it.
 
         Args:
             seat: as in `Worker`.
             environment: further environment variables.
+            address: of this machine, for the other ranks.
             arrived: notified when it has sent something.
             show: gets each line that it prints, in a thread of its own.
         """
         super().__init__(seat)
         self.process = process = subprocess.Popen(
             # -P: a file of the working directory must not stand in for a module.
-            [sys.executable, "-P", "-m", _MODULE],
+            [sys.executable, "-P", "-m", _MODULE, address],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -127,17 +134,30 @@ class LocalWorker(Worker):
 
 
 class ThisMachine:
-    """This machine, as the place of a group's workers."""
+    """This machine, as the place of a group's workers.
 
-    def __init__(self, index: int = 0, show: Callable[[int | None, str], None] | None = None) -> None:
+    Attributes:
+        arrived: notified when a process has sent something.
+    """
+
+    def __init__(
+        self,
+        index: int = 0,
+        show: Callable[[int | None, str], None] | None = None,
+        address: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Start nothing yet.
 
         Args:
             index: number of the group among those of this process, which chooses its GPUs.
             show: gets the seat of a worker and each line that it prints; None prints them on stderr.
+            address: of this machine, where it is one of several.
+            environment: further environment variables of each process.
         """
         self._index, self._show = index, show if show is not None else _print
-        self._arrived = threading.Condition()
+        self._address, self._environment = address, environment or {}
+        self.arrived = threading.Condition()
         self._size = 1
 
     @property
@@ -151,14 +171,17 @@ class ThisMachine:
 
     def start(self, seat: int | None) -> LocalWorker:
         """Start a process."""
-        # Seats are ranks here, where every place can be filled; libraries and people look at these.
-        names = {} if seat is None else {"RANK": str(seat), "LOCAL_RANK": str(seat), "WORLD_SIZE": str(self._size)}
-        return LocalWorker(seat, names, self._arrived, lambda line: self._show(seat, line))
+        # Libraries and people look at these. On one machine seats are ranks, as every place can be filled.
+        names = {} if seat is None else {"LOCAL_RANK": str(seat)}
+        if seat is not None and self._address is None:
+            names |= {"RANK": str(seat), "WORLD_SIZE": str(self._size)}
+        names |= self._environment
+        return LocalWorker(seat, names, self._address or _LOOPBACK, self.arrived, lambda line: self._show(seat, line))
 
-    def wait(self, workers: Sequence[Worker], seconds: float) -> None:
+    def wait(self, workers: Sequence[Any], seconds: float) -> None:
         """Return when one of some workers has sent something, or after some seconds."""
-        with self._arrived:
-            self._arrived.wait_for(lambda: any(getattr(worker, "waiting", True) for worker in workers), seconds)
+        with self.arrived:
+            self.arrived.wait_for(lambda: any(getattr(worker, "waiting", True) for worker in workers), seconds)
 
     def near(self, identity: Identity) -> bool:
         """Every process is."""
@@ -292,7 +315,7 @@ def main() -> None:
     # Whatever libraries print must not get between the answers.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    loop = WorkerLoop(Identity(pid=os.getpid()))
+    loop = WorkerLoop(Identity(pid=os.getpid(), address=sys.argv[1]))
     threading.Thread(target=_listen, args=(loop,), name="listen", daemon=True).start()
     threading.Thread(target=_send, args=(loop, answers), name="send", daemon=True).start()
     loop.run()

@@ -11,7 +11,7 @@ from pathlib import Path
 from ...engine.media.files import RESULT_NAME, checkpoint_steps, has_result, no_room
 from ...engine.request import Event
 from ...errors import RankFailure, RankLost
-from .group import WorkerGroup
+from .group import Grown, WorkerGroup
 from .messages import Outcome, Work, read_copies, write_copies
 
 MAX_LOSSES = 20
@@ -71,7 +71,16 @@ def make_video(
 
 
 def run_once(group: WorkerGroup, work: Work, folder: Path | None) -> Generator[Event, None, Outcome]:
-    """One attempt; what rank 0 saves on another machine is copied to `folder`."""
+    """One attempt, in which ranks that come back are let in."""
+    while True:
+        try:
+            return (yield from _run(group, work, folder))
+        except Grown:
+            group.recover(work)
+
+
+def _run(group: WorkerGroup, work: Work, folder: Path | None) -> Generator[Event, None, Outcome]:
+    """Run the group; what rank 0 saves on another machine is copied to `folder`."""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         near = group.near

@@ -14,6 +14,8 @@ LOOK_SECONDS = 0.25
 # How long ranks may take to notice that a peer failed: a rank that is computing sees a closed connection only at its
 # next collective.
 _GRACE_SECONDS = 20.0
+# The connections of a machine that says nothing more may never be closed.
+_SILENT_GRACE_SECONDS = 3.0
 
 
 class Worker(ABC):
@@ -38,6 +40,11 @@ class Worker(ABC):
     def silent(self) -> float:
         """Seconds since it was last heard of."""
         return time.monotonic() - self.heard
+
+    @property
+    def ordered(self) -> bool:
+        """Whether it ever got an order."""
+        return self._number > 0
 
     @property
     def alive(self) -> bool:
@@ -189,7 +196,8 @@ class Watch:
 
     def _lose(self, rank: int, cause: str, text: str) -> None:
         self.lost.setdefault(rank, (cause, text))
-        self._hurry()
+        self._hurry(cause)
 
-    def _hurry(self) -> None:
-        self._deadline = min(self._deadline, time.monotonic() + _GRACE_SECONDS)
+    def _hurry(self, cause: str = "") -> None:
+        grace = _SILENT_GRACE_SECONDS if cause == "node" else _GRACE_SECONDS
+        self._deadline = min(self._deadline, time.monotonic() + grace)

@@ -67,6 +67,7 @@ def on_machines(bed, rendezvous, layouts):
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     # The caller ends the process group that it made.
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}-end", rank=rank, world_size=size)
+    dist.barrier()
     return found
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 
 import pytest
 
 from heterostep.engine.request import EngineConfig, GenerateRequest
-from heterostep.errors import ConfigError, RankLost, RequestError
+from heterostep.errors import Cancelled, ConfigError, Interrupted, RankFailure, RankLost, RequestError
 from heterostep.launch.workers import watch
-from heterostep.launch.workers.group import WorkerGroup
-from heterostep.launch.workers.messages import PEER, GroupConfig, Identity, Order, Outcome, Report, Work
+from heterostep.launch.workers.group import Grown, WorkerGroup
+from heterostep.launch.workers.messages import PEER, GroupConfig, Identity, Order, Outcome, Report, StopRequest, Work
 from heterostep.launch.workers.watch import Worker
 
 WORK = Work(request=GenerateRequest(prompt="x"))
@@ -27,6 +28,9 @@ class Pretender(Worker):
         self.messages, self.orders, self.death, self.killed = [Identity(pid=self.pid)], [], None, False
 
     def post(self, message):
+        if isinstance(message, StopRequest):
+            ended = "cancelled" if message.verb == "cancel" else "stopped"
+            self.messages.append(Report(message.order, Outcome(ended=ended, message="saved", saved=3)))
         if not isinstance(message, Order):
             return
         self.orders.append(message.what)
@@ -205,3 +209,74 @@ def test_a_late_process_that_dies_is_started_again(answers):
         group.watch()
     group.recover()
     assert group.size == 2 and group.ready
+
+
+KEPT = dataclasses.replace(WORK, folder="kept")
+
+
+@pytest.fixture
+def alone(answers):
+    """A group of two that goes on with one, whose video takes until it is told to stop."""
+    group, machines = group_of(answers, 2, patience=0.01)
+    machines.late, machines.complete = {1}, False
+    group.recover()
+    assert group.ready and group.size == 1
+    answers["make"] = dict.fromkeys(range(2), WAITS)
+    return group, machines.started[1]
+
+
+def come(worker):
+    worker.messages.append(Identity(pid=worker.pid))
+
+
+def test_a_rank_that_comes_back_loads_and_is_let_in_where_the_video_is_saved(alone, caplog):
+    group, late = alone
+    come(late)
+    with pytest.raises(Grown):
+        next(group.run(KEPT))
+    assert late.orders == ["load"] and not group.ready and group.working
+    group.recover(KEPT)
+    assert group.size == 2 and late.orders == ["load", "join"] and not late.killed
+    assert "going on with 2 of 2 ranks instead of 1" in caplog.text
+
+
+@pytest.mark.parametrize(("verb", "error"), [("stop", Interrupted), ("cancel", Cancelled)])
+def test_what_is_asked_for_while_ranks_are_let_in_holds(alone, verb, error):
+    group, late = alone
+    come(late)
+    with pytest.raises(Grown):
+        next(group.run(KEPT))
+    group.request_stop(verb)
+    group.recover(KEPT)
+    with pytest.raises(error):
+        next(group.run(KEPT))
+    assert not group.working
+
+
+@pytest.mark.parametrize("how", ["refused", "died", "not kept"])
+def test_what_cannot_help_does_not_disturb_the_video(alone, answers, how):
+    group, late = alone
+    answers["load"] = {1: Outcome(ended="refused", message="no model")} if how == "refused" else {}
+    come(late)
+    if how == "died":
+        late.messages.clear()
+        late.death = "was killed by SIGKILL"
+    first = group._workers[0]
+
+    def receive(usual=first.receive):
+        """Rank 0 finishes when the late one has been dealt with."""
+        if how == "not kept" or late.killed:
+            first.messages.append(Report(first._number, Outcome()))
+        return usual()
+
+    first.receive = receive
+    for _ in group.run(WORK if how == "not kept" else KEPT):
+        pass
+    assert group.ready and group.size == 1 and late.orders == (["load"] if how == "refused" else [])
+
+
+def test_a_group_that_is_too_small_is_given_up_at_a_stated_time(answers):
+    group, machines = group_of(answers, 3, least=2, start_seconds=0.05, patience=0.01)
+    machines.late, machines.complete = {1, 2}, False
+    with pytest.raises(RankFailure, match="1 of at least 2 ranks are left after 0 s"):
+        group.recover()
