@@ -20,6 +20,7 @@ from ..parallel.mesh import ParallelMesh
 from .checkpoint import Saved, identity_of
 from .decoding import decode_audio, decode_frames
 from .denoise.inputs import encode_prompts, seen_image
+from .denoise.long_video import opening, worded_windows
 from .denoise.session import apply, remove
 from .denoise.work_split import Sharding
 from .facts import first_line, read_facts
@@ -347,8 +348,10 @@ class Engine:
             request.num_inference_steps,
         )
         # At compute=1 the hook does not change the result, but resuming and runs on several ranks need it.
-        hooked = hsa is not None or every is not None or self.sharding is not None
-        session = apply(pipeline, hsa or HSAConfig(compute=1.0), sharding=self.sharding) if hooked else None
+        windows = worded_windows(self._adapter, pipeline, self.facts, request, self.device, self.sharding)
+        hooked = any(need is not None for need in (hsa, every, self.sharding, windows))
+        dense = HSAConfig(compute=1.0)
+        session = apply(pipeline, hsa or dense, sharding=self.sharding, windows=windows) if hooked else None
         try:
             cost = math.prod(grid) * num_steps * (hsa.compute if hsa is not None else 1.0)
             on_step = StepEvents(
@@ -393,7 +396,7 @@ class Engine:
             width=request.width,
             height=request.height,
             num_inference_steps=request.num_inference_steps,
-            generator=torch.Generator("cpu").manual_seed(request.seed),
+            **opening(self._adapter, pipeline, self.facts, request),
             output_type="latent",
             callback_on_step_end=on_step,
             callback_on_step_end_tensor_inputs=list(carried),

@@ -66,6 +66,7 @@ class ModelFacts:
         vae_temporal: video frames for a latent frame (after the first).
         vae_spatial: pixels for a latent row or column.
         rope_max: greatest number of tokens along one axis.
+        longest_seconds: how long its positions let one video be, where they are times; else 0.
         image: whether a video starts from an image: `"none"`, `"optional"` or `"required"`.
         sees_image: whether the transformer also attends to an image encoder's view of the image (Wan 2.1).
         image_crf: how much the pipeline compresses the image before it is encoded; None: not at all.
@@ -93,6 +94,7 @@ class ModelFacts:
     sees_image: bool = False
     image_crf: int | None = None
     pipeline_step: int = 16
+    longest_seconds: float = 0.0
     audio_heads: int = 0
     audio_head_dim: int = 0
     audio_rate: float = 0.0
@@ -420,6 +422,7 @@ def ltx2_facts(
         "vae_temporal": temporal,
         "vae_spatial": spatial,
         "rope_max": _UNBOUNDED,
+        "longest_seconds": float(transformer.get("pos_embed_max_pos", 20)),
         "image": "optional",
         "image_crf": _IMAGE_CRF_GEMMA_4 if "gemma4" in str(text.get("model_type")) else _IMAGE_CRF,
         "pipeline_step": 32,

@@ -16,6 +16,7 @@ from ..parallel.config import ParallelConfig
 from ..settings import check, like, setting
 from .facts import ModelFacts
 from .media.image import MAX_SIDE, fingerprint, fit_image, read_image, size_for
+from .windows import fill, frames_in
 
 if TYPE_CHECKING:
     import numpy as np
@@ -138,6 +139,9 @@ class GenerateRequest:
     num_frames: int | None = setting(
         None, least=1, flag="frames", help="number of frames: 4 k + 1 for Wan, 8 k + 1 for LTX-2"
     )
+    seconds: float | None = setting(
+        None, above=0, most=3600, unit="seconds", help="length, in place of frames; rounded to what the model can make"
+    )
     fps: int | None = setting(
         None, least=1, most=1000, help="frames per second of the file; models with sound also generate for this rate"
     )
@@ -162,6 +166,32 @@ class GenerateRequest:
     compute: float | None = like(HSAConfig, "compute", default=None, flag="")
     image: str | os.PathLike[str] | Image.Image | None = setting(
         None, metavar="FILE", help="PNG, JPEG or WebP image that the video starts from, for models that take one"
+    )
+
+    window: int | None = setting(
+        None,
+        least=1,
+        unit="frames",
+        help="frames that the model sees at once, for a video from text alone; left out, a video beyond the model's "
+        "own length is made in windows of that length",
+    )
+    overlap: int | None = setting(
+        None,
+        least=1,
+        unit="frames",
+        help="frames that neighbouring windows share, rounded up to whole latent frames; left out, 3/8 of a window",
+    )
+    roll_windows: bool | None = setting(
+        None, help="let the windows begin elsewhere at each step, so that no seam stands still; one more window a step"
+    )
+    shared_noise: bool | None = setting(
+        None, help="begin all windows with the same noise in another order, so that they look alike; left out, it is on"
+    )
+    prompt_schedule: str | None = setting(
+        None,
+        metavar="FILE",
+        help="prompts over time, for videos in windows: lines FROM-TO: PROMPT, in frames (0-40: a red disc) or seconds "
+        "(2.5s-5s: a blue disc); elsewhere the prompt holds",
     )
 
     def __post_init__(self) -> None:
@@ -208,7 +238,11 @@ def prepare(request: GenerateRequest, facts: ModelFacts) -> tuple[ResolvedReques
     defaults = facts.defaults
     given = {item.name: getattr(request, item.name) for item in dataclasses.fields(request) if item.name != "image"}
     values = {key: value for key, value in given.items() if value is not None}
-    filled = {**defaults._asdict(), "compute": None, **values}
+    filled = {**given, **defaults._asdict(), **values, "seconds": None}
+    if request.seconds is not None:
+        if request.num_frames is not None:
+            raise RequestError("seconds and num_frames say the same; give one of them")
+        filled["num_frames"] = frames_in(request.seconds, facts, filled["fps"])
     if image is not None and request.width is None and request.height is None:
         filled["width"], filled["height"] = size_for(image, defaults.width * defaults.height, facts.size_step)
     # A guidance scale of the user's own is meant for both experts, as in the stock pipeline.
@@ -216,7 +250,7 @@ def prepare(request: GenerateRequest, facts: ModelFacts) -> tuple[ResolvedReques
         filled["guidance_scale_2"] = None
     if "guidance_scale_2" in values and facts.experts == 1:
         raise RequestError(f"guidance_scale_2 is for models with two experts; {facts.name!r} has one")
-    resolved = ResolvedRequest(**filled)
+    resolved = ResolvedRequest(**fill(filled, facts, image=image is not None))
     _check_grid(resolved, facts)
     if image is None:
         return resolved, None
@@ -259,10 +293,11 @@ def _check_grid(request: ResolvedRequest, facts: ModelFacts) -> None:
             f"{request.num_frames} frames at {request.fps} per second are too short for sound, which needs "
             f"{1000 / facts.audio_rate:.0f} ms; use more frames or a lower fps"
         )
-    grid = facts.grid(request.width, request.height, request.num_frames)
+    seen = min(request.window or request.num_frames, request.num_frames)
+    grid = facts.grid(request.width, request.height, seen)
     if max(grid) > facts.rope_max:
         raise RequestError(
-            f"{request.num_frames} frames of {request.width}x{request.height} are {grid[0]} x {grid[1]} x "
+            f"{seen} frames of {request.width}x{request.height} are {grid[0]} x {grid[1]} x "
             f"{grid[2]} tokens (frames, rows, columns), but model {facts.name!r} takes at most "
             f"{facts.rope_max} along each axis"
         )

@@ -160,7 +160,7 @@ def command_of(arguments: argparse.Namespace) -> Command:
     outputs = Outputs(**given(Outputs, given_flags))
     width, height = given_flags.get("size", (None, None))
     return Command(
-        request=GenerateRequest(**given(GenerateRequest, given_flags), width=width, height=height),
+        request=GenerateRequest(**_request(given_flags), width=width, height=height),
         engine=engine_of(given_flags),
         degrees=given(ParallelConfig, given_flags),
         shard_weights=given_flags.get("shard_weights", False),
@@ -230,6 +230,19 @@ def read_settings(values: Mapping[str, Any], *classes: type) -> dict[str, Any]:
             raise ConfigError(f"{name}: {error}") from None
         read[item.name] = (value,) if item.kind.startswith("tuple") else value
     return read
+
+
+def _request(given_flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a request, with the content of the file that a flag names."""
+    settings = given(GenerateRequest, given_flags)
+    if "prompt_schedule" in settings:
+        name = settings["prompt_schedule"]
+        try:
+            settings["prompt_schedule"] = Path(name).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise ConfigError(f"--prompt-schedule {name!r} cannot be read ({reason})") from error
+    return settings
 
 
 def _job(settings: dict[str, Any], outputs: Outputs) -> JobConfig | None:

@@ -207,6 +207,10 @@ class Reference:
         _, c, f, y, x = velocity.shape
         return self.video(self.mask[..., None].expand(-1, -1, 4 * c).float(), (f, y, x)) > 0
 
+    def velocity(self, name: str, model: Any, noisy: Tensor, step: Tensor, embeds: Tensor, seen: Tensor | None):
+        """What the model says of the whole video; `name` is the branch."""
+        return model(noisy, step, embeds, seen, return_dict=False)[0]
+
     def given(self, latents: Tensor, t: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """The model's input and timesteps; `condition` is a first latent frame, or channels to be appended."""
         b, _, f, y, x = latents.shape
@@ -261,7 +265,7 @@ class Reference:
                 self.history = histories[name]
                 if self.mask.any():
                     noisy, step = self.given(latents, t, condition)
-                    v = self.models[expert](noisy, step, embeds, seen, return_dict=False)[0]
+                    v = self.velocity(name, self.models[expert], noisy, step, embeds, seen)
                     self.history.mix("velocity", self.rows(v), self.mask)
                     self.history.tick(self.sigma, self.mask)
                 where = {"hold": None, "taylor": sigmas[i], "ab2": (sigmas[i] + sigmas[i + 1]) / 2}[self.forecast]

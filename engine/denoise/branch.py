@@ -15,6 +15,7 @@ from ...hsa.cache import KVCache, fill_rows
 from ...hsa.velocity import TokenClock, VelocityCache
 from ..models import Adapter
 from ..models.base import Grid, TextKV
+from .windows import Window, Windows
 from .work_split import Share
 
 
@@ -23,10 +24,10 @@ class Branch:
 
     Attributes:
         velocity: of the video's tokens.
-        layers: keys and values, by site.
+        layers: keys and values, by window and site.
         others: velocities of whatever else the model returns, such as sound: fresh at every step with active tokens.
         begun: whether the velocities have their shapes: from the first evaluation of a run, or after a restart, on.
-        text: the prompt's keys and values, by expert.
+        text: the prompt's keys and values, by expert and the prompt's number.
     """
 
     def __init__(
@@ -46,10 +47,11 @@ class Branch:
             history: whether the K/V before the last are kept too.
         """
         self.velocity = VelocityCache(forecast)
-        self.layers = [KVCache(dtype, history=history) for _ in range(num_sites)]
+        self.layers: dict[int, list[KVCache]] = {}
+        self._caches = lambda: [KVCache(dtype, history=history) for _ in range(num_sites)]
         self.others: list[VelocityCache] = []
         self.begun = False
-        self.text: dict[int, list[TextKV]] = {}
+        self.text: dict[tuple[int, int | None], list[TextKV]] = {}
 
     def velocities(self, num_others: int | None = None) -> list[VelocityCache]:
         """All velocity caches, the tokens' first; those of `num_others` other outputs are made on first use."""
@@ -57,11 +59,23 @@ class Branch:
             self.others.append(VelocityCache(self.velocity.forecast))
         return [self.velocity, *self.others]
 
+    def caches(self, window: int) -> list[KVCache]:
+        """Keys and values of a window, by site; made on first use. Without windows the video is window 0."""
+        if window not in self.layers:
+            self.layers[window] = self._caches()
+        return self.layers[window]
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(cache.nbytes for layers in self.layers.values() for cache in layers)
+
     def begin(self) -> None:
         """Start a run: forget what an earlier one left behind, and keep the buffers."""
         self.restart()
-        for cache in self.layers:
-            cache.reset()
+        for layers in self.layers.values():
+            for cache in layers:
+                cache.reset()
 
     def restart(self) -> None:
         """Forget what depends on the prompt, the guidance and the weights; a full step comes next."""
@@ -142,6 +156,7 @@ class Call:
         arguments: by name.
         units: the guidance units that are stacked in the batch.
         grid: tokens of the video.
+        window: of a long video, whose arguments and grid these are; None: the call is for the whole video.
     """
 
     module: Any
@@ -150,6 +165,14 @@ class Call:
     arguments: Mapping[str, Any]
     units: tuple[str, ...]
     grid: Grid
+    window: Window | None = None
+
+    def inside(self, window: Window, windows: Windows, adapter: Adapter) -> Call:
+        """The call for one window."""
+        arguments = adapter.window(self.module, self.arguments, window.start, window.stop)
+        grid = self.grid._replace(frames=window.stop - window.start)
+        arguments = windows.worded(arguments, self.units, window)
+        return replace(self, arguments=arguments, grid=grid, window=window)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -179,7 +202,8 @@ class Step:
     On many ranks also this rank's `shares` of it, by the number of guidance units in the batch, and the `answers` by
     unit (rows of velocity, and all else) that are known before their branch asks. `units` are the guidance units of
     branches that came so far, `whole` those of branches that needed all tokens though the step leaves out some; `alone`
-    says that this is the step of one such branch.
+    says that this is the step of one such branch. `parts` are the same step of single windows, each of which knows the
+    step that it is `part_of`.
     """
 
     index: int
@@ -199,6 +223,17 @@ class Step:
     left: int = 0
     seconds: float = 0.0
     recorded: bool = False
+    parts: dict[int, Step] = field(default_factory=dict)
+    part_of: Step | None = None
+
+    def inside(self, window: Window, active: Tensor | None, num_tokens: int) -> Step:
+        """The step of one window, with its own active tokens of `num_tokens`; the same for all branches."""
+        if window.number not in self.parts:
+            count = num_tokens if active is None else active.shape[-1]
+            self.parts[window.number] = replace(
+                self, active=active, count=count, shares={}, answers={}, parts={}, part_of=self
+            )
+        return self.parts[window.number]
 
     def whole_for(self, call: Call, evaluations: Tensor) -> Step:
         """The step of one branch alone, which needs all tokens again after others have been answered as planned.
@@ -213,9 +248,10 @@ class Step:
                 evaluations += more
             self.whole.update(call.units)
         # What another group of ranks may have answered beforehand is no longer asked.
-        for unit in call.units:
-            self.answers.pop(unit, None)
-        return replace(self, active=None, count=evaluations.shape[1], shares={}, answers={}, alone=True)
+        for step in (self, *self.parts.values()):
+            for unit in call.units:
+                step.answers.pop(unit, None)
+        return replace(self, active=None, count=evaluations.shape[1], shares={}, answers={}, parts={}, alone=True)
 
     def work(self, num_tokens: int) -> int:
         """Evaluated tokens per sample, the mean over the guidance units where these differ."""

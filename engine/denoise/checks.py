@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,13 +14,16 @@ from torch import nn
 
 from ...errors import ConfigError
 from ...hsa.config import HSAConfig
+from ...hsa.policies import JointPolicy
 from ..facts import ModelFacts, first_line, read_scheduler
 from ..models import Adapter, adapter_named
 from ..models.base import CachedAttention, Grid
 from ..models.hook_registry import HOOK_NAME
 from ..request import ResolvedRequest
+from .long_video import windows_for
 from .run import Run
 from .schedulers import scheduler_for
+from .windows import Windows
 
 TRANSFORMERS = ("transformer", "transformer_2")
 """Attributes in which pipelines keep their transformers."""
@@ -154,6 +158,38 @@ def _uncompiled(block: Any) -> Any:
     return getattr(block, "_orig_mod", block)
 
 
+def cut_into(run: Run, windows: Windows) -> None:
+    """Let all runs to come cut long videos into windows.
+
+    Raises:
+        ConfigError: the windows move under a policy that leaves out tokens.
+    """
+    planner = run.own_planner
+    if windows.roll and (planner is None or planner.policy.leaves_out()):
+        policy = "a planner of your own" if planner is None else f"policy={run.config.policy!r}"
+        raise ConfigError(
+            f"Windows that roll do not work with {policy}: keys and values of skipped tokens belong to the window that "
+            'they were computed in. Use windows that stand still, or policy="joint".'
+        )
+    if windows.roll and planner is not None and isinstance(planner.policy, JointPolicy):
+        planner.policy = replace(planner.policy, whole=True)
+    run.windows = windows
+
+
+def check_text_alone(pipe: Any, adapter: Adapter) -> None:
+    """Refuse windows for a pipeline that makes videos from an image: only the first of them would begin with it.
+
+    Raises:
+        ConfigError: it does.
+    """
+    kind, text = type(pipe), adapter.pipelines[0]
+    if not any(base.__name__ == text for base in kind.__mro__):
+        raise ConfigError(
+            f"{kind.__name__} makes videos from an image, and windows are for videos from text alone: use {text}, or "
+            "no windows."
+        )
+
+
 def rehearse(facts: ModelFacts, hsa: HSAConfig | None, request: ResolvedRequest, every: int | None = None) -> None:
     """Plan a run on the model's scheduler alone, and refuse what the run would refuse.
 
@@ -178,6 +214,9 @@ def rehearse(facts: ModelFacts, hsa: HSAConfig | None, request: ResolvedRequest,
     adapter.set_timesteps(scheduler, facts, request)
     pipeline = SimpleNamespace(scheduler=scheduler, config=SimpleNamespace(boundary_ratio=facts.boundary_ratio))
     run = Run(pipeline, adapter, hsa)
+    windows = windows_for(facts, request)
+    if windows is not None:
+        cut_into(run, windows)
     if every is not None:
         run.save_every(every)
     run.rehearse(Grid(*facts.grid(request.width, request.height, request.num_frames)))

@@ -18,6 +18,7 @@ from .branch import Branch, Call, Step, fresh_weight, tiled
 from .inputs import calling_pipeline
 from .run import Run
 from .schedulers import kind_of
+from .windows import Blend, Windows
 
 
 def named(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,21 +145,44 @@ class HSAHook(registry.LastingHook):
 
     def _evaluate(self, step: Step, call: Call) -> tuple[Tensor, ...]:
         """What the transformer is to answer to a call."""
+        windows = self.run.windows
         try:
-            if self.run.sharding is not None and step.count:
-                return self._shared(step, call)
-            if step.active is None:
-                return self._full(step, call)
             if step.count == 0:
                 return self._merged(step, call)
-            return self._partial(step, call)
+            if windows is not None and windows.cut(call.grid.frames):
+                return self._kept(step, call, self._blended(step, call, windows))
+            if self.run.sharding is None and step.active is None:
+                return self._full(step, call)
+            return self._kept(step, call, self._answer(step, call))
         finally:
             self._unbind()
+
+    def _answer(self, step: Step, call: Call) -> Answer:
+        """Evaluate the active tokens, alone or together with other ranks."""
+        return self._alone(step, call) if self.run.sharding is None else self._shared(step, call)
+
+    def _blended(self, step: Step, call: Call, windows: Windows) -> Answer:
+        """The same for a long video: each window by itself; what they answer is blended."""
+        adapter, module = self.run.adapter, call.module
+        tokens, parts = call.grid.height * call.grid.width, windows.of(call.grid.frames, step.index)
+        beside = [adapter.beside(module, call.arguments, window.start, window.stop) for window in parts]
+        blend = Blend(parts, (call.grid.frames, tokens), step.active, beside, anchor=windows.anchor)
+        for window in parts:
+            active = blend.active(window)
+            if active is not None and not len(active):
+                if not beside[window.number]:
+                    continue
+                active = active.new_zeros(1)  # what goes with the video is evaluated at every step: it needs a token
+            self._unbind()
+            part = step.inside(window, active, (window.stop - window.start) * tokens)
+            blend.add(window, *self._answer(part, call.inside(window, windows, adapter)))
+        assert blend.rows is not None, "a step has active tokens"
+        return blend.rows.to(call.dtype), tuple(other.to(call.dtype) for other in blend.others)
 
     def _full(self, step: Step, call: Call) -> tuple[Tensor, ...]:
         """All tokens: the stock pass, of which only what later steps need is kept."""
         branch = self._branch(call.name)
-        self._bind_text(branch, call.expert)
+        self._bind_text(branch, call)
         if self.run.needs_kv(step.index):
             self._bind(branch, step, call, None, len(call.units))
         out: tuple[Tensor, ...] = self.fn_ref.original_forward(**call.arguments, return_dict=False)
@@ -169,31 +193,32 @@ class HSAHook(registry.LastingHook):
             return self._merged(step, call)
         return out
 
-    def _partial(self, step: Step, call: Call) -> tuple[Tensor, ...]:
-        """Some tokens: the stock pass over these alone."""
-        adapter, active = self.run.adapter, tiled(step.active, len(call.units))
-        assert active is not None
-        self._bind(self._branch(call.name), step, call, active, len(call.units))
-        arguments = adapter.subset(call.module, call.arguments, active)
-        out = self.fn_ref.original_forward(**arguments, return_dict=False)
-        self._write(step, call, adapter.rows(call.module, out))
-        return self._merged(step, call)
+    def _alone(self, step: Step, call: Call) -> Answer:
+        """On one rank: the stock pass over the active tokens alone."""
+        adapter, active, arguments = self.run.adapter, tiled(step.active, len(call.units)), call.arguments
+        branch = self._branch(call.name)
+        self._bind_text(branch, call)
+        if active is not None or self.run.needs_kv(step.index):
+            self._bind(branch, step, call, active, len(call.units))
+        if active is not None:
+            arguments = adapter.subset(call.module, arguments, active)
+        return adapter.rows(call.module, self.fn_ref.original_forward(**arguments, return_dict=False))
 
-    def _shared(self, step: Step, call: Call) -> tuple[Tensor, ...]:
+    def _shared(self, step: Step, call: Call) -> Answer:
         """On many ranks: each evaluates its tokens, and its guidance units where these are shared too."""
         run, sharding = self.run, self.run.sharding
         assert sharding is not None
         if sharding.mesh.cfg.size == 1:
             rows, others = self._pass(step, call.name, call, call.arguments, keep=True)
             gathered = sharding.gather(rows, self._share(step, call, len(call.units)))
-            return self._kept(step, call, (gathered, sharding.same(others)))
+            return gathered, sharding.same(others)
         for i, unit in enumerate(call.units):
             run.told[unit] = {k: v for k, v in call.unit(i).items() if k not in run.adapter.moving}
         if not all(unit in step.answers for unit in call.units):
             self._share_units(step, call)
         answers = [step.answers.pop(unit) for unit in call.units]
         others = tuple(torch.cat(parts) for parts in zip(*(others for _, others in answers), strict=True))
-        return self._kept(step, call, (torch.cat([rows for rows, _ in answers]), others))
+        return torch.cat([rows for rows, _ in answers]), others
 
     def _share_units(self, step: Step, call: Call) -> None:
         """Evaluate the guidance units of a call, and those of later ones where it is known what they will ask."""
@@ -239,6 +264,8 @@ class HSAHook(registry.LastingHook):
                 processor.cache = None
         weight = self.call.weight
         self.call.attend = lambda q, k, v, cache, everywhere: sharding.attend(share, q, k, v, cache, weight, everywhere)
+        if run.windows is not None and call.window is not None:  # others may have told of another window's prompt
+            arguments = run.windows.worded(arguments, [name] if units == 1 else call.units, call.window)
         arguments = run.adapter.subset(call.module, arguments, share.tokens)
         try:
             with sharding.timed():
@@ -287,7 +314,8 @@ class HSAHook(registry.LastingHook):
         Raises:
             ConfigError: another processor was set since: it would see the active tokens alone.
         """
-        for site, processor, cache in zip(self.sites, self.processors, branch.layers, strict=True):
+        caches = branch.caches(0 if call.window is None else call.window.number)
+        for site, processor, cache in zip(self.sites, self.processors, caches, strict=True):
             if site.attention.processor is not processor:
                 stock = " or ".join(kind.__name__ for kind in self.run.adapter.stock_processors)
                 raise ConfigError(
@@ -296,17 +324,23 @@ class HSAHook(registry.LastingHook):
                     'policy="steps".'
                 )
             processor.cache = cache
-        self._bind_text(branch, call.expert)
+        self._bind_text(branch, call)
         self.call.cached, self.call.active, self.call.grid = True, active, call.grid
         if step.active is not None:
             # Tokens were evaluated at the same times in all units, of this and of every other branch.
-            clock, run = self._branch(call.name).velocity.clock, self.run
-            rows = tiled(step.active, units), units * run.batch_size
-            self.call.weight = fresh_weight(clock, step.sigma, *rows, run.kv_damping, run.kv_since, run.conditioned)
+            clock, run, whole = self._branch(call.name).velocity.clock, self.run, step.part_of or step
+            rows = tiled(whole.active, units), units * run.batch_size
+            weight = fresh_weight(clock, step.sigma, *rows, run.kv_damping, run.kv_since, run.conditioned)
+            if weight is not None and call.window is not None:
+                tokens = call.grid.height * call.grid.width
+                weight = weight[:, call.window.start * tokens : call.window.stop * tokens]
+            self.call.weight = weight
 
-    def _bind_text(self, branch: Branch, expert: int) -> None:
+    def _bind_text(self, branch: Branch, call: Call) -> None:
         """Point the processors of the cross-attention to what the branch knows of its prompt."""
-        stores = branch.text.setdefault(expert, [TextKV() for _ in self.texts])
+        windows, window = self.run.windows, call.window
+        number = None if windows is None or window is None else windows.text(window)
+        stores = branch.text.setdefault((call.expert, number), [TextKV() for _ in self.texts])
         for processor, store in zip(self.texts, stores, strict=True):
             processor.store = store
 

@@ -24,6 +24,7 @@ from .branch import CHANGED, Branch, Call, Step, checked, fresh_elements, guided
 from .inputs import Change, Inputs, loop_values
 from .replay import Replays
 from .schedulers import check_levels, check_noise, correct_for, forecast_for
+from .windows import Windows
 from .work_split import Sharding, check_degrees, check_ranks
 
 
@@ -46,6 +47,7 @@ class Run:
         """
         self.check = check
         self.own, self.adapter, self.config, self.sharding = pipe, adapter, config, sharding
+        self.windows: Windows | None = None
         # The pipeline that runs: others may share the transformers.
         self.pipe, self.inputs, self.replays = pipe, Inputs(), Replays()
         # What each guidance unit asks of the transformer at all steps alike: as far as seen, or told beforehand.
@@ -270,7 +272,7 @@ class Run:
             steps=list(self.records),
             compute=work / total if total else float("nan"),
             evaluations=evaluations,
-            kv_bytes=sum(cache.nbytes for branch in self.branches.values() for cache in branch.layers),
+            kv_bytes=sum(branch.kv_bytes for branch in self.branches.values()),
             num_steps=self.num_steps,
             conditioned=0 if self.conditioned is None else len(self.conditioned),
         )

@@ -18,10 +18,19 @@ from ..models import hook_registry as registry
 from ..models.base import AttentionCall
 from ..report import HSAReport, StepRecord, plain_step, step_from
 from .branch import CHANGED, Step
-from .checks import TRANSFORMERS, check_distinct, check_forward, check_transformer, refuse_compiled
+from .checks import (
+    TRANSFORMERS,
+    check_distinct,
+    check_forward,
+    check_text_alone,
+    check_transformer,
+    cut_into,
+    refuse_compiled,
+)
 from .hook import HSAHook
 from .run import Run
 from .schedulers import check_noise, kind_of, restore_scheduler, scheduler_for, scheduler_state
+from .windows import Windows
 from .work_split import Sharding, random_state
 
 
@@ -35,7 +44,14 @@ class HSASession(registry.Uncopied):
         on_step: callables that get each `StepRecord` as its step completes; what they raise ends the run.
     """
 
-    def __init__(self, pipe: Any, config: HSAConfig, planner: Any, sharding: Sharding | None = None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        config: HSAConfig,
+        planner: Any,
+        sharding: Sharding | None = None,
+        windows: Windows | None = None,
+    ) -> None:
         """Hook the pipeline's transformers; `apply` is the public way."""
         adapter = adapter_for(pipe)
         self.pipe, self.config = pipe, config
@@ -48,6 +64,9 @@ class HSASession(registry.Uncopied):
         if planner is not None:  # whatever its plans are
             check_noise(scheduler)
         self._run = Run(pipe, adapter, config, planner, sharding, self._check_run)
+        if windows is not None:
+            check_text_alone(pipe, adapter)
+            cut_into(self._run, windows)
         self.planner = self._run.planner
         self._saved: Mapping[str, Any] | None = None
         # Modules with a hook of ours, and (attention, its stock processor, ours) wherever we set one.
@@ -260,6 +279,7 @@ def apply(
     parallel: ParallelConfig | None = None,
     mesh: ParallelMesh | None = None,
     sharding: Sharding | None = None,
+    windows: Windows | None = None,
 ) -> HSASession:
     """Make a diffusers pipeline evaluate only the tokens that need it; the pipeline is used as before.
 
@@ -277,6 +297,7 @@ def apply(
             same video.
         mesh: process groups for `parallel` that exist already (`ParallelMesh.from_xfuser()`); None creates new ones.
         sharding: mesh and attention of earlier sessions, used again; instead of `parallel`.
+        windows: how videos longer than a window are cut; None: the model sees them whole.
 
     Returns:
         The session, whose `report` says what was done.
@@ -296,7 +317,7 @@ def apply(
         device = adapter_for(pipe).transformers(pipe)[0][1].device
         sharding = Sharding(mesh or ParallelMesh.create(parallel, device), parallel)
     remove(pipe)
-    return HSASession(pipe, config, planner, sharding)
+    return HSASession(pipe, config, planner, sharding, windows)
 
 
 def remove(pipe: Any) -> None:

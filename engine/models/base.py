@@ -47,7 +47,7 @@ class Adapter(Protocol):
     """
 
     pipelines: ClassVar[tuple[str, ...]]
-    """Class names of the pipelines."""
+    """Class names of the pipelines; the first makes videos from text alone."""
     stock_processors: ClassVar[tuple[type, ...]]
     """Types of the attention processors that may be replaced."""
     moving: ClassVar[tuple[str, ...]]
@@ -134,6 +134,16 @@ class Adapter(Protocol):
         """The call for the active tokens [A] or [batch, A] alone."""
 
     @staticmethod
+    def window(module: Any, arguments: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+        """The call for the frames of tokens from `start` to before `stop` alone, as a video that begins there."""
+        raise NotImplementedError
+
+    @staticmethod
+    def beside(module: Any, arguments: Mapping[str, Any], start: int, stop: int) -> list[tuple[int, int]]:
+        """For each other output of `rows`, which part of it [batch, M, ...] belongs to these frames: first, end."""
+        return []
+
+    @staticmethod
     def rows(module: Any, out: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """What the transformer returned: velocity rows [batch, A, D] of the tokens in the call, and all else."""
 
@@ -186,6 +196,16 @@ class Adapter(Protocol):
     @staticmethod
     def start(facts: ModelFacts, image: Image.Image | None) -> dict[str, Any]:
         """Arguments about the image that a video starts from."""
+
+    @staticmethod
+    def long(pipeline: Any, facts: ModelFacts, request: ResolvedRequest, noise: Tensor | None) -> dict[str, Any]:
+        """More arguments for a video in windows, with its initial noise [1, C, F, Y, X] if that is not drawn there."""
+        return {} if noise is None else {"latents": noise}
+
+    @staticmethod
+    def worded(pipeline: Any, embeds: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """What the transformer gets for the prompt of these `embeds`, by the names of its arguments."""
+        raise NotImplementedError
 
     @staticmethod
     def results(output: Any) -> tuple[Tensor, Tensor | None]:

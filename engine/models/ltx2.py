@@ -1,4 +1,4 @@
-"""LTX-2: its adapter, and attention processors derived from diffusers' (Apache-2.0), whose arithmetic they keep."""
+"""LTX-2: what its transformer says about itself, and how its pipelines are called."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from diffusers.models.transformers.transformer_ltx2 import (
     AudioVisualModelOutput,
     LTX2AudioVideoAttnProcessor,
     LTX2PerturbedAttnProcessor,
-    apply_interleaved_rotary_emb,
-    apply_split_rotary_emb,
 )
 from diffusers.pipelines.ltx2.pipeline_ltx2 import calculate_shift
 from torch import Tensor
@@ -24,152 +22,21 @@ from ..media.video import Audio
 from .base import (
     Adapter,
     AttentionCall,
-    CachedAttention,
-    CachedTextAttention,
     Grid,
     Patch,
     Site,
-    attend,
     check_finite,
     gather_rows,
     unpatchify,
 )
 from .hook_registry import OwnHook
+from .ltx2_attention import CachedLTX2AttnProcessor, CachedLTX2TextAttnProcessor, Plain
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ..facts import ModelFacts
     from ..request import ResolvedRequest
-
-
-_ROTATE = {"interleaved": apply_interleaved_rotary_emb, "split": apply_split_rotary_emb}
-
-
-class CachedLTX2AttnProcessor(CachedAttention, LTX2PerturbedAttnProcessor):
-    """LTX-2's attention to video tokens, in which queries attend to the keys of all of them, active or not.
-
-    At ``attn1`` the queries are the active video tokens, at ``video_to_audio_attn`` all of the sound. It stands in for
-    both of diffusers' processors: without a perturbation they are the same. A pass over all tokens is the stock one bit
-    for bit.
-    """
-
-    def __init__(self, call: AttentionCall, replaced: Any, *, everywhere: bool = False) -> None:
-        """Stand in for the processor `replaced`."""
-        super().__init__()
-        self.take_over(call, replaced, everywhere=everywhere)
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        query_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        key_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        perturbation_mask: Tensor | None = None,
-        all_perturbed: Any = None,
-    ) -> Tensor:
-        """Attend: hidden_states [B, M, C] -> [B, M, C]; arguments as diffusers' LTX2PerturbedAttnProcessor."""
-        if all_perturbed is None:
-            all_perturbed = perturbation_mask is not None and bool(torch.all(perturbation_mask == 0))
-        if self.stock or all_perturbed:  # a perturbed block passes values on, row by row
-            return super().__call__(
-                attn,
-                hidden_states,
-                encoder_hidden_states,
-                attention_mask,
-                query_rotary_emb,
-                key_rotary_emb,
-                perturbation_mask,
-                all_perturbed,
-            )
-        video = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        value = attn.to_v(video)
-        query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(video))
-        query, key = _rotated(attn, query, key, query_rotary_emb, key_rotary_emb)
-        out = self.attend(*(t.unflatten(2, (attn.heads, -1)) for t in (query, key, value)))
-        if perturbation_mask is not None:
-            out = torch.lerp(value, out, perturbation_mask)
-        return _finished(attn, out, hidden_states)
-
-
-class CachedLTX2TextAttnProcessor(CachedTextAttention, LTX2PerturbedAttnProcessor):
-    """LTX-2's attention to the prompt with its keys and values computed once a run, bit for bit the stock one.
-
-    It is the stock one too where attention is perturbed, which the models do in self-attention alone.
-    """
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        query_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        key_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        perturbation_mask: Tensor | None = None,
-        all_perturbed: Any = None,
-    ) -> Tensor:
-        """Attend: hidden_states [B, M, C] -> [B, M, C]; arguments as diffusers' LTX2PerturbedAttnProcessor."""
-        store = self.store
-        if store is None or encoder_hidden_states is None or perturbation_mask is not None or all_perturbed:
-            return super().__call__(
-                attn,
-                hidden_states,
-                encoder_hidden_states,
-                attention_mask,
-                query_rotary_emb,
-                key_rotary_emb,
-                perturbation_mask,
-                all_perturbed,
-            )
-        if store.text is None:
-            value = attn.to_v(encoder_hidden_states)
-            store.text = attn.norm_k(attn.to_k(encoder_hidden_states)), value
-        key, value = store.text
-        batch, length, _ = key.shape
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, length, batch)
-            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
-        query = attn.norm_q(attn.to_q(hidden_states))
-        query, key = _rotated(attn, query, key, query_rotary_emb, key_rotary_emb)
-        query, key, value = (t.unflatten(2, (attn.heads, -1)) for t in (query, key, value))
-        return _finished(attn, attend(query, key, value, attention_mask, self._attention_backend), hidden_states)
-
-
-class Plain(OwnHook):
-    """On a projection: its output as no view, which `torch.nn.functional.linear` makes of it.
-
-    To the compiler a view is another kind of input, so that the first block would need graphs of its own.
-    """
-
-    def post_forward(self, module: torch.nn.Module, output: Tensor) -> Tensor:
-        """Return the same memory, not copied."""
-        plain: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
-        return plain
-
-
-def _rotated(
-    attn: Any,
-    query: Tensor,
-    key: Tensor,
-    query_rotary_emb: tuple[Tensor, Tensor] | None,
-    key_rotary_emb: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys [B, M, H * D] with their rotary embeddings, those of the queries for both by default."""
-    if query_rotary_emb is None:
-        return query, key
-    rotate = _ROTATE[attn.rope_type]
-    return rotate(query, query_rotary_emb), rotate(key, key_rotary_emb or query_rotary_emb)
-
-
-def _finished(attn: Any, out: Tensor, hidden_states: Tensor) -> Tensor:
-    """What attention found, [B, M, H * D], gated by heads where the model has gates, through the last projection."""
-    if attn.to_gate_logits is not None:
-        gates = 2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))
-        out = (out.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2, 3)
-    return attn.to_out[1](attn.to_out[0](out))
 
 
 class LTX2Adapter(Adapter):
@@ -295,6 +162,38 @@ class LTX2Adapter(Adapter):
         }
 
     @staticmethod
+    def window(module: Any, arguments: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+        """See `Adapter`."""
+        grid, count = LTX2Adapter.grid(module, arguments), stop - start
+        tokens = grid.height * grid.width
+        rows, first = slice(start * tokens, stop * tokens), slice(count * tokens)
+        timestep, marks = arguments["timestep"], arguments.get("video_keyframes_mask")
+        if timestep.ndim == 2 and timestep.shape[1] == grid.num_tokens:
+            timestep = timestep[:, rows]
+        [(low, high)] = LTX2Adapter.beside(module, arguments, start, stop)
+        return {
+            **arguments,
+            "hidden_states": arguments["hidden_states"][:, rows],
+            "timestep": timestep,
+            "num_frames": count * _patch(module).frames,
+            "video_coords": arguments["video_coords"][:, :, first],
+            "video_keyframes_mask": None if marks is None else marks[:, rows],
+            "audio_hidden_states": arguments["audio_hidden_states"][:, low:high],
+            "audio_coords": arguments["audio_coords"][:, :, : high - low],
+            "audio_num_frames": high - low,
+        }
+
+    @staticmethod
+    def beside(module: Any, arguments: Mapping[str, Any], start: int, stop: int) -> list[tuple[int, int]]:
+        """The sound of these frames: as much as the pipeline gives a video of that length."""
+        frames = module.rope.scale_factors[0] * _patch(module).frames  # of the video, for a frame of tokens
+        rate = module.audio_rope.audio_latents_per_second / arguments["fps"]
+        total, last = arguments["audio_num_frames"], LTX2Adapter.grid(module, arguments).frames
+        count = min(max(round((frames * (stop - start - 1) + 1) * rate), 1), total)
+        low = total - count if stop == last else min(round(frames * start * rate), total - count)
+        return [(low, low + count)]
+
+    @staticmethod
     def rows(module: Any, out: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Rows of video, and the velocity of the sound."""
         return out[0], out[1:]
@@ -350,21 +249,46 @@ class LTX2Adapter(Adapter):
 
     @staticmethod
     def set_timesteps(scheduler: Any, facts: ModelFacts, request: ResolvedRequest) -> None:
-        """Shifted by the number of tokens."""
-        steps, config = request.num_inference_steps, scheduler.config
-        mu = calculate_shift(
-            math.prod(facts.grid(request.width, request.height, request.num_frames)),
-            config.get("base_image_seq_len", 1024),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.95),
-            config.get("max_shift", 2.05),
-        )
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        """Shifted by the number of tokens that the model sees at once."""
+        sigmas, mu = _levels(request), _shift(scheduler, facts, request, request.window or request.num_frames)
+        scheduler.set_timesteps(sigmas=sigmas, mu=mu)
 
     @staticmethod
     def start(facts: ModelFacts, image: Image.Image | None) -> dict[str, Any]:
         """Given here, since the pipeline would ask its text encoder, which not every rank has."""
         return {} if image is None else {"image": image, "image_crf": facts.image_crf}
+
+    @staticmethod
+    def long(pipeline: Any, facts: ModelFacts, request: ResolvedRequest, noise: Tensor | None) -> dict[str, Any]:
+        """See `Adapter`. The pipeline shifts noise levels by the length of the video, but the model sees a window."""
+        given: dict[str, Any] = {}
+        scheduler, vae = pipeline.scheduler, pipeline.vae
+        if scheduler.config.get("use_dynamic_shifting"):
+            assert request.window is not None
+            whole, part = (_shift(scheduler, facts, request, n) for n in (request.num_frames, request.window))
+            # The levels that the pipeline's shift turns into those of a window.
+            linear = scheduler.config.get("time_shift_type") == "linear"
+            odds = (1 / _levels(request) - 1) * (whole / part if linear else math.exp(whole - part))
+            given["sigmas"] = 1 / (1 + odds)
+        if noise is not None:  # which the pipeline takes for latents of its VAE
+            given["latents"] = pipeline._denormalize_latents(
+                noise, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
+            )
+        return given
+
+    @staticmethod
+    @torch.no_grad()
+    def worded(pipeline: Any, embeds: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """See `Adapter`."""
+        side = getattr(pipeline.tokenizer, "padding_side", "left")
+        text, mask = (embeds[name] for name in LTX2Adapter.embeds[:2])
+        video, audio, mask = pipeline.connectors(text, mask, padding_side=side)
+        return {
+            "encoder_hidden_states": video,
+            "audio_encoder_hidden_states": audio,
+            "encoder_attention_mask": mask,
+            "audio_encoder_attention_mask": mask,
+        }
 
     @staticmethod
     def results(output: Any) -> tuple[Tensor, Tensor | None]:
@@ -401,6 +325,24 @@ class LTX2Adapter(Adapter):
         return Audio(
             samples=samples.float().cpu().numpy(), sample_rate=int(pipeline.vocoder.config.output_sampling_rate)
         )
+
+
+def _levels(request: ResolvedRequest) -> Any:
+    """Noise levels as the pipelines space them, before they are shifted."""
+    return np.linspace(1.0, 1 / request.num_inference_steps, request.num_inference_steps)
+
+
+def _shift(scheduler: Any, facts: ModelFacts, request: ResolvedRequest, num_frames: int) -> float:
+    """By how much the pipelines shift the noise levels of a video of that length."""
+    config, num_tokens = scheduler.config, math.prod(facts.grid(request.width, request.height, num_frames))
+    shift: float = calculate_shift(
+        num_tokens,
+        config.get("base_image_seq_len", 1024),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.95),
+        config.get("max_shift", 2.05),
+    )
+    return shift
 
 
 def _patch(transformer: Any) -> Patch:

@@ -254,6 +254,16 @@ class WanAdapter(Adapter):
         return {**arguments, "hidden_states": packed, "timestep": timestep}
 
     @staticmethod
+    def window(module: Any, arguments: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+        """See `Adapter`."""
+        patch, timestep, latents = _patch(module), arguments["timestep"], arguments["hidden_states"]
+        if timestep.ndim == 2:
+            tokens = timestep.shape[1] // patch.grid_of(latents).frames
+            timestep = timestep[:, start * tokens : stop * tokens]
+        latents = latents[:, :, start * patch.frames : stop * patch.frames]
+        return {**arguments, "hidden_states": latents, "timestep": timestep}
+
+    @staticmethod
     def rows(module: Any, out: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         return patchify(out[0], _patch(module)), ()
 
@@ -289,6 +299,13 @@ class WanAdapter(Adapter):
     @staticmethod
     def start(facts: ModelFacts, image: Image.Image | None) -> dict[str, Any]:
         return {} if image is None else {"image": image}
+
+    @staticmethod
+    def worded(pipeline: Any, embeds: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """See `Adapter`."""
+        text = embeds["prompt_embeds"]
+        assert text is not None
+        return {"encoder_hidden_states": text}
 
     @staticmethod
     def results(output: Any) -> tuple[Tensor, Tensor | None]:

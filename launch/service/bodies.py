@@ -74,8 +74,8 @@ def _described(item: Setting, extra: dict[str, Any] | None = None) -> Any:
 
 
 _KINDS: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool}
-# An image comes as a file.
-SETTINGS = {item.name: item for item in settings_of(GenerateRequest) if item.kind in _KINDS}
+# An image comes as a file; OpenAI's clients send seconds as a text.
+SETTINGS = {item.name: item for item in settings_of(GenerateRequest) if item.kind in _KINDS and item.name != "seconds"}
 """The settings of a request that are fields of its body."""
 _Asked = create_model("_Asked", **{name: _asked(item) for name, item in SETTINGS.items()})  # type: ignore[call-overload]
 

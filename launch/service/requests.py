@@ -253,7 +253,7 @@ def to_request(
 
 
 def _check_texts(body: CreateVideo, limits: Limits) -> None:
-    for name in ("prompt", "negative_prompt"):
+    for name in ("prompt", "negative_prompt", "prompt_schedule"):
         text = getattr(body, name) or ""
         if len(text) > limits.prompt:
             raise BadField(name, f"{name} has {len(text)} characters, and at most {limits.prompt} are taken")

@@ -1,0 +1,76 @@
+"""A request for a long video before the pipeline is called: how it is cut, its prompts over time, its initial noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from ..facts import ModelFacts
+from ..models import Adapter
+from ..request import ResolvedRequest
+from ..windows import read_scenes
+from .inputs import encode_prompts
+from .windows import Text, Windows, shared_noise
+from .work_split import Sharding
+
+
+def windows_for(facts: ModelFacts, request: ResolvedRequest) -> Windows | None:
+    """How a request's video is cut, without its prompts over time; None: the model sees it whole."""
+    if request.window is None or request.overlap is None:  # a video in windows has both
+        return None
+    return Windows(
+        length=facts.grid(request.width, request.height, request.window)[0],
+        overlap=math.ceil(request.overlap / facts.frame_step),
+        roll=bool(request.roll_windows),
+        anchor=facts.vae_temporal > 1,
+    )
+
+
+def worded_windows(
+    adapter: Adapter,
+    pipeline: Any,
+    facts: ModelFacts,
+    request: ResolvedRequest,
+    device: torch.device,
+    sharding: Sharding | None,
+) -> Windows | None:
+    """The same with the prompts over time, encoded; every rank must call it."""
+    windows = windows_for(facts, request)
+    if windows is None or request.prompt_schedule is None:
+        return windows
+    texts = []
+    for start, stop, prompt in read_scenes(request.prompt_schedule, request.fps):
+        part = dataclasses.replace(request, prompt=prompt)
+        embeds = encode_prompts(adapter, pipeline, part, device, sharding)
+        texts.append(Text(_place(start, facts), _place(stop, facts), adapter.worded(pipeline, embeds)))
+    return dataclasses.replace(windows, texts=texts)
+
+
+def _place(frame: float, facts: ModelFacts) -> float:
+    """Where a frame of the video stands among the frames of tokens: the first one has a latent of its own."""
+    latent = (frame - 1) / facts.vae_temporal + 1 if frame >= 1 else 0.0
+    return latent / facts.patch[0]
+
+
+def tokens_of(facts: ModelFacts, request: ResolvedRequest) -> int:
+    """Tokens of a video; of one in windows, those of all of them together."""
+    windows, grid = windows_for(facts, request), facts.grid(request.width, request.height, request.num_frames)
+    frames = grid[0] if windows is None else len(windows.of(grid[0])) * windows.length
+    return frames * grid[1] * grid[2]
+
+
+def opening(adapter: Adapter, pipeline: Any, facts: ModelFacts, request: ResolvedRequest) -> dict[str, Any]:
+    """Arguments of the pipeline's call about its random numbers: a generator, and the initial noise of a long video."""
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    windows, noise = windows_for(facts, request), None
+    if windows is None:
+        return {"generator": generator}
+    if request.shared_noise:
+        frames = (request.num_frames - 1) // facts.vae_temporal + 1
+        size = (frames, request.height // facts.vae_spatial, request.width // facts.vae_spatial)
+        noise = torch.randn(1, pipeline.transformer.config.in_channels, *size, generator=generator)
+        noise = shared_noise(noise, windows, generator, facts.patch[0])
+    return {"generator": generator, **adapter.long(pipeline, facts, request, noise)}
