@@ -69,6 +69,11 @@ class EngineConfig:
             raise ConfigError(
                 "shard_weights needs several ranks to share the weights; set parallel=ParallelConfig(...)"
             )
+        if self.shard_weights and self.parallel is not None and self.parallel.windows > 1:
+            raise ConfigError(
+                f"shard_weights does not work with windows={self.parallel.windows}: ranks that gather each layer must "
+                "make the same number of passes, and groups of windows may not; use windows=1"
+            )
         if self.shard_weights and self.parallel is not None and self.parallel.cut == "measured":
             raise ConfigError(
                 "shard_weights does not work with cut='measured': ranks that gather each layer wait for each other, so "

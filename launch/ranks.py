@@ -9,7 +9,6 @@ import collections
 import contextlib
 import dataclasses
 import logging
-import math
 import signal
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from ..engine.checkpoint import remove_others
+from ..engine.denoise.long_video import windows_of
 from ..engine.engine import find_finished
 from ..engine.facts import read_facts
 from ..engine.loading import pick_device, pick_dtype
@@ -248,10 +248,10 @@ def degrees_for(
     facts = read_facts(command.engine.model)
     resolved = resolve(command.request, facts)
     branches = facts.passes(resolved.guidance_scale)
-    num_tokens = math.prod(facts.grid(resolved.width, resolved.height, resolved.num_frames))
+    windows, num_tokens = windows_of(facts, resolved)
     kv_bytes = branches * facts.cache_bytes(num_tokens, pick_dtype(command.engine.dtype, device).itemsize)
-    shards, heads = command.shard_weights, facts.shared_heads
-    return parallel_from(command.degrees, size, heads, branches, kv_bytes, device, shard_weights=shards, decide=decide)
+    more: dict[str, Any] = {"num_windows": windows, "shard_weights": command.shard_weights, "decide": decide}
+    return parallel_from(command.degrees, size, facts.shared_heads, branches, kv_bytes, device, **more)
 
 
 def _elsewhere(command: Command) -> Command:

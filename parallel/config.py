@@ -19,7 +19,7 @@ CUTS = ("equal", "measured")
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Degrees of the three axes, and how attention is placed on them.
+    """Degrees of the four axes, and how attention is placed on them.
 
     ``ring_cache`` says what a rank keeps where ring > 1: ``gathered``, the K/V of all tokens (least traffic, ring times
     the memory), or ``sharded``, those of its own range of tokens (queries travel). ``auto`` takes ``gathered`` where
@@ -30,6 +30,12 @@ class ParallelConfig:
         ConfigError: a value is out of range or of the wrong type.
     """
 
+    windows: int = setting(
+        1,
+        least=1,
+        metavar="W",
+        help="number of groups of ranks, each of which runs its windows of a long video",
+    )
     cfg: int = setting(
         1, least=1, metavar="C", help="number of groups of ranks, each of which runs its share of the guidance branches"
     )
@@ -64,8 +70,14 @@ class ParallelConfig:
 
     @property
     def world_size(self) -> int:
-        """Ranks in all: cfg * ring * ulysses."""
-        return self.cfg * self.ring * self.ulysses
+        """Ranks in all: windows * cfg * ring * ulysses."""
+        return self.windows * self.cfg * self.ring * self.ulysses
+
+    @property
+    def product(self) -> str:
+        """The degrees in words; windows only where there are several groups for them."""
+        inside = f"cfg {self.cfg} x ring {self.ring} x ulysses {self.ulysses}"
+        return inside if self.windows == 1 else f"windows {self.windows} x {inside}"
 
     @property
     def sequence_size(self) -> int:
@@ -96,13 +108,13 @@ def check(config: ParallelConfig, *, world_size: int, num_heads: int, num_branch
             f"so one of {_listed(divisors(num_heads))}; ring takes any degree."
         )
     if config.world_size != world_size:
-        valid = ", ".join(
-            f"{c} x {r} x {u}"
-            for c, r, u in degrees(world_size=world_size, num_heads=num_heads, num_branches=num_branches)
-        )
+        inside, rest = divmod(world_size, config.windows)
+        found = [] if rest else degrees(world_size=inside, num_heads=num_heads, num_branches=num_branches)
+        valid = ", ".join(f"{c} x {r} x {u}" for c, r, u in found)
+        would_do = f"one of {valid}" if valid else "windows must divide it"
         raise ConfigError(
-            f"cfg {config.cfg} x ring {config.ring} x ulysses {config.ulysses} makes {config.world_size} rank(s) "
-            f"of a job of {world_size}: the product must be equal to it, so one of {valid}."
+            f"{config.product} makes {config.world_size} rank(s) of a job of {world_size}: the product must be equal "
+            f"to it, so {would_do}."
         )
 
 
@@ -150,13 +162,15 @@ def choose(
     num_heads: int,
     num_branches: int,
     *,
+    num_windows: int = 1,
     kv_bytes: int | None = None,
     free_bytes: int | None = None,
     topology: Topology | None = None,
 ) -> tuple[ParallelConfig, str]:
     """Choose cfg, ring and ulysses for a job, and what a ring rank keeps.
 
-    As many guidance branches side by side as possible: they exchange velocities only, once a step. Then as many ranks
+    As many windows of a long video side by side as leave no rank without work, and as many guidance branches: both
+    exchange velocities only, once a step, windows each row once and branches each row of both. Then as many ranks
     on ulysses as the heads allow, the rest on ring. Of all valid degrees these send the fewest bytes and keep the
     fewest, whatever the links: P ranks in r islands send (r-1)/r * 4 A d / P elements out of theirs by heads alone, and
     r/2 >= 1 times as many by ulysses inside and ring across.
@@ -165,6 +179,7 @@ def choose(
         world_size: ranks of the job.
         num_heads: attention heads of a layer.
         num_branches: guidance branches, 1 without guidance.
+        num_windows: of the video.
         kv_bytes: K/V of all tokens, layers, heads and branches (`kv_bytes`); None: not known.
         free_bytes: memory that is free on the fullest rank, weights loaded; None: not known.
         topology: links of this machine; only says in the reason whether ulysses groups have fast ones.
@@ -174,20 +189,24 @@ def choose(
     """
     if min(world_size, num_heads, num_branches) < 1:
         raise ConfigError("The choice of degrees needs at least one rank, one head and one guidance branch.")
-    cfg = math.gcd(world_size, num_branches)
-    ulysses = math.gcd(world_size // cfg, num_heads)
-    ring = world_size // cfg // ulysses
+    windows = math.gcd(world_size, num_windows)
+    cfg = math.gcd(world_size // windows, num_branches)
+    ulysses = math.gcd(world_size // windows // cfg, num_heads)
+    ring = world_size // windows // cfg // ulysses
     reasons = [f"{world_size} rank(s), {num_branches} guidance branch(es), {num_heads} heads"]
+    if windows > 1:
+        reasons.append(f"windows {windows}: of {num_windows}, without any traffic of attention")
     if cfg > 1:
         reasons.append(f"cfg {cfg}: branches side by side exchange velocities only")
     if ulysses > 1:
-        reasons.append(f"ulysses {ulysses}: the most of the {world_size // cfg} ranks of a branch that share the heads")
+        reasons.append(f"ulysses {ulysses}: the most of the {ring * ulysses} ranks of a branch that share the heads")
     if ring > 1:
         reasons.append(f"ring {ring}: the ranks that the heads leave over")
     if topology is not None and ulysses > 1 and len(topology.order) >= ulysses:
         where = "spans GPUs without NVLink" if topology.split(ulysses) else "has NVLink inside"
         reasons.append(f"a ulysses group {where}")
-    config, why = resolve(ParallelConfig(cfg=cfg, ring=ring, ulysses=ulysses), kv_bytes=kv_bytes, free_bytes=free_bytes)
+    config = ParallelConfig(windows=windows, cfg=cfg, ring=ring, ulysses=ulysses)
+    config, why = resolve(config, kv_bytes=kv_bytes, free_bytes=free_bytes)
     return config, "; ".join([*reasons, why] if why else reasons)
 
 
@@ -205,7 +224,7 @@ def resolve(
             return config, ""
         return replace(config, ring_cache="sharded"), "ring cache sharded: free memory is not known"
     room = int(free_bytes * KV_SHARE)
-    gathered = kv_bytes // (config.cfg * config.ulysses)
+    gathered = kv_bytes // (config.windows * config.cfg * config.ulysses)
     sharded = gathered // config.ring
     form = config.ring_cache
     if form == "auto":

@@ -6,6 +6,7 @@ asked: `import xfuser` probes for a GPU and fails without one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -47,22 +48,26 @@ class Axis:
 class ParallelMesh:
     """One rank's view of the job that makes one video.
 
-    A rank's number is (cfg * ring_size + ring) * ulysses_size + ulysses: ulysses is innermost, so that its ranks
-    have the fastest links.
+    A rank's number is ((windows * cfg_size + cfg) * ring_size + ring) * ulysses_size + ulysses: ulysses is innermost,
+    so that its ranks have the fastest links.
 
     Attributes:
+        windows: ranks with other windows of a long video.
         cfg: ranks with the same tokens and heads, but other guidance branches.
         ring: ranks with other tokens of the same heads.
         ulysses: ranks with other heads.
         sequence: all ranks of one branch, ring x ulysses, ring-major: rank = ring.rank * ulysses.size + ulysses.rank.
-        world: all ranks of the video, cfg-major.
+        group: all ranks of the same windows, cfg x ring x ulysses, cfg-major.
+        world: all ranks of the video, windows-major.
         device: where this rank's tensors live; with NCCL one device for each rank.
     """
 
+    windows: Axis = Axis()
     cfg: Axis
     ring: Axis
     ulysses: Axis
     sequence: Axis
+    group: Axis
     world: Axis
     device: torch.device
 
@@ -81,7 +86,8 @@ class ParallelMesh:
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
         if config.world_size == 1 and not dist.is_initialized():
-            return cls(cfg=Axis(), ring=Axis(), ulysses=Axis(), sequence=Axis(), world=Axis(), device=device)
+            alone = Axis()
+            return cls(cfg=alone, ring=alone, ulysses=alone, sequence=alone, group=alone, world=alone, device=device)
         if not dist.is_initialized():
             raise ConfigError(
                 f"A mesh of {config.world_size} ranks needs torch.distributed: "
@@ -89,23 +95,17 @@ class ParallelMesh:
             )
         if dist.get_world_size() != config.world_size:
             raise ConfigError(
-                f"cfg {config.cfg} x ring {config.ring} x ulysses {config.ulysses} makes {config.world_size} rank(s), "
+                f"{config.product} makes {config.world_size} rank(s), "
                 f"but the job has {dist.get_world_size()}: the product must be equal to it."
             )
         # Axes of one rank need no group; a mesh of one axis is the world's group, made already.
-        degrees = {"cfg": config.cfg, "ring": config.ring, "ulysses": config.ulysses}
+        degrees = {name: getattr(config, name) for name in ("windows", "cfg", "ring", "ulysses")}
         groups = _groups(device.type, {name: size for name, size in degrees.items() if size > 1})
-        if config.cfg == 1:
-            sequence = dist.group.WORLD
-        elif config.ring > 1 and config.ulysses > 1:
-            sequence = _groups(device.type, {"cfg": config.cfg, "sequence": config.sequence_size})["sequence"]
-        else:
-            sequence = groups.get("ring") or groups.get("ulysses")
+        sequence = _innermost(device.type, degrees, ("ring", "ulysses"), groups)
         return cls(
-            cfg=Axis.of(groups.get("cfg")),
-            ring=Axis.of(groups.get("ring")),
-            ulysses=Axis.of(groups.get("ulysses")),
+            **{name: Axis.of(groups.get(name)) for name in degrees},
             sequence=Axis.of(sequence),
+            group=Axis.of(_innermost(device.type, degrees, ("cfg", "ring", "ulysses"), groups)),
             world=Axis.of(dist.group.WORLD),
             device=device,
         )
@@ -120,7 +120,7 @@ class ParallelMesh:
         groups = job_groups()
         names = ("cfg", "ring", "ulysses", "sequence", "world")
         axes = {name: Axis.of(getattr(groups, name)) for name in names}
-        mesh = cls(device=groups.device, **axes)
+        mesh = cls(device=groups.device, group=axes["world"], **axes)
         _check_numbering(mesh)
         return mesh
 
@@ -144,6 +144,19 @@ def _groups(device_type: str, degrees: dict[str, int]) -> dict[str, dist.Process
         return {}
     mesh = init_device_mesh(device_type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
     return {name: mesh.get_group(name) for name in degrees}
+
+
+def _innermost(
+    device_type: str, degrees: dict[str, int], axes: Sequence[str], groups: dict[str, dist.ProcessGroup]
+) -> dist.ProcessGroup | None:
+    """The group of this rank over the last `axes` of `degrees` together; `groups` are those of single axes."""
+    wide = [axis for axis in axes if degrees[axis] > 1]
+    size, world = math.prod(degrees[axis] for axis in axes), math.prod(degrees.values())
+    if size == world:
+        return dist.group.WORLD
+    if len(wide) <= 1:
+        return groups[wide[0]] if wide else None
+    return _groups(device_type, {"outer": world // size, "inner": size})["inner"]
 
 
 def shard_weights(model: torch.nn.Module, blocks: Sequence[torch.nn.Module], mesh: ParallelMesh) -> None:

@@ -202,8 +202,8 @@ class Step:
     On many ranks also this rank's `shares` of it, by the number of guidance units in the batch, and the `answers` by
     unit (rows of velocity, and all else) that are known before their branch asks. `units` are the guidance units of
     branches that came so far, `whole` those of branches that needed all tokens though the step leaves out some; `alone`
-    says that this is the step of one such branch. `parts` are the same step of single windows, each of which knows the
-    step that it is `part_of`.
+    says that this is the step of one such branch. Of a video in windows `sizes` are the tokens of each rank, and
+    `parts` the same step of single windows, each of which knows the step that it is `part_of`.
     """
 
     index: int
@@ -223,6 +223,7 @@ class Step:
     left: int = 0
     seconds: float = 0.0
     recorded: bool = False
+    sizes: list[int] = field(default_factory=list)
     parts: dict[int, Step] = field(default_factory=dict)
     part_of: Step | None = None
 

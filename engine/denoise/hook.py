@@ -151,6 +151,8 @@ class HSAHook(registry.LastingHook):
                 return self._merged(step, call)
             if windows is not None and windows.cut(call.grid.frames):
                 return self._kept(step, call, self._blended(step, call, windows))
+            if self.run.sharding is not None:
+                self.run.sharding.deal(1)
             if self.run.sharding is None and step.active is None:
                 return self._full(step, call)
             return self._kept(step, call, self._answer(step, call))
@@ -163,20 +165,26 @@ class HSAHook(registry.LastingHook):
 
     def _blended(self, step: Step, call: Call, windows: Windows) -> Answer:
         """The same for a long video: each window by itself; what they answer is blended."""
-        adapter, module = self.run.adapter, call.module
+        adapter, module, sharding = self.run.adapter, call.module, self.run.sharding
         tokens, parts = call.grid.height * call.grid.width, windows.of(call.grid.frames, step.index)
         beside = [adapter.beside(module, call.arguments, window.start, window.stop) for window in parts]
         blend = Blend(parts, (call.grid.frames, tokens), step.active, beside, anchor=windows.anchor)
-        for window in parts:
-            active = blend.active(window)
+        dealt = [range(len(parts))] if sharding is None else sharding.deal(len(parts))
+        for number in dealt[0 if sharding is None else sharding.mesh.windows.rank]:
+            window, active = parts[number], blend.active(parts[number])
             if active is not None and not len(active):
-                if not beside[window.number]:
+                if not beside[number]:
                     continue
                 active = active.new_zeros(1)  # what goes with the video is evaluated at every step: it needs a token
             self._unbind()
             part = step.inside(window, active, (window.stop - window.start) * tokens)
             blend.add(window, *self._answer(part, call.inside(window, windows, adapter)))
-        assert blend.rows is not None, "a step has active tokens"
+        if blend.rows is None:  # the windows of this group of ranks have no active tokens
+            blend.start(*adapter.rows(module, adapter.nothing(module, call.arguments)))
+        if sharding is not None:
+            step.sizes = sharding.sizes([high - low for low, high in blend.places], dealt)
+            sharding.join(blend, dealt)
+        assert blend.rows is not None
         return blend.rows.to(call.dtype), tuple(other.to(call.dtype) for other in blend.others)
 
     def _full(self, step: Step, call: Call) -> tuple[Tensor, ...]:

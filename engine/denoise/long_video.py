@@ -13,7 +13,7 @@ from ..models import Adapter
 from ..request import ResolvedRequest
 from ..windows import read_scenes
 from .inputs import encode_prompts
-from .windows import Text, Windows, shared_noise
+from .windows import Text, Window, Windows, shared_noise
 from .work_split import Sharding
 
 
@@ -55,11 +55,11 @@ def _place(frame: float, facts: ModelFacts) -> float:
     return latent / facts.patch[0]
 
 
-def tokens_of(facts: ModelFacts, request: ResolvedRequest) -> int:
-    """Tokens of a video; of one in windows, those of all of them together."""
+def windows_of(facts: ModelFacts, request: ResolvedRequest) -> tuple[int, int]:
+    """How many windows a video is made in, at least 1, and the tokens that all of them have together."""
     windows, grid = windows_for(facts, request), facts.grid(request.width, request.height, request.num_frames)
-    frames = grid[0] if windows is None else len(windows.of(grid[0])) * windows.length
-    return frames * grid[1] * grid[2]
+    found = [Window(0, 0, grid[0])] if windows is None else windows.of(grid[0])
+    return len(found), sum(window.stop - window.start for window in found) * grid[1] * grid[2]
 
 
 def opening(adapter: Adapter, pipeline: Any, facts: ModelFacts, request: ResolvedRequest) -> dict[str, Any]:

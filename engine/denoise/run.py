@@ -430,7 +430,7 @@ class Run:
             entered = {name: self.branches[name] for name in step.entered}
             guided = guided_velocity(self.adapter, self.pipe, step.expert, entered)
             self.planner.observe(step.index, step.sigma, guided, step.active)
-        sizes = next((share.sizes for share in step.shares.values()), [])
+        sizes = step.sizes or next((share.sizes for share in step.shares.values()), [])
         record = StepRecord(
             step=step.index,
             sigma=step.sigma,

@@ -163,6 +163,7 @@ class Blend:
         windows: of the step.
         places: for each window, which of the call's active tokens are in it.
         parts: for each window, its part of whatever else the model returns.
+        dtype: of the answers.
         rows: of the active tokens, float32 [B, A, D], as far as they were added; None before the first.
         others: what else the model returns, float32, as far as it was added.
     """
@@ -200,6 +201,7 @@ class Blend:
                 "Steps that leave out tokens of several videos at once do not work with windows: make one video at a "
                 'time, or use policy="steps".'
             )
+        self.dtype = torch.float32
         self.rows: Tensor | None = None
         self.others: list[Tensor] = []
         self._weights = ramps([(window.start, window.stop) for window in windows], frames, anchor=anchor)
@@ -214,10 +216,16 @@ class Blend:
         size = (window.stop - window.start) * self._tokens
         return None if high - low == size else self._active[low:high] - window.start * self._tokens
 
+    def reach(self, numbers: range, other: int | None = None) -> Span:
+        """Which of the active tokens, or of an `other` output, neighbouring windows have together."""
+        spans = self.places if other is None else [part[other] for part in self.parts]
+        return spans[numbers[0]][0], spans[numbers[-1]][1]
+
     def start(self, rows: Tensor, others: Sequence[Tensor]) -> None:
         """Begin with zeros for answers of the batch, the widths and the device of these."""
         if self.rows is not None:
             return
+        self.dtype = rows.dtype
         count = self.places[-1][1] if self._active is None else len(self._active)
         self.rows = rows.new_zeros(rows.shape[0], count, rows.shape[2], dtype=torch.float32)
         self.others = [

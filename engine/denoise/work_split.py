@@ -18,10 +18,11 @@ from ...parallel.attention import Placement, Plan, placement_for
 from ...parallel.collectives import Agreement, Traffic, Transport, exchange_rows
 from ...parallel.config import ParallelConfig, check
 from ...parallel.mesh import ParallelMesh
-from ...parallel.partition import Speeds, imbalance, sizes_for, slices
+from ...parallel.partition import Speeds, cut, imbalance, sizes_for, slices
 from ..models import Adapter
 from ..report import ParallelRecord, RankReport, Sent
 from .schedulers import adds_noise
+from .windows import Blend
 
 _PASS = "pass"
 _OUTSIDE = ("plan", "velocity", "result")
@@ -69,7 +70,8 @@ class Sharding:
         self.mesh, self.config = mesh, config
         self.traffic = Traffic()
         self.placement: Placement = placement_for(mesh, config, self.traffic)
-        self._sequence, self._world = Transport(mesh.sequence, self.traffic), Transport(mesh.world, self.traffic)
+        self._sequence, self._group = Transport(mesh.sequence, self.traffic), Transport(mesh.group, self.traffic)
+        self._windows = Transport(mesh.windows, self.traffic)
         self._groups = Transport(mesh.cfg, self.traffic)
         self.agreement = Agreement(mesh, self.traffic)
         self.speeds = Speeds(mesh, self.agreement)
@@ -117,7 +119,7 @@ class Sharding:
     def gather_branches(self, rows: Tensor, share: Share) -> list[Tensor]:
         """The same where each cfg group evaluated a branch of its own: [B, A, D] for each, in their order."""
         sizes = share.sizes * self.mesh.cfg.size
-        every = exchange_rows(rows[:, : share.rows], sizes, self._world, "velocity")
+        every = exchange_rows(rows[:, : share.rows], sizes, self._group, "velocity")
         return list(every.split(sum(share.sizes), dim=1))
 
     def same(self, others: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -129,6 +131,53 @@ class Sharding:
         groups, batch = self.mesh.cfg.size, len(others[0]) if others else 0
         every = [self._groups.gather(other, [batch] * groups, "velocity").split(batch) for other in self.same(others)]
         return list(zip(*every, strict=True)) if others else [()] * groups
+
+    def deal(self, num_windows: int) -> list[range]:
+        """Numbers of the windows that each group of ranks evaluates, the same at all steps: their K/V stay there.
+
+        Raises:
+            ConfigError: there are more groups than windows; on all ranks alike.
+        """
+        groups = self.mesh.windows.size
+        if num_windows < groups:
+            raise ConfigError(
+                f"windows={groups} with {num_windows} window(s) of the video: at most one group of ranks for each, so "
+                f"at most windows={num_windows}."
+            )
+        return [range(part.start, part.stop) for part in slices(cut(num_windows, groups))]
+
+    def sizes(self, counts: Sequence[int], dealt: Sequence[range]) -> list[int]:
+        """Tokens that each rank of a guidance branch evaluates, group by group, of windows with so many active ones."""
+        ranks, weights = self.config.sequence_size, self.speeds.weights or self.config.weights
+        sizes: list[int] = []
+        for numbers in dealt:
+            parts = [cut(counts[i], ranks, weights) for i in numbers]
+            sizes.extend(sum(column) for column in zip(*parts, strict=True))
+        return sizes
+
+    def join(self, blend: Blend, dealt: Sequence[range]) -> None:
+        """Give every group of windows what the others have summed up: the rows of the active tokens in their windows.
+
+        B D sum(A_g) (W - 1) / W elements are sent by each rank on average; A_g are the active tokens of a group's
+        windows, of which only those where two groups overlap are in two of them.
+        """
+        if self.mesh.windows.size == 1:
+            return
+        assert blend.rows is not None
+        blend.rows = self._joined(blend.rows, [blend.reach(numbers) for numbers in dealt], blend.dtype)
+        for number, other in enumerate(blend.others):
+            spans = [blend.reach(numbers, number) for numbers in dealt]
+            blend.others[number] = self._joined(other, spans, blend.dtype)
+
+    def _joined(self, sums: Tensor, spans: Sequence[tuple[int, int]], dtype: torch.dtype) -> Tensor:
+        """Sums [B, M, D] of this group over its span -> those of all groups over all of M."""
+        low, high = spans[self.mesh.windows.rank]
+        sizes = [end - start for start, end in spans]
+        every = exchange_rows(sums[:, low:high].to(dtype), sizes, self._windows, "velocity").split(sizes, dim=1)
+        joined = torch.zeros_like(sums)
+        for part, (start, end) in zip(every, spans, strict=True):
+            joined[:, start:end] += part
+        return joined
 
     def timed(self) -> AbstractContextManager[None]:
         """Take the time of this rank's pass, without making a GPU wait."""
@@ -144,7 +193,9 @@ class Sharding:
         inside = sum(count.seconds for name, count in sent.items() if name not in _OUTSIDE)
         seconds = max(passed.seconds - inside, 0.0) if passed is not None else 0.0
         if sizes and self.config.cut == "measured":
-            self.speeds.observe(sizes[self.mesh.sequence.rank] * (passed.calls if passed is not None else 1), seconds)
+            rank, size = self.mesh.sequence.rank, self.mesh.sequence.size
+            own = sizes[rank + (size * self.mesh.windows.rank if len(sizes) > size else 0)]
+            self.speeds.observe(own * (passed.calls if passed is not None else 1), seconds)
         return ParallelRecord(tokens=list(sizes), imbalance=imbalance(sizes), seconds=seconds, sent=sent)
 
     def rank_report(self, steps: Sequence[ParallelRecord], kv_bytes: int, models: Sequence[Any]) -> RankReport:

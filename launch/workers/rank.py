@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from ...engine.denoise.long_video import windows_of
 from ...engine.denoise.preview import Preview
 from ...engine.denoise.work_split import Sharding, peak_bytes
 from ...engine.engine import Engine
@@ -29,7 +30,7 @@ from ...engine.facts import first_line, read_facts
 from ...engine.media.files import when_there_is_room, write_json
 from ...engine.media.video import overlay_frames, scale_for, write_mp4
 from ...engine.record import run_record
-from ...engine.request import EngineConfig, Event, GenerateRequest, JobConfig, StepDone, VideoOutput
+from ...engine.request import EngineConfig, Event, GenerateRequest, JobConfig, StepDone, VideoOutput, resolve
 from ...errors import (
     TOO_LARGE,
     Cancelled,
@@ -252,7 +253,11 @@ class Rank:
         facts = read_facts(config.model)
         guidance = None if work is None else work.request.guidance_scale
         guidance = facts.defaults.guidance_scale if guidance is None else guidance
-        return refit(self._group.degrees, self._place.size, facts.shared_heads, facts.passes(guidance))
+        windows = 1
+        if work is not None and work.request.image is None and not self._group.shard_weights:
+            with contextlib.suppress(RequestError):  # which the engine says
+                windows, _ = windows_of(facts, resolve(work.request, facts))
+        return refit(self._group.degrees, self._place.size, facts.shared_heads, facts.passes(guidance), windows)
 
     def _regroup(self, engine: Engine, degrees: ParallelConfig | None) -> None:
         """Let the engine share its next videos as `degrees` say; sharded weights stay as they were shared."""

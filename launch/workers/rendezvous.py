@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -18,7 +19,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ...errors import ConfigError
-from ...parallel.config import ParallelConfig, Topology, check, choose, degrees, resolve
+from ...parallel.config import ParallelConfig, Topology, check, choose, degrees, divisors, resolve
 from ...parallel.config import read as read_topology
 from ...parallel.kernels import pick
 
@@ -148,7 +149,7 @@ def _watch(rank: TorchrunRank, done: threading.Event) -> None:
         return
 
 
-_AXES = ("cfg", "ring", "ulysses")
+_AXES = ("windows", "cfg", "ring", "ulysses")
 
 
 def parallel_from(
@@ -159,6 +160,7 @@ def parallel_from(
     kv_bytes: int,
     device: torch.device,
     *,
+    num_windows: int = 1,
     shard_weights: bool = False,
     decide: Callable[[str, Callable[[], bool]], bool] | None = None,
 ) -> tuple[ParallelConfig | None, str]:
@@ -171,6 +173,7 @@ def parallel_from(
         num_branches: guidance branches of the request, 1 or 2.
         kv_bytes: K/V of all tokens, layers and branches of the request.
         device: where the ranks compute.
+        num_windows: of the request's video.
         shard_weights: whether the weights are to be shared too.
         decide: in a process that is a rank already, asks rank 0.
 
@@ -179,7 +182,12 @@ def parallel_from(
     """
     asked: dict[str, Any] = {axis: given[axis] for axis in _AXES if axis in given}
     how: dict[str, Any] = {name: value for name, value in given.items() if name not in _AXES}
-    fitting = _fitting(asked, size, num_heads, num_branches)
+    # Ranks that gather each other's weights must make the same number of passes, and groups of windows may not.
+    num_windows = 1 if shard_weights else num_windows
+    if asked.get("windows", 1) > num_windows:
+        reason = "whose weights are shared" if shard_weights else f"of {num_windows} window(s)"
+        raise ConfigError(f"windows={asked['windows']} for a video {reason}: at most windows={num_windows} is possible")
+    fitting = _fitting(asked, size, num_heads, num_branches, num_windows)
     if not fitting:
         config = ParallelConfig(**asked, **how)
         check(config, world_size=size, num_heads=num_heads, num_branches=num_branches)
@@ -190,10 +198,10 @@ def parallel_from(
         if how:
             raise ConfigError(f"--{next(iter(how)).replace('_', '-')} needs several ranks; start them with --nproc P")
         return None, ""
-    config, reason = choose(size, num_heads, num_branches, topology=_links(device, size))
+    config, reason = choose(size, num_heads, num_branches, num_windows=num_windows, topology=_links(device, size))
     if asked:
         config = ParallelConfig(**dict(zip(_AXES, fitting[0], strict=True)))  # type: ignore[arg-type]
-        reason = f"{size} ranks: cfg {config.cfg} x ring {config.ring} x ulysses {config.ulysses}"
+        reason = f"{size} ranks: {config.product}"
     config = replace(config, **{"ring_cache": "auto"} | how)
     pick(config.kernel, device)
     if config.ring > 1 and config.ring_cache == "auto":
@@ -205,7 +213,9 @@ def parallel_from(
     return config, reason
 
 
-def refit(asked: Mapping[str, Any], size: int, num_heads: int, num_branches: int) -> ParallelConfig | None:
+def refit(
+    asked: Mapping[str, Any], size: int, num_heads: int, num_branches: int, num_windows: int = 1
+) -> ParallelConfig | None:
     """Return the degrees for a number of ranks that may have changed; None for one rank.
 
     Args:
@@ -214,6 +224,7 @@ def refit(asked: Mapping[str, Any], size: int, num_heads: int, num_branches: int
         size: how many ranks there are.
         num_heads: attention heads of the model.
         num_branches: guidance branches of the request.
+        num_windows: of its video.
     """
     if size == 1:
         return None
@@ -221,23 +232,30 @@ def refit(asked: Mapping[str, Any], size: int, num_heads: int, num_branches: int
     how = {
         name: value for name, value in asked.items() if name not in _AXES and (name, value) != ("ring_cache", "auto")
     }
-    fitting = _fitting(axes, size, num_heads, num_branches) if axes else []
+    fitting = _fitting(axes, size, num_heads, num_branches, num_windows) if axes else []
     if fitting:
         return ParallelConfig(**dict(zip(_AXES, fitting[0], strict=True)), **how)  # type: ignore[arg-type]
     how.pop("weights", None)  # of other ranks
-    return replace(choose(size, num_heads, num_branches)[0], **how)
+    return replace(choose(size, num_heads, num_branches, num_windows=num_windows)[0], **how)
 
 
-def _fitting(axes: Mapping[str, int], size: int, num_heads: int, num_branches: int) -> list[tuple[int, int, int]]:
-    """The degrees (cfg, ring, ulysses) that fit, and have the given ones on their axes; the widest first.
+def _fitting(
+    axes: Mapping[str, int], size: int, num_heads: int, num_branches: int, num_windows: int
+) -> list[tuple[int, ...]]:
+    """The degrees (windows, cfg, ring, ulysses) that fit, and have the given ones on their axes; the widest first.
 
-    Branches need least exchange, then heads.
+    Windows need least exchange, then branches, then heads. A degree of windows that does not divide their number leaves
+    ranks without work, and is taken only where it is given.
     """
-    return [
-        found
-        for found in degrees(world_size=size, num_heads=num_heads, num_branches=num_branches)
-        if all(dict(zip(_AXES, found, strict=True))[axis] == value for axis, value in axes.items())
+    asked = axes.get("windows")
+    outer = divisors(math.gcd(size, num_windows))[::-1] if asked is None else [asked] if asked <= num_windows else []
+    found = [
+        (windows, *inside)
+        for windows in outer
+        if size % windows == 0
+        for inside in degrees(world_size=size // windows, num_heads=num_heads, num_branches=num_branches)
     ]
+    return [one for one in found if all(dict(zip(_AXES, one, strict=True))[axis] == n for axis, n in axes.items())]
 
 
 def _links(device: torch.device, ranks: int) -> Topology | None:
