@@ -58,8 +58,7 @@ class Run:
         self.on_step: list[Callable[[StepRecord], None]] = []
         self.branches: dict[str, Branch] = {}
         self.records: list[StepRecord] = []
-        self.sigmas: list[float] = []
-        self.experts: list[int] = []
+        self.sigmas, self.experts = list[float](), list[int]()
         self.forced: dict[int, str] = {}
         # Resuming: see save_every, resume and passed.
         self.every: int | None = None

@@ -128,7 +128,7 @@ def test_tokens_of_all_windows_equal_the_reference(kind):
     plans[0] = None
     pipe, text = tiny_pipeline(kind), embeddings()
     start = torch.randn(1, 16, 7, 8, 8, generator=generator)
-    reference = WindowedReference(pipe, "taylor", correct=kind == "euler")
+    reference = WindowedReference(pipe, "taylor", correct=True)
     session = hs.apply(pipe, hs.HSAConfig(), planner=Fixed(dict(enumerate(plans))), windows=WINDOWS)
     got = generate(pipe, steps=10, **LONG, latents=start)
     for record in session.report.steps:
