@@ -1,4 +1,4 @@
-"""LTX-2: against the stock pipeline bit for bit, against an independent reference to 1e-5; video and sound; its adapter and ltx2_attention.py."""
+"""LTX-2: against the stock pipeline bit for bit, against an independent reference to 1e-5; video and sound."""
 
 import pytest
 import torch

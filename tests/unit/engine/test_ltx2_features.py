@@ -1,6 +1,7 @@
 """What users have on their pipelines works with HSA on LTX-2, against the stock pipeline.
 
-A test here is a cell of the table in docs/models.md, as those of test_features.py are.
+A test here is a cell of the table in docs/models.md, as those of test_features.py are. What they go through
+first is in ltx2_attention.py.
 """
 
 from __future__ import annotations
