@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
 
+Files = Callable[[str], Mapping[str, Any]]
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 _IMAGE_PIPELINES = {"WanPipeline": "WanImageToVideoPipeline", "LTX2Pipeline": "LTX2ImageToVideoPipeline"}
 SUPPORTED_PIPELINES = (*_IMAGE_PIPELINES, *_IMAGE_PIPELINES.values())
@@ -156,19 +158,19 @@ class ModelFacts:
         return 2 * num_tokens * width * self.num_layers * element_bytes
 
 
-def read_facts(model: str) -> ModelFacts:
+def read_facts(model: str, files: Files | None = None) -> ModelFacts:
     """Read a model's sizes.
 
     Args:
-        model: `"demo"`, a local folder in diffusers format, or a hub id such as
-            `"Wan-AI/Wan2.1-T2V-1.3B-Diffusers"` (whose small JSON files are then fetched, unless they are in
-            the local hub cache).
+        model: `"demo"`, a local folder in diffusers format, or a hub id (its JSON files are fetched if needed).
+        files: reads a JSON file of the model, for sizes only: whether diffusers can run the model is not checked.
 
     Raises:
         ConfigError: nothing readable is there, or it is not a model that heterostep runs.
     """
-    location = locate(model)
-    index = _read_json(model, location, "model_index.json")
+    location = model if files else locate(model)
+    read = files or partial(read_json, model, location)
+    index = read("model_index.json")
     pipeline = index.get("_class_name")
     if pipeline not in SUPPORTED_PIPELINES:
         raise ConfigError(
@@ -176,8 +178,9 @@ def read_facts(model: str) -> ModelFacts:
             f"but heterostep runs {' and '.join(SUPPORTED_PIPELINES)} models"
         )
     parts = ("transformer", "vae", *(("audio_vae", "text_encoder") if pipeline.startswith("LTX2") else ()))
-    transformer, vae, *others = (_read_json(model, location, f"{part}/config.json") for part in parts)
-    _check_variant(model, pipeline, transformer, vae)
+    transformer, vae, *others = (read(f"{part}/config.json") for part in parts)
+    if files is None:
+        _check_variant(model, pipeline, transformer, vae)
     try:
         sizes = ltx2_facts(transformer, vae, *others) if others else _wan_facts(pipeline, index, transformer, vae)
         facts = ModelFacts(name=model, location=location, pipeline=pipeline, **sizes)
@@ -193,8 +196,7 @@ def read_facts(model: str) -> ModelFacts:
         "scale_factor_temporal": facts.vae_temporal,
         "scale_factor_spatial": facts.vae_spatial,
         "rope_max_seq_len": facts.rope_max,
-        **({"audio_num_attention_heads": facts.audio_heads} if others else {}),
-    }
+    } | ({"audio_num_attention_heads": facts.audio_heads} if others else {})
     for name, size in least.items():
         if size < 1:
             raise ConfigError(f"model {model!r}: its config sets {name} to {size}, but it must be at least 1")
@@ -286,8 +288,8 @@ def read_scheduler(facts: ModelFacts) -> tuple[str, dict[str, Any]]:
     Raises:
         ConfigError: one of them is missing or cannot be read.
     """
-    entry = _read_json(facts.name, facts.location, "model_index.json").get("scheduler")
-    config = _read_json(facts.name, facts.location, "scheduler/scheduler_config.json")
+    entry = read_json(facts.name, facts.location, "model_index.json").get("scheduler")
+    config = read_json(facts.name, facts.location, "scheduler/scheduler_config.json")
     if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
         raise ConfigError(f"model {facts.name!r} names no scheduler in its model_index.json, so it cannot make a video")
     return entry[1], config
@@ -314,7 +316,8 @@ def locate(model: str) -> str:
     return model
 
 
-def _read_json(model: str, location: str, name: str) -> dict[str, Any]:
+def read_json(model: str, location: str, name: str) -> dict[str, Any]:
+    """One JSON file of the model that `locate` found; ConfigError if it is missing or damaged."""
     path = Path(location, name) if Path(location).is_dir() else _fetch(model, name)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -24,6 +24,7 @@ from ..hsa.config import HSAConfig
 from ..parallel.config import ParallelConfig
 from ..version import __version__
 from .options import Outputs, Ranks, Serving, add_flags, command_of, given, service_settings, size_of
+from .plan import PlanSettings, plan
 from .serve import serve
 from .service.settings import ServiceSettings
 
@@ -41,6 +42,7 @@ examples:
   heterostep generate --prompt "a cat on a beach" --model ./Wan2.1-T2V-1.3B-Diffusers --output cat.mp4
   heterostep generate --prompt "it jumps" --image cat.jpg --model ./Wan2.2-TI2V-5B-Diffusers --output cat.mp4
   heterostep info --model demo
+  heterostep plan --model wan2.1-14b --size 1280x720 --gpu h100 --gpus 8
   heterostep serve --no-ray --data-dir ./videos
 
 `heterostep COMMAND --help` explains the flags of a command.
@@ -90,6 +92,17 @@ continues after an interruption. docs/benchmarks.md describes it.
 """
 
 
+_PLAN_EPILOG = """\
+examples:
+  half of the work for Wan 2.1 14B at 720p on eight GPUs:
+    heterostep plan --model wan2.1-14b --size 1280x720 --frames 81 --steps 50 --compute 0.5 --gpu h100 --gpus 8
+  what 1 to 1,024 GPUs deliver:
+    heterostep plan --model wan2.2-a14b --compute 1 --gpu h200 --sweep --plot sweep.png --json sweep.json
+
+No weights, GPU or network are needed. docs/planning.md says what is measured and what is estimated.
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, without a page of usage before it."""
 
@@ -112,6 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_info(commands)
+    _add_plan(commands)
     _add_serve(commands)
     _add_bench(commands)
     return parser
@@ -164,6 +178,17 @@ def _add_info(commands: argparse._SubParsersAction[_Parser]) -> None:
     _add_size(command, "count tokens for this size")
     command.add_argument("--frames", type=int, metavar="N", help="count tokens for this many frames")
     command.set_defaults(run=_info)
+
+
+def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
+    purpose = "estimate memory, time and videos per hour on any number of GPUs"
+    command = _add_command(commands, "plan", purpose, _PLAN_EPILOG)
+    add_flags(command.add_argument_group("what for"), PlanSettings)
+    _add_size(command, "width and height in pixels, such as 832x480")
+    add_flags(command.add_argument_group("how the work is spread"), HSAConfig)
+    ranks = command.add_argument_group("how ranks share a video", "Degrees that are left out are all tried.")
+    add_flags(ranks, ParallelConfig, defaults=False, leave_out=["kernel", "cut"])
+    command.set_defaults(run=_plan)
 
 
 def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -223,6 +248,12 @@ def _bench(arguments: argparse.Namespace) -> int:
         from .bench import bench_quality
 
         return bench_quality(settings, command, arguments.said, progress)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    given_flags = vars(arguments)
+    settings, hsa = PlanSettings(**given(PlanSettings, given_flags)), HSAConfig(**given(HSAConfig, given_flags))
+    return plan(settings, hsa, given(ParallelConfig, given_flags), getattr(arguments, "size", None))
 
 
 def _serve(arguments: argparse.Namespace) -> int:

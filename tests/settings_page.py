@@ -9,6 +9,7 @@ from heterostep.benchmarks.quality.settings import QualitySettings
 from heterostep.engine.request import EngineConfig, GenerateRequest, JobConfig
 from heterostep.hsa.config import HSAConfig
 from heterostep.launch.options import Outputs, Ranks, Serving
+from heterostep.launch.plan import PlanSettings
 from heterostep.launch.service.settings import ServiceSettings
 from heterostep.parallel.config import ParallelConfig
 from heterostep.settings import Setting, settings_of
@@ -30,6 +31,7 @@ SECTIONS = (
     (Ranks, "The processes that `generate` starts."),
     (Outputs, "What `generate` writes and prints."),
     (QualitySettings, "What `bench quality` measures; [benchmarks.md](benchmarks.md) describes it."),
+    (PlanSettings, "What `plan` is asked; [planning.md](planning.md) describes it."),
     (Serving, "Where `serve` listens, and which processes it starts."),
     (ServiceSettings, "The service, for `serve`."),
 )  # fmt: skip

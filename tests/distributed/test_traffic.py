@@ -1,8 +1,11 @@
 """Bytes that really go to other ranks, against formulas written here anew, in elements per layer and rank."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from heterostep.engine.estimate import read_sizes, sent_by_layer
 from heterostep.hsa.cache import KVCache
 from heterostep.parallel.attention import placement_for
 from heterostep.parallel.collectives import Traffic, Transport, exchange_rows
@@ -138,3 +141,30 @@ def test_one_rank_sends_and_counts_nothing():
     assert transport.all_to_all(rows, [1], [1], "x") is rows
     assert transport.broadcast(rows, 0, "x") is rows
     assert transport.traffic.totals() == {}
+
+
+PLANNED = [
+    dict(ulysses=2),
+    dict(ring=2, ring_cache="gathered"),
+    dict(ring=2, ring_cache="sharded"),
+    dict(ulysses=4),
+    dict(ring=2, ulysses=2, ring_cache="gathered"),
+    dict(ring=2, ulysses=2, ring_cache="sharded"),
+]
+
+
+@pytest.mark.parametrize("layout", PLANNED, ids=str)
+def test_plan_foresees_what_is_sent(layout):
+    config, N = ParallelConfig(**layout), 48
+    P = config.world_size
+    sizes = read_sizes("wan2.1-1.3b")
+    sizes = replace(sizes, facts=replace(sizes.facts, num_heads=H, head_dim=D))
+    for A in (48, 24):
+        planned = sent_by_layer(config, sizes, A, 4, everything=A == N)
+        counts = run_ranks(P, one_layer, layout, N, random_set(N, A), 1, torch.float32)
+        assert {name for count in counts for name in count} == set(planned)
+        for name, sent in planned.items():
+            counted = sum(count[name][1] for count in counts) / P
+            # Which tokens have to move to their owners depends on the video; the plan counts the worst case.
+            moves = name == "queries_keys_values" and A < N
+            assert counted <= sent if moves else counted == sent
