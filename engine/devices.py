@@ -69,7 +69,7 @@ _HOPPER: dict[str, Any] = {
     "attention": 571e12,
     "linear": 495e12,
     "layer_floor": 0.5e-3,
-    "partial_layer": 0.87e-3,
+    "partial_layer": 0.35e-3,
     "decode": 1.08e-7,
     "text": 0.5,
     "nvlink": 340e9,

@@ -138,5 +138,4 @@ def _need_matplotlib() -> None:
     try:
         import_module("matplotlib")
     except ImportError as error:
-        message = "--plot needs matplotlib: install it with `pip install matplotlib`, or leave --plot out"
-        raise ConfigError(message) from error
+        raise ConfigError("--plot needs matplotlib: install heterostep[bench], or leave --plot out") from error

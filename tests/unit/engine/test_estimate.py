@@ -10,7 +10,17 @@ import torch
 from diffusers import LTX2VideoTransformer3DModel, WanTransformer3DModel
 
 from heterostep.engine.devices import DEVICES, GIB, Device, device_of
-from heterostep.engine.estimate import Links, Video, allot, estimate, memory, peak, read_sizes
+from heterostep.engine.estimate import (
+    Links,
+    Video,
+    allot,
+    estimate,
+    memory,
+    peak,
+    read_sizes,
+    sent_by_layer,
+    velocity_bytes,
+)
 from heterostep.errors import ConfigError
 from heterostep.hsa.config import HSAConfig
 from heterostep.hsa.planner import StepPlanner
@@ -86,7 +96,9 @@ def test_the_reports_of_an_h200_are_met_within_ten_per_cent(name):
             assert dense.full_step == pytest.approx(row["seconds"], rel=0.1)
         elif row["share"] < 1.0:
             step = one_step(report_case(name, HSAConfig(policy="tokens")), row["share"])
-            assert step / dense.full_step == pytest.approx(row["ratio"], rel=0.1)
+            assert step == pytest.approx(row["seconds"], rel=0.1)
+            # Ratios are of two neighbouring pairs, of which one ran beside something else: they spread by up to half.
+            assert 0.95 * row["lowest"] < step / dense.full_step < 1.05 * row["highest"]
 
 
 def one_step(made, share):
@@ -114,6 +126,11 @@ def test_ratios_on_the_cpu_are_met_within_fifteen_per_cent():
         made = dataclasses.replace(base, sizes=sizes, video=video, hsa=hsa)
         return estimate(made, ParallelConfig(ulysses=ranks)).denoise
 
+    for ranks in (2, 4):
+        config = ParallelConfig(ulysses=ranks)
+        layers = report["facts"]["layers"] * sum(sent_by_layer(config, sizes, video.tokens, 4).values())
+        sent = layers + velocity_bytes(config, sizes, video.tokens, 1, 4)
+        assert sent == pytest.approx(worlds[ranks]["ours dense"]["bytes_per_step"], rel=1e-4)
     dense, measured = seconds(HSAConfig(compute=1.0), 1), worlds[1]["ours dense"]["seconds"]
     assert dense == pytest.approx(measured, rel=0.15)
     for ranks in (1, 2):
