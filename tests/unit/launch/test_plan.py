@@ -6,8 +6,12 @@ import sys
 
 import pytest
 
+from heterostep.engine.published import PUBLISHED, sizes_of
+from heterostep.hsa.config import HSAConfig
 from heterostep.launch.cli import main
-from heterostep.launch.plan import PlanSettings
+from heterostep.launch.layouts import by_ranks, layouts, most, soonest, sweep, uneven
+from heterostep.launch.plan import PlanSettings, case_of
+from heterostep.launch.plan_report import as_json
 
 WAN = ["plan", "--model", "wan2.1-14b", "--size", "1280x720", "--frames", "81", "--steps", "50"]
 
@@ -114,3 +118,23 @@ def test_plot_is_drawn_or_says_what_it_needs(capsys, tmp_path, monkeypatch):
 def test_settings_are_checked():
     with pytest.raises(Exception, match="gpus must be a whole number from 1"):
         PlanSettings(model="ltx-2", gpus=0)
+
+
+def test_a_published_model_is_known_by_both_of_its_names():
+    for name, (hub_id, files) in PUBLISHED.items():
+        assert sizes_of(name)("transformer/config.json") == sizes_of(hub_id)("transformer/config.json")
+        assert files["model_index.json"]["_class_name"] in ("WanPipeline", "LTX2Pipeline")
+
+
+def test_layouts_share_all_gpus_and_the_best_ones_fit():
+    case = case_of(PlanSettings(model="wan2.1-1.3b"), HSAConfig(policy="tokens"))
+    found = layouts(case, 12, {})
+    assert {layout.gpus for layout in found} == {12}
+    # 12 heads: the engine's own choice stands first where others are as fast.
+    assert [layout.degrees for layout in by_ranks(found)][-1] == "2 x 1 x 6"
+    assert most(found).per_hour == max(layout.per_hour for layout in found if layout.estimate.fits)
+    assert soonest(found).degrees == "2 x 1 x 6"
+    assert uneven(case, 12, {}) == "" and "14" not in uneven(case, 13, {}) and "12 (cfg 2" in uneven(case, 13, {})
+    plan = as_json(case, found, sweep(case, {"ulysses": 4}), ["a note"])
+    assert plan["sweep"][0]["gpus"] == 4 and plan["notes"] == ["a note"]
+    json.dumps(plan)
