@@ -187,7 +187,7 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
     _add_size(command, "width and height in pixels, such as 832x480")
     add_flags(command.add_argument_group("how the work is spread"), HSAConfig)
     ranks = command.add_argument_group("how ranks share a video", "Degrees that are left out are all tried.")
-    add_flags(ranks, ParallelConfig, defaults=False, leave_out=["kernel", "cut"])
+    add_flags(ranks, ParallelConfig, defaults=False, leave_out=["windows", "kernel", "cut"])
     command.set_defaults(run=_plan)
 
 
