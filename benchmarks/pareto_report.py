@@ -156,10 +156,12 @@ def markdown(summaries: Mapping[float, dict[str, Any]], facts: dict[str, Any], p
         "*compute* is counted in token rows that went through the blocks. Δ is the default policy "
         f"(`{DEFAULT}`) minus the row's method on the same clips, so positive is good for the default. In brackets: "
         "clips whose ODE solution was computed, if not all. "
-        f"Baselines were tuned to the computes on {facts['calibration_clips']} other clips. `steps*` are whole-step "
-        "baselines built from our parts, without the placement and the correction of the default. `unipc-placed` is "
-        "UniPC on our choice of noise levels and nothing else. `cache-dit` has as many full steps as the others, and "
-        "runs one block of this small model's six at each other step, so it spends more.",
+        f"Baselines were tuned to the computes on {facts['calibration_clips']} other clips, once for all guidance "
+        "scales, as our defaults are the same for all. Spectrum and DPCache are ours after their papers. "
+        "`steps*` are whole-step baselines built from our parts, without the placement and the correction of the "
+        "default. `unipc-placed` is UniPC on our choice of noise levels and nothing else. `cache-dit` "
+        "has as many full steps as the others, and runs one block of this small model's six at each other step, so it "
+        "spends more.",
         "",
         f"![time against quality]({picture})",
         "",

@@ -194,21 +194,35 @@ def test_cache_dit_is_left_out_where_it_cannot_run(pipe, monkeypatch):
     assert available("spectrum", pipe, said.append)
 
 
-def test_the_command_resumes_and_reports(tmp_path, monkeypatch, capsys):
-    """Two guidance scales, UniPC, one clip: a second call computes nothing and writes the report again."""
+def test_the_command_resumes_and_reports(tmp_path, monkeypatch):
+    """Two guidance scales, UniPC, one clip: what was run is compared with more later, and not run again."""
     monkeypatch.setattr(harness, "ODE_STEPS", 3)
-    arguments = "--solver unipc --steps 6 --guidance 1.5 4 --split tune --count 1 --computes 0.5 --latent-only"
-    arguments += (
-        f" --methods joint unipc unipc-placed --calibration-clips 1 --work {tmp_path} --output {tmp_path}/report"
-    )
-    monkeypatch.setattr(sys, "argv", ["pareto.py", *arguments.split()])
+    command = "pareto.py --solver unipc --steps 6 --guidance 1.5 4 --split tune --count 1 --computes 0.5 --latent-only "
+    command += f"--methods joint unipc unipc-placed --calibration-clips 1 --work {tmp_path} --output {tmp_path}/report"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--no-ode"])
     pareto.main()
-    lines = {path: path.read_text() for path in tmp_path.glob("*/tune-unipc6.jsonl")}
-    assert len(lines) == 2
-    for text in lines.values():
-        assert {json.loads(line)["method"] for line in text.splitlines()} == {"dense", "joint", "unipc", "unipc-placed"}
-    assert "## Guidance 4" in (tmp_path / "report.md").read_text()
-    (tmp_path / "report.md").unlink()
+    first = results_of(tmp_path)
+    assert len(first) == 2 * 4
+    assert {method for _, method in first} == {"dense", "joint", "unipc", "unipc-placed"}
+    assert all(set(result["against"]) == {"dense"} for result in first.values())
+    text = (tmp_path / "report.md").read_text()
+    assert "## Guidance 4" in text and "| joint |" not in text and "| **joint** | 1 (0) |" in text
+
+    monkeypatch.setattr(sys, "argv", command.split())
     pareto.main()
-    assert {path: path.read_text() for path in lines} == lines
-    assert (tmp_path / "report.md").is_file()
+    second = results_of(tmp_path)
+    assert all(set(result["against"]) == {"dense", "ode"} for result in second.values())
+    assert all(second[key]["seconds"] == first[key]["seconds"] for key in first)
+    assert "| **joint** | 1 |" in (tmp_path / "report.md").read_text()
+    monkeypatch.setattr(pareto.Evaluation, "_compared", None)  # nothing is left to do
+    pareto.main()
+
+
+def results_of(folder):
+    """(guidance's folder, method) -> the last result."""
+    lines = [
+        (path.parent.name, line)
+        for path in folder.glob("*/tune-unipc6.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    return {(name, json.loads(line)["method"]): json.loads(line) for name, line in lines}
