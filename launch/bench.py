@@ -79,7 +79,7 @@ def bench_quality(settings: QualitySettings, command: Command, said: Sequence[st
         "versions": versions(),
     }
     default = (listed(settings.policies) or ["joint"])[0]
-    for path in report.write(bench.store, facts_of_report, default, settings.preset):
+    for path in report.write(store, list(bench.requests), facts_of_report, default, settings.preset):
         progress.say(f"wrote {path}")
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +57,21 @@ def summarise(results: Results, default: str) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-row["target"], row["method"] != default, row["method"]))
 
 
-def write(store: Store, facts: Mapping[str, Any], default: str, preset: str | None) -> list[Path]:
+def write(
+    store: Store, clips: Collection[str], facts: Mapping[str, Any], default: str, preset: str | None
+) -> list[Path]:
     """Write report.json, report.md, report.png and index.html into the folder.
 
     Args:
         store: results.
+        clips: names of the prompts to report on.
         facts: ``command``, ``model``, ``request`` (with the model's defaults), ``prompts``, ``ranks``, ``scheduler``,
             ``versions`` and ``device``.
         default: the policy that others are compared with.
         preset: whose published figures stand beside.
     """
-    results = sorted(store.results.values(), key=lambda r: (r["clip"], -r["target"], r["method"]))
+    chosen = [result for result in store.results.values() if result["clip"] in clips]
+    results = sorted(chosen, key=lambda r: (r["clip"], -r["target"], r["method"]))
     rows = summarise(results, default)
     published = PRESETS[preset].published if preset is not None else ()
     content = {

@@ -129,6 +129,8 @@ class QualityBench:
         """
         self.settings, self.facts, self.store, self.prompts = settings, facts, store, list(prompts)
         self._request, self._hsa, self._say = request, hsa, say
+        for prompt in self.prompts:
+            store.check_prompt(prompt.name, prompt.fields)
         self.requests = {p.name: dataclasses.replace(request, **p.fields) for p in self.prompts}
         self.resolved = {name: resolve(made, facts) for name, made in self.requests.items()}
         self.steps = next(iter(self.resolved.values())).num_inference_steps
@@ -280,6 +282,7 @@ class QualityBench:
             {
                 "clip": prompt.name,
                 "prompt": prompt.fields["prompt"],
+                "fields": dict(prompt.fields),
                 "method": method.name,
                 "target": method.target,
                 "settings": method.settings,

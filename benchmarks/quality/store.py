@@ -68,6 +68,19 @@ class Store:
     def _take(self, result: dict[str, Any]) -> None:
         self.results[result["clip"], result["method"], result["target"]] = result
 
+    def check_prompt(self, clip: str, fields: Mapping[str, Any]) -> None:
+        """Refuse a prompt whose name another one has here.
+
+        Raises:
+            ConfigError: the clip's results are of another prompt.
+        """
+        for (name, _, _), result in self.results.items():
+            if name == clip and result["fields"] != dict(fields):
+                raise ConfigError(
+                    f"--output {self.folder} holds videos of other prompts (number {clip} was {result['fields']}, now "
+                    f"it is {dict(fields)}); name another folder"
+                )
+
     def add(self, result: dict[str, Any]) -> None:
         """Keep a result."""
         with self._lines.open("a") as file:

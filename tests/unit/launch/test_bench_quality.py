@@ -115,6 +115,10 @@ def test_results_of_other_settings_are_not_mixed(capsys, tiny_model, tmp_path):
     status, _, err = bench(capsys, *argv, "--seed", 4)
     assert status == 2
     assert "other settings" in err and "'seed': 4" in err and "another folder" in err
+    assert bench(capsys, *argv[:-1])[0] == 0
+    (tmp_path / "p.txt").write_text("something else\n")
+    status, _, err = bench(capsys, *argv, "--prompts", tmp_path / "p.txt")
+    assert status == 2 and "other prompts" in err and "something else" in err
 
 
 @pytest.mark.parametrize("family", ["Wan 2.1", "Wan 2.2", "TI2V-5B", "LTX-2"])
@@ -263,7 +267,7 @@ def test_without_matplotlib_there_is_no_plot(tmp_path, monkeypatch):
         "ranks": 1,
         "device": "d",
     }
-    paths = report.write(store, {**facts, "versions": {}}, "joint", None)
+    paths = report.write(store, ["000"], {**facts, "versions": {}}, "joint", None)
     assert not (tmp_path / "report.png").exists() and all(path.is_file() for path in paths)
     assert "(1 equal)" in (tmp_path / "report.md").read_text()
     assert "a &lt;b&gt;" in (tmp_path / "index.html").read_text()
