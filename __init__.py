@@ -12,10 +12,11 @@ from .errors import ConfigError, HeterostepError, RankFailure, RequestError
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .engine.config import EngineConfig
     from .engine.denoise.session import HSASession, apply, remove
     from .engine.engine import Engine
     from .engine.report import HSAReport, StepRecord
-    from .engine.request import EngineConfig, GenerateRequest, JobConfig, VideoOutput
+    from .engine.request import GenerateRequest, JobConfig, VideoOutput
     from .hsa.config import HSAConfig
     from .hsa.planner import StepPlanner
     from .parallel.config import ParallelConfig

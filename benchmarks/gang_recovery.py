@@ -23,7 +23,8 @@ import time
 import torch
 from harness import REPORTS, environment
 
-from heterostep.engine.request import EngineConfig, GenerateRequest, Started, StepDone
+from heterostep.engine.config import EngineConfig
+from heterostep.engine.request import GenerateRequest, Started, StepDone
 from heterostep.errors import RankLost
 from heterostep.hsa.config import HSAConfig
 from heterostep.launch.workers.group import WorkerGroup

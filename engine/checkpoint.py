@@ -28,7 +28,9 @@ from torch import Tensor
 from ..errors import Damaged
 from ..hsa.config import HSAConfig
 from ..version import __version__
+from .config import EngineConfig
 from .facts import ModelFacts, first_line
+from .lora import lora_identity
 from .media.files import checkpoint_name, write_durably
 from .media.video import Audio
 from .report import HSAReport, plain_step, step_from
@@ -204,6 +206,7 @@ _BLOCKS, _BLOCK = 16, 1 << 16
 _VALUES = 8
 _WORDS = {
     "request.image": "the image it starts from",
+    "request.lora": "its LoRA weights, or their strength",
     "model.files": "the model's files",
     "pipeline.scheduler": "the pipeline's scheduler",
     "pipeline.weights": "the weights in memory (LoRA?)",
@@ -215,12 +218,19 @@ _NO_ADAPTERS = "none"
 # Without an image, these parts see nothing but final latents.
 _DECODERS = {f"pipeline.parts.{name}" for name in ("vae", "audio_vae", "vocoder")}
 _CUTS = ("use_tiling", "use_slicing", "use_framewise_decoding")
+# Settings of the engine that change values, if only by rounding. None of them is on where it is left out.
+_VALUED = ("attention", "compile", "quantize", "vae_tiling")
 # Of these an older version may not have written all; what is not known is not different.
 _MAY_BE_UNKNOWN = ("model", "pipeline", "versions")
 
 
 def identity_of(
-    facts: ModelFacts, request: ResolvedRequest, hsa: HSAConfig | None, dtype: torch.dtype, pipeline: Any = None
+    facts: ModelFacts,
+    request: ResolvedRequest,
+    hsa: HSAConfig | None,
+    dtype: torch.dtype,
+    pipeline: Any = None,
+    config: EngineConfig | None = None,
 ) -> dict[str, Any]:
     """Describe a job; cheap, no file is read whole and no process asked.
 
@@ -229,13 +239,20 @@ def identity_of(
         request: every value counts.
         hsa: the allocation; None is the dense run.
         dtype: of the transformer. The device does not count.
-        pipeline: if it is loaded already; else it will have no adapters, and no more is known of it.
+        pipeline: if it is loaded already, with the request's LoRA weights; else no other adapters will be on it, and no
+            more is known of it.
+        config: of the engine; of it counts what changes values. Where the model is kept does not.
+
+    Raises:
+        RequestError: a file of LoRA weights is gone.
 
     Returns:
         Plain data for JSON, to be compared by `differences`.
     """
     asked = dataclasses.asdict(request)
     del asked["compute"]  # the allocation has it
+    asked["lora"] = lora_identity(request.lora)
+    absent = {"adapters": _NO_ADAPTERS if asked["lora"] is None else None}
     return {
         "heterostep": __version__,
         "diffusers": version("diffusers"),
@@ -244,8 +261,14 @@ def identity_of(
         "dtype": str(dtype).removeprefix("torch."),
         "model": {"pipeline": facts.pipeline, "family": facts.family, "files": _files(facts.location)},
         "versions": {name: version(name) for name in ("torch", "transformers")},
-        "pipeline": {"adapters": _NO_ADAPTERS} if pipeline is None else _pipeline(pipeline),
+        "pipeline": absent if pipeline is None else _pipeline(pipeline),
+        # Left out is what an earlier version did not have.
+        "engine": {name: _asked(getattr(config, name)) for name in _VALUED} if config is not None else {},
     }
+
+
+def _asked(value: Any) -> Any:
+    return None if value in (False, "none") else value
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], *, finished: bool = True) -> list[str]:

@@ -18,13 +18,16 @@ from ..errors import Cancelled, ConfigError, HeterostepError, Interrupted, RankF
 from ..hsa.config import HSAConfig
 from ..parallel.mesh import ParallelMesh
 from .checkpoint import Saved, identity_of
+from .config import EngineConfig
 from .decoding import decode_audio, decode_frames
 from .denoise.inputs import encode_prompts, seen_image
 from .denoise.long_video import opening, worded_windows
+from .denoise.schedulers import shifted
 from .denoise.session import apply, remove
 from .denoise.work_split import Sharding
 from .facts import first_line, read_facts
-from .job import Finished, Job, Progress, StepEvents, Stop, dense_report, look, stopped
+from .features import Loras
+from .job import Finished, Job, Progress, StepEvents, Stop, dense_report, stopped
 from .loading import as_pipeline, load_pipeline, pick_device, pick_dtype
 from .media.video import Audio
 from .models import adapter_named
@@ -34,7 +37,6 @@ from .record import run_record
 from .report import HSAReport
 from .request import (
     Decoding,
-    EngineConfig,
     Event,
     GenerateRequest,
     JobConfig,
@@ -44,7 +46,6 @@ from .request import (
     VideoOutput,
     allocation,
     prepare,
-    resolve,
 )
 
 if TYPE_CHECKING:
@@ -125,9 +126,13 @@ class Engine:
         self.sharding = _sharding(self.config, self.device)
         # One rank reads the prompts for all: the text encoder may be larger than a rank's share of all else.
         shards = self.sharding.mesh if self.sharding is not None and self.config.shard_weights else None
-        self.pipeline = load_pipeline(self.facts, self.device, self.dtype, text=self.leads, shards=shards)
-        self.load_seconds = time.perf_counter() - start
+        offload = "none" if self.config.offload == "auto" else self.config.offload
+        self.pipeline = load_pipeline(
+            self.facts, self.config, self.device, self.dtype, text=self.leads, offload=offload, shards=shards
+        )
         self._adapter = adapter_named(self.facts.pipeline)
+        self._loras = Loras(self._adapter, self.pipeline, self.device)
+        self.load_seconds = time.perf_counter() - start
         self._busy = threading.Lock()
         self._stop = Stop()
 
@@ -271,9 +276,11 @@ class Engine:
         """
         step = Progress()
         try:
+            self._loras.put_on(request.lora)
             if config is None:
                 return self._make(_Work(request, image, None, None, None, emit, stop, step))
-            identity = identity_of(self.facts, request, allocation(self.config, request), self.dtype, self.pipeline)
+            hsa = allocation(self.config, request)
+            identity = identity_of(self.facts, request, hsa, self.dtype, self.pipeline, self.config)
             # All that is saved is alike on all ranks: one reads and writes it.
             job = Job(config, identity) if self.leads else None
             with contextlib.ExitStack() as held:
@@ -306,7 +313,8 @@ class Engine:
         if self._vote(work.stop.asked):
             raise work.stopped(0 if saved is None else saved.step)
         hsa = allocation(self.config, request)
-        latents, audio_latents, report, on_step = self._denoised(work, pipeline, hsa, embeds)
+        with shifted(pipeline, request.flow_shift):
+            latents, audio_latents, report, on_step = self._denoised(work, pipeline, hsa, embeds)
         if on_step.stopping:
             raise work.stopped(on_step.done)
         for values in (latents, *(() if audio_latents is None else (audio_latents,))):
@@ -343,10 +351,8 @@ class Engine:
     ) -> tuple[torch.Tensor, torch.Tensor | None, HSAReport, StepEvents]:
         """Latents of the video and of its sound, what was computed, and what followed the steps."""
         request, every = work.request, work.every
-        grid, num_steps = (
-            self.facts.grid(request.width, request.height, request.num_frames),
-            request.num_inference_steps,
-        )
+        grid = self.facts.grid(request.width, request.height, request.num_frames)
+        num_steps = request.num_inference_steps
         # At compute=1 the hook does not change the result, but resuming and runs on several ranks need it.
         windows = worded_windows(self._adapter, pipeline, self.facts, request, self.device, self.sharding)
         hooked = any(need is not None for need in (hsa, every, self.sharding, windows))
@@ -416,19 +422,6 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-
-def find_finished(config: EngineConfig, request: GenerateRequest, job: JobConfig) -> Finished | None:
-    """Look, without loading the model, whether a job is finished; if not, whether an engine could work on it.
-
-    Raises:
-        ConfigError: the job's folder cannot be used, is in use, or holds another job.
-        RequestError: the request does not fit the model.
-    """
-    facts = read_facts(config.model)
-    resolved = resolve(request, facts)
-    dtype = pick_dtype(config.dtype, pick_device(config.device))
-    return look(job, identity_of(facts, resolved, allocation(config, resolved), dtype))
 
 
 def _sharding(config: EngineConfig, device: torch.device) -> Sharding | None:

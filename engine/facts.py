@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
+from .defaults import DEFAULTS, Defaults, negative_prompt
 
 Files = Callable[[str], Mapping[str, Any]]
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -20,35 +21,6 @@ SUPPORTED_PIPELINES = (*_IMAGE_PIPELINES, *_IMAGE_PIPELINES.values())
 # Classes of the transformer and the VAE of a pipeline's family.
 _WAN_PARTS = ("WanTransformer3DModel", "AutoencoderKLWan")
 _LTX2_PARTS = ("LTX2VideoTransformer3DModel", "AutoencoderKLLTX2Video")
-
-
-class Defaults(NamedTuple):
-    """What a request gets for everything that it leaves out."""
-
-    width: int
-    height: int
-    num_frames: int
-    fps: int
-    num_inference_steps: int
-    guidance_scale: float
-    guidance_scale_2: float | None = None
-
-
-# The values that the models' makers publish; for small models, those of the demo model.
-DEFAULTS: Mapping[str, Defaults] = {
-    "Wan small": Defaults(64, 64, 17, 8, 40, 1.5),
-    "Wan 1.3B": Defaults(832, 480, 81, 16, 50, 5.0),
-    "Wan 14B": Defaults(832, 480, 81, 16, 50, 5.0),
-    "Wan 1.3B I2V": Defaults(832, 480, 81, 16, 40, 5.0),
-    "Wan 14B I2V": Defaults(832, 480, 81, 16, 40, 5.0),
-    "Wan 2.2 A14B": Defaults(1280, 720, 81, 16, 40, 4.0, 3.0),
-    "Wan 2.2 A14B I2V": Defaults(1280, 720, 81, 16, 40, 3.5, 3.5),
-    "Wan 2.2 TI2V 5B": Defaults(1280, 704, 121, 24, 50, 5.0),
-    "LTX-2 small": Defaults(64, 64, 17, 8, 40, 3.0),
-    "LTX-2": Defaults(768, 512, 121, 24, 40, 4.0),
-    "LTX-2.3": Defaults(768, 512, 121, 24, 30, 3.0),
-    "LTX-2.5": Defaults(768, 512, 121, 24, 30, 3.0),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +99,12 @@ class ModelFacts:
     @property
     def defaults(self) -> Defaults:
         """The request defaults of this family."""
-        return DEFAULTS[self.family]
+        return DEFAULTS[self.family]._replace(negative_prompt=negative_prompt(self.family))
+
+    @property
+    def takes_shift(self) -> bool:
+        """Whether a request may shift the noise levels; LTX-2's follow from the video's size."""
+        return self.pipeline.startswith("Wan")
 
     @property
     def size_step(self) -> tuple[int, int]:

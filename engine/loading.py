@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import ConfigError, is_out_of_memory
 from ..parallel.mesh import ParallelMesh, shard_weights
+from .denoise.checks import TRANSFORMERS
 from .facts import ModelFacts, first_line
+from .features import check_features, place, put_on, quantization
 from .models import adapter_for
+
+if TYPE_CHECKING:
+    from .config import EngineConfig
 
 # Absent tensors that a message names; a wrong folder can lack hundreds.
 _NAMED = 3
@@ -56,43 +61,47 @@ _FLOAT32 = ("image_encoder", "audio_vae", "vocoder")
 
 def load_pipeline(
     facts: ModelFacts,
+    config: EngineConfig,
     device: torch.device,
     dtype: torch.dtype,
     *,
     text: bool = True,
+    offload: str = "none",
     shards: ParallelMesh | None = None,
 ) -> Any:
-    """Load a model's stock pipeline.
+    """Load a model's stock pipeline, from safetensors alone: other weight files can run code when they are opened.
 
-    Wan's VAE, and what is small in others, is kept in float32. Only safetensors are read: other weight files can run
-    code when they are opened.
+    Wan's VAE, and what is small in others, is kept in float32.
 
     Args:
         facts: says where the model is.
+        config: what else is asked for.
         device: where all its parts go.
         dtype: of text encoder and transformer.
         text: whether to load tokenizer and text encoder; a rank that is given embeddings needs neither.
+        offload: where weights wait that are not in use, as the setting, but for auto.
         shards: ranks that each keep a part of the transformers' weights; None: all of them are kept.
 
     Returns:
         The diffusers pipeline, its own progress bar off.
 
     Raises:
-        ConfigError: a part is missing, torn, or does not fit its config; or its files lack a tensor.
+        ConfigError: a part is missing, torn, or does not fit its config, or `config` asks for what is not here.
     """
     import diffusers
 
+    check_features(config, facts, device)
     cls = getattr(diffusers, facts.pipeline)
     try:
         folder = facts.location
         if not Path(folder).is_dir():
             folder = str(cls.download(folder, use_safetensors=True))
-        config = cls.load_config(folder)
+        parts = cls.load_config(folder)
         left_out = (*_UNUSED, *(() if text else _TEXT))
-        index = {name: entry for name, entry in config.items() if name not in left_out}
+        index = {name: entry for name, entry in parts.items() if name not in left_out}
         with _without_bars():
-            networks = _load_networks(facts, Path(folder), index, dtype)
-            networks |= dict.fromkeys(name for name in left_out if name in config)
+            networks = _load_networks(facts, Path(folder), index, dtype, quantization(config))
+            networks |= dict.fromkeys(name for name in left_out if name in parts)
             # Of parts with code of the pipeline's own diffusers warns that it cannot tell their type: they come later.
             own = {name: part for name, part in networks.items() if ".pipelines." in type(part).__module__}
             pipeline = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **networks | dict.fromkeys(own))
@@ -103,11 +112,13 @@ def load_pipeline(
         raise ConfigError(f"model {facts.name!r} cannot be loaded ({first_line(error)})") from error
     _check_parts(pipeline, facts, text)
     pipeline.set_progress_bar_config(disable=True)
+    adapter = adapter_for(pipeline)
     if shards is not None:
-        adapter = adapter_for(pipeline)
         for _, transformer in adapter.transformers(pipeline):
             shard_weights(transformer, adapter.blocks(transformer), shards)
-    return pipeline.to(device)
+    place(pipeline, adapter, device, offload)
+    put_on(config, pipeline, adapter)
+    return pipeline
 
 
 def _check_parts(pipeline: Any, facts: ModelFacts, text: bool) -> None:
@@ -156,7 +167,9 @@ def as_pipeline(pipeline: Any, name: str) -> Any:
     return twin
 
 
-def _load_networks(facts: ModelFacts, folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def _load_networks(
+    facts: ModelFacts, folder: Path, index: Mapping[str, Any], dtype: torch.dtype, quantized: Any
+) -> dict[str, Any]:
     """Load a pipeline's networks one by one: only then do the libraries say what the files lack.
 
     They fill absent tensors at random, or leave them without a value, and the pipeline's own loading drops that news.
@@ -166,6 +179,7 @@ def _load_networks(facts: ModelFacts, folder: Path, index: Mapping[str, Any], dt
         folder: has one folder for each network.
         index: content of model_index.json, (library, class) by name.
         dtype: of all networks but VAE and image encoder.
+        quantized: diffusers' settings for the transformers' weights, or None.
 
     Returns:
         The networks by name; the pipeline loads what else it needs.
@@ -190,6 +204,7 @@ def _load_networks(facts: ModelFacts, folder: Path, index: Mapping[str, Any], dt
             dtype=torch.float32 if name in float32 else dtype,
             use_safetensors=True,
             output_loading_info=True,
+            **({"quantization_config": quantized} if quantized is not None and name in TRANSFORMERS else {}),
         )
         tensors = networks[name].state_dict()
         # Of sharded files diffusers believes the index; what no file holds is then left without a value.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import time
@@ -84,6 +85,9 @@ class Progress:
         if self._bar is not None:
             self._bar.refresh()
 
+    def tell(self, event: str, **fields: Any) -> None:
+        """Tell a program of an event; people are told by `stage` and `say`."""
+
     def close(self) -> None:
         """Take away the bar, or the stage in a terminal."""
         if self._bar is not None:
@@ -148,6 +152,49 @@ class Progress:
     def _write(self, text: str) -> None:
         self._stream.write(text)
         self._stream.flush()
+
+
+class JsonProgress(Progress):
+    """Prints a run to stdout as JSON, one object on each line: ``event`` says what it is, the rest is of that event.
+
+    ``stage`` and ``message`` have a ``text``; ``started``, ``step`` and ``decoding`` are the engine's events; ``done``
+    has the files of a video, its seconds by stage and its share of dense work; ``error`` the exit code.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        """Begin; `stream` is stdout where it is left out."""
+        super().__init__(False)
+        self._lines = _Unfailing(sys.stdout if stream is None else stream)
+
+    def stage(self, text: str) -> None:
+        """See `Progress`."""
+        self.tell("stage", text=text)
+
+    def say(self, text: str) -> None:
+        """See `Progress`."""
+        self.tell("message", text=text)
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """See `Progress`."""
+        self._lines.write(json.dumps({"event": event, **fields}, ensure_ascii=False) + "\n")
+        self._lines.flush()
+
+    def _show(self, event: Event, label: str) -> None:
+        from .request import Decoding, Started, StepDone
+
+        if isinstance(event, Started):
+            request = event.request
+            self.tell(
+                "started", label=label, prompt=request.prompt, seed=request.seed, steps=request.num_inference_steps,
+                tokens=event.num_tokens, resumed_at=event.resumed_at,
+            )  # fmt: skip
+        elif isinstance(event, StepDone):
+            self.tell(
+                "step", step=event.step, steps=event.num_steps, sigma=event.sigma, active=event.active,
+                tokens=event.total, seconds=event.seconds, eta_seconds=event.eta_seconds,
+            )  # fmt: skip
+        elif isinstance(event, Decoding):
+            self.tell("decoding", seconds=event.seconds)
 
 
 class _Unfailing:

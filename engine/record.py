@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from ..hsa.config import HSAConfig
 from ..hsa.planner import StepPlanner
 from ..hsa.policies import TokensPolicy, policy_for
+from .config import EngineConfig
 from .denoise.schedulers import correct_for, forecast_for, kind_of, scheduler_for
 from .facts import ModelFacts
+from .lora import lora_label
 from .models import adapter_named
 from .report import HSAReport, plain_step
-from .request import EngineConfig, VideoOutput
+from .request import VideoOutput
 
 _PACKAGES = ("heterostep", "torch", "diffusers", "transformers", "numpy", "av")
 # Of SSIM: the side of the window, and the width of its Gaussian.
@@ -214,8 +216,9 @@ def run_record(maker: Maker, output: VideoOutput, dense: VideoOutput | None = No
 
 
 def acting_request(output: VideoOutput, experts: int) -> dict[str, Any]:
-    """The request with the share and the guidance of each expert that acted."""
+    """The request with the share and the guidance of each expert that acted; of files, the names alone."""
     request = dataclasses.asdict(output.request)
+    request["lora"] = [lora_label(text) for text in output.request.lora]
     if request["compute"] is None:
         request["compute"] = 1.0 if output.hsa is None else output.hsa.compute
     if experts > 1 and request["guidance_scale_2"] is None:
@@ -253,7 +256,7 @@ def acting(maker: Maker, output: VideoOutput) -> dict[str, Any]:
     request, facts = output.request, maker.facts
     guidance = facts.guidance_for(request.guidance_scale)
     scales = [request.guidance_scale, request.guidance_scale_2 or request.guidance_scale][: facts.experts]
-    sharding = maker.sharding
+    sharding, kernel = maker.sharding, maker.config.attention or "diffusers"
     degrees = {"cfg": 1, "ring": 1, "ulysses": 1}
     types = {name: getattr(part, "dtype", None) for name, part in maker.pipeline.components.items()}
     return {
@@ -262,7 +265,10 @@ def acting(maker: Maker, output: VideoOutput) -> dict[str, Any]:
         "guidance": scales,
         "more_guidance": None if guidance is None else guidance._asdict(),
         "guidance_passes": facts.passes(request.guidance_scale),
-        "kernel": "diffusers" if sharding is None else sharding.placement.name.rpartition(", ")[2],
+        "kernel": kernel if sharding is None else sharding.placement.name.rpartition(", ")[2],
+        "quantize": maker.config.quantize,
+        "compiled": maker.config.compile,
+        "vae_tiling": bool(getattr(maker.pipeline.vae, "use_tiling", False)),
         "degrees": degrees if sharding is None else {name: getattr(sharding.config, name) for name in degrees},
         "dtypes": {name: _name(dtype) for name, dtype in types.items() if isinstance(dtype, torch.dtype)},
     }

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from ..errors import ConfigError, RequestError
 from ..hsa.config import HSAConfig
-from ..parallel.config import ParallelConfig
 from ..settings import check, like, setting
+from .config import EngineConfig
 from .facts import ModelFacts
+from .lora import check_loras, parse_lora
 from .media.image import MAX_SIDE, fingerprint, fit_image, read_image, size_for
 from .windows import fill, frames_in
 
@@ -26,65 +27,8 @@ if TYPE_CHECKING:
     from .media.video import Audio
     from .report import HSAReport
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 RESUME = ("auto", "never")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """What an engine loads, and where it runs.
-
-    Attributes:
-        hsa: how steps are allocated to tokens, for every request that does not override `compute`; None runs
-            the stock pipeline, every token at every step.
-        parallel: degrees of a job of several ranks, each of which makes an engine with the same settings, and is asked
-            for the same videos; None for one rank.
-
-    `dtype` is that of text encoder and transformer; the VAE always runs in float32, as Wan's makers advise.
-
-    Raises:
-        ConfigError: a value is not one of these.
-    """
-
-    model: str = setting("demo", metavar="M", help="'demo', a folder in diffusers format, or a Hugging Face Hub id")
-    hsa: HSAConfig | None = field(default_factory=HSAConfig)
-    dtype: str = setting(
-        "auto", choices=DTYPES, metavar="T", help="data type; auto is bfloat16 on a GPU and float32 on the CPU"
-    )
-    device: str = setting("auto", metavar="D", help="auto (the first GPU, else the CPU), cpu, cuda or cuda:N")
-    parallel: ParallelConfig | None = None
-    shard_weights: bool = setting(
-        False,
-        help="each rank keeps a part of the transformer's weights and gathers one layer at a time, for models too "
-        "large for one device; LoRA weights cannot be loaded then",
-    )
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.parallel is not None and not isinstance(self.parallel, ParallelConfig):
-            raise ConfigError(
-                f"parallel must be a ParallelConfig such as ParallelConfig(ulysses=2), not {self.parallel!r}"
-            )
-        if self.shard_weights and (self.parallel is None or self.parallel.world_size == 1):
-            raise ConfigError(
-                "shard_weights needs several ranks to share the weights; set parallel=ParallelConfig(...)"
-            )
-        if self.shard_weights and self.parallel is not None and self.parallel.windows > 1:
-            raise ConfigError(
-                f"shard_weights does not work with windows={self.parallel.windows}: ranks that gather each layer must "
-                "make the same number of passes, and groups of windows may not; use windows=1"
-            )
-        if self.shard_weights and self.parallel is not None and self.parallel.cut == "measured":
-            raise ConfigError(
-                "shard_weights does not work with cut='measured': ranks that gather each layer wait for each other, so "
-                "their speeds cannot be measured; use cut='equal'"
-            )
-        if not self.model.strip():
-            raise ConfigError("model must be 'demo', a folder, or a hub id (owner/name), not an empty name")
-        if self.hsa is not None and not isinstance(self.hsa, HSAConfig):
-            raise ConfigError(f"hsa must be an HSAConfig such as HSAConfig(compute=0.5), or None, not {self.hsa!r}")
-        if not self.device:
-            raise ConfigError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', not {self.device!r}")
+_MAX_LORAS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +76,11 @@ class GenerateRequest:
     """
 
     prompt: str = setting(metavar="TEXT", help="what the video shows")
-    negative_prompt: str = setting(
-        "", metavar="TEXT", help="what the video should not show; used with a guidance scale above 1"
+    negative_prompt: str | None = setting(
+        None,
+        metavar="TEXT",
+        help="what the video should not show; left out, the text that the model's maker advises; used with a guidance "
+        "scale above 1",
     )
     width: int | None = setting(
         None, least=1, most=MAX_SIDE, flag="", unit="pixels", help="pixels, a multiple of the model's step"
@@ -166,6 +113,19 @@ class GenerateRequest:
         flag="guidance-2",
         metavar="G",
         help="guidance scale of the second expert of models with two; left out, that of the first",
+    )
+    flow_shift: float | None = setting(
+        None,
+        above=0,
+        most=100,
+        metavar="S",
+        help="shift of the noise levels, for Wan: a larger one spends more of the steps on high noise",
+    )
+    lora: tuple[str, ...] = setting(
+        (),
+        metavar="L",
+        help="LoRA weights, as FILE_OR_ID[:SCALE[:EXPERT]]: a safetensors file or a hub id (owner/name/file), over "
+        "HTTP a name that GET /v1/models lists; the expert is high or low, for models with two; may be repeated",
     )
     seed: int = setting(0, least=0, most=2**63 - 1, help="seed of the initial noise, which is the same on every device")
     compute: float | None = like(HSAConfig, "compute", default=None, flag="")
@@ -204,6 +164,13 @@ class GenerateRequest:
             raise RequestError("the prompt is empty; say what the video shows")
         if self.image is not None and not (isinstance(self.image, str | os.PathLike | Image.Image) and self.image):
             raise RequestError(f"image must be the path of a file or a Pillow image, not {self.image!r:.80}")
+        if not isinstance(self.lora, list | tuple) or not all(isinstance(text, str) for text in self.lora):
+            raise RequestError(f"lora must be a list of texts such as 'style.safetensors:0.8', not {self.lora!r:.80}")
+        object.__setattr__(self, "lora", tuple(self.lora))  # JSON knows lists alone
+        if len(self.lora) > _MAX_LORAS:
+            raise RequestError(f"{len(self.lora)} sets of LoRA weights are more than the {_MAX_LORAS} that are taken")
+        for text in self.lora:
+            parse_lora(text)
         check(self, RequestError)
 
 
@@ -214,6 +181,7 @@ class ResolvedRequest(GenerateRequest):
     It is plain data: of the image it holds the `image.fingerprint` of what the video starts from, cut to its size.
     """
 
+    negative_prompt: str
     width: int
     height: int
     num_frames: int
@@ -235,10 +203,16 @@ def prepare(request: GenerateRequest, facts: ModelFacts) -> tuple[ResolvedReques
         The request, and the image in RGB and of the video's size.
 
     Raises:
-        RequestError: size or frames do not fit the model's grid (the message names the nearest that do); a second
-            guidance scale is given to a model with one expert; an image is missing, not wanted, or cannot be read.
+        RequestError: size or frames do not fit the model's grid (the message names the nearest that do); something for
+            a second expert is given to a model with one; a shift, to one whose noise levels follow the video's size; an
+            image is missing, not wanted, or cannot be read.
     """
     _check_image(request, facts)
+    check_loras(request.lora, facts)
+    if request.flow_shift is not None and not facts.takes_shift:
+        raise RequestError(
+            f"flow_shift is for Wan: the noise levels of {facts.name!r} ({facts.family}) follow from the video's size"
+        )
     image = None if request.image is None else read_image(request.image)
     defaults = facts.defaults
     given = {item.name: getattr(request, item.name) for item in dataclasses.fields(request) if item.name != "image"}
@@ -255,6 +229,7 @@ def prepare(request: GenerateRequest, facts: ModelFacts) -> tuple[ResolvedReques
         filled["guidance_scale_2"] = None
     if "guidance_scale_2" in values and facts.experts == 1:
         raise RequestError(f"guidance_scale_2 is for models with two experts; {facts.name!r} has one")
+    filled["negative_prompt"] = filled["negative_prompt"].strip()
     resolved = ResolvedRequest(**fill(filled, facts, image=image is not None))
     _check_grid(resolved, facts)
     if image is None:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..benchmarks.quality.settings import QualitySettings
-from ..engine.progress import Progress
-from ..engine.request import EngineConfig, GenerateRequest, JobConfig
+from ..engine.config import EngineConfig
+from ..engine.progress import JsonProgress, Progress
+from ..engine.request import GenerateRequest, JobConfig
 from ..errors import (
     TOO_LARGE,
     ConfigError,
@@ -23,7 +24,7 @@ from ..errors import (
 from ..hsa.config import HSAConfig
 from ..parallel.config import ParallelConfig
 from ..version import __version__
-from .options import Outputs, Ranks, Serving, add_flags, command_of, given, service_settings, size_of
+from .options import Batch, Outputs, Ranks, Serving, add_flags, commands_of, given, service_settings, size_of
 from .plan import PlanSettings, plan
 from .serve import serve
 from .service.settings import ServiceSettings
@@ -58,6 +59,10 @@ examples:
     heterostep generate --prompt "a red disc moves right" --nproc 2 --ulysses 2 --output two.mp4
   on two ranks that are Ray actors:
     heterostep generate --prompt "a red disc moves right" --ray --nproc 2 --output two.mp4
+  one video for each line of a file; the same command makes what is missing:
+    heterostep generate --prompts lines.txt --job-dir many --output "{index}-{seed}.mp4"
+  with LoRA weights at 0.8 of their strength:
+    heterostep generate --prompt "a cat" --model ./Wan2.1-T2V-1.3B-Diffusers --lora style.safetensors:0.8
   a long run that the same command resumes after an interruption:
     heterostep generate --prompt "a red disc moves right" --job-dir disc --output disc.mp4
 
@@ -147,7 +152,8 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
         commands, "generate", "make a video from a text, or from a text and an image", _GENERATE_EPILOG
     )
     what = command.add_argument_group("what to make")
-    add_flags(what, GenerateRequest)
+    add_flags(what, GenerateRequest, required=False)
+    add_flags(what, Batch)
     _add_size(what, "width and height in pixels, such as 832x480")
     how = command.add_argument_group("how to compute it")
     add_flags(how, EngineConfig, leave_out=["shard_weights"])
@@ -158,7 +164,7 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     add_flags(ranks, Ranks)
     add_flags(ranks, ParallelConfig, defaults=False)
-    add_flags(ranks, EngineConfig, leave_out=["model", "dtype", "device"])
+    add_flags(ranks, EngineConfig, only=["shard_weights"])
     add_flags(command.add_argument_group("what to write"), Outputs)
     job = command.add_argument_group(
         "how to survive interruptions", "With a job, SIGTERM and SIGUSR1 save the current step and exit with code 75."
@@ -174,7 +180,7 @@ def _add_size(parser: argparse._ActionsContainer, purpose: str) -> None:
 def _add_info(commands: argparse._SubParsersAction[_Parser]) -> None:
     purpose = "show versions, devices, and the sizes and defaults of a model"
     command = _add_command(commands, "info", purpose, "No weights are loaded.")
-    add_flags(command, EngineConfig, leave_out=["dtype", "device", "shard_weights"])
+    add_flags(command, EngineConfig, only=["model"])
     _add_size(command, "count tokens for this size")
     command.add_argument("--frames", type=int, metavar="N", help="count tokens for this many frames")
     command.set_defaults(run=_info)
@@ -217,18 +223,30 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     ranks = quality.add_argument_group("on how many ranks")
     add_flags(ranks, Ranks, leave_out=["nnodes", "master", "min_nnodes", "cluster_key_file", "ray", "ray_address"])
     add_flags(ranks, ParallelConfig, defaults=False)
-    add_flags(ranks, EngineConfig, leave_out=["model", "dtype", "device"])
+    add_flags(ranks, EngineConfig, only=["shard_weights"])
     quality.set_defaults(run=_bench)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    command = command_of(arguments)
-    with Progress(not command.outputs.quiet) as progress:
+    commands = commands_of(arguments)
+    with progress_for(commands[0].outputs) as progress:
         if "torch" not in sys.modules:
             progress.stage("loading PyTorch")
         from .generate import generate
 
-        return generate(command, progress)
+        try:
+            return generate(commands, progress)
+        except BaseException as error:
+            if said := explain(error):
+                progress.tell("error", text=said[0], exit_code=said[1])
+            raise
+
+
+def progress_for(outputs: Outputs, leads: bool = True) -> Progress:
+    """What shows how far `generate` is; nothing on a rank that does not lead."""
+    if outputs.json and leads:
+        return JsonProgress()
+    return Progress(leads and not outputs.quiet and not outputs.json)
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -242,7 +260,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     given_flags = vars(arguments)
     settings = QualitySettings(**given(QualitySettings, given_flags))
     # Every prompt takes the place of this one.
-    command = command_of(argparse.Namespace(**{**given_flags, "prompt": "-", "output": Outputs.output}))
+    asked = {name: value for name, value in given_flags.items() if name not in ("prompts", "count")}
+    (command,) = commands_of(argparse.Namespace(**{**asked, "prompt": "-", "output": Outputs.output}))
     with Progress(True) as progress:
         progress.stage("loading PyTorch")
         from .bench import bench_quality

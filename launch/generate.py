@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save
 
+from ..engine.config import EngineConfig
 from ..engine.denoise.checks import rehearse
-from ..engine.engine import Engine, find_finished
+from ..engine.engine import Engine
 from ..engine.facts import read_facts
+from ..engine.features import check_features
+from ..engine.finished import find_finished
 from ..engine.loading import pick_device
+from ..engine.lora import locate_lora, parse_lora
 from ..engine.media.files import Placed, check_writable, place, write_json
 from ..engine.media.video import check_mp4, heatmap_frames, heatmap_size, write_mp4
 from ..engine.progress import Progress
 from ..engine.record import run_record
-from ..engine.request import (
-    EngineConfig,
-    Event,
-    GenerateRequest,
-    JobConfig,
-    ResolvedRequest,
-    Started,
-    VideoOutput,
-    allocation,
-    resolve,
-)
+from ..engine.request import Event, JobConfig, ResolvedRequest, Started, VideoOutput, allocation, resolve
 from ..errors import ConfigError, Interrupted, JobStopped, OutputElsewhere
 from .logs import silence_libraries
-from .ranks import degrees_for, generate_on_ranks, help_elsewhere, saving_signals
+from .ranks import Made, degrees_for, generate_on_ranks, help_elsewhere, saving_signals
 
 if TYPE_CHECKING:
     from ..engine.job import Finished
@@ -41,11 +36,11 @@ if TYPE_CHECKING:
     from .workers.rendezvous import TorchrunRank
 
 
-def generate(command: Command, progress: Progress, rank: TorchrunRank | None = None) -> int:
-    """Run the command; returns the exit code.
+def generate(commands: Sequence[Command], progress: Progress, rank: TorchrunRank | None = None) -> int:
+    """Make the videos of a command, one after the other; returns the exit code.
 
     Args:
-        command: what was asked for.
+        commands: what was asked for, of each video; they differ in request and files alone.
         progress: shows how far it is, if anything is shown; on rank 0 alone.
         rank: this process's place among others that run the same command; None: it starts them, if there shall be any.
 
@@ -53,127 +48,171 @@ def generate(command: Command, progress: Progress, rank: TorchrunRank | None = N
         HeterostepError: a setting, the model or the request is wrong, or the work failed.
     """
     silence_libraries(downloads=progress.shown)
-    if rank is not None and command.ranks.machines > 1:
+    first = commands[0]
+    if rank is not None and first.ranks.machines > 1:
         raise ConfigError("--nnodes of heterostep works only with `heterostep generate`; torchrun has its own")
-    if help_elsewhere(command.ranks, progress):
+    if help_elsewhere(first.ranks, progress):
         return 0
     # Everything that can be wrong is checked before a model is loaded, which may take minutes.
-    outputs, config, request, job = command.outputs, command.engine, command.request, command.job
-    files = OutputFiles(outputs, None if job is None else Path(job.folder))
-    facts = read_facts(config.model)
-    resolved = resolve(request, facts)
-    files.check(resolved)
-    rehearse(facts, allocation(config, resolved), resolved, None if job is None else job.checkpoint_every)
-    on_ray = command.ranks.ray or command.ranks.ray_address is not None
+    files = _checked(commands)
+    on_ray = first.ranks.ray or first.ranks.ray_address is not None
     if on_ray and rank is not None:
         raise ConfigError("--ray works only with `heterostep generate`: torchrun has already started the ranks")
-    if on_ray or command.ranks.size > 1:
-        files.announce(progress.say)
-        output, record = generate_on_ranks(command, lambda events, label: shown(events, label, progress), progress)
-        return _done(output, record, files, job, progress)
-    size, decide = (1, None) if rank is None else (rank.world_size, rank.decide)
-    parallel, _ = degrees_for(command, size, pick_device(config.device), decide)
-    files.announce(progress.say)
-    config = dataclasses.replace(config, parallel=parallel, shard_weights=command.shard_weights)
-    if job is not None:
-        found = _finished(config, request, job, rank)
-        if found is not None:
-            progress.say(f"the job in {job.folder} is finished; nothing was computed")
-            return _done(found.output, found.record, files, job, progress)
-    if job is None:
-        output, record = _compute(config, request, outputs.compare_dense, progress)
+    if on_ray or first.ranks.size > 1:
+        made: Generator[Made | None] = generate_on_ranks(
+            commands, lambda events, label: shown(events, label, progress), progress
+        )
     else:
-        output, record = _work(config, request, job, progress)
-    return _done(output, record, files, job, progress) if rank is None or rank.leads else 0
+        made = _made_here(commands, progress, rank)
+    for each in files:
+        each.announce(progress.say)
+    moved: list[str] = []
+    with contextlib.closing(made):
+        for command, its_files, found in zip(commands, files, made, strict=True):
+            if found is not None:
+                moved += _write(*found, command, its_files, progress)
+    if moved:
+        folder = None if first.job is None else Path(first.job.folder)
+        raise elsewhere(moved, folder if len(commands) == 1 or folder is None else folder.parent)
+    return 0
 
 
-def _finished(
-    config: EngineConfig, request: GenerateRequest, job: JobConfig, rank: TorchrunRank | None
-) -> Finished | None:
-    """The result of a job that is done; on many ranks each gets it."""
-    if rank is None or rank.leads:
-        found = find_finished(config, request, job)
-    if rank is None:
-        return found
-    # Only one process may look into the folder; a finished job needs the others no more.
-    if rank.decide("finished", lambda: found is not None):
-        if rank.leads:
-            return found
-        raise SystemExit(0)
-    return None
-
-
-def _done(
-    output: VideoOutput, record: dict[str, Any], files: OutputFiles, job: JobConfig | None, progress: Progress
-) -> int:
-    """Write the files and say what they are.
+def _checked(commands: Sequence[Command]) -> list[OutputFiles]:
+    """Check the requests and the files of all videos; returns the files.
 
     Raises:
-        OutputElsewhere: one of them could not be written where it was asked to be.
+        HeterostepError: what is wrong with one of them.
     """
+    first, files = commands[0], []
+    for command in commands:
+        files.append(OutputFiles(command.outputs, None if command.job is None else Path(command.job.folder)))
+    paths = [path.resolve() for each in files for path in each.paths.values()]
+    if len(set(paths)) < len(paths):
+        raise ConfigError("two outputs have the same name; give each its own, those of several videos with {index}")
+    facts = read_facts(first.engine.model)
+    resolved = [resolve(command.request, facts) for command in commands]
+    for each, request in zip(files, resolved, strict=True):
+        each.check(request)
+    if not (first.ranks.ray or first.ranks.ray_address):  # the devices of a cluster are others
+        check_features(first.engine, facts, pick_device(first.engine.device))
+    for text in first.request.lora:
+        locate_lora(parse_lora(text))
+    # Prompt and seed do not count in the plan.
+    every = None if first.job is None else first.job.checkpoint_every
+    rehearse(facts, allocation(first.engine, resolved[0]), resolved[0], every)
+    return files
+
+
+def _made_here(commands: Sequence[Command], progress: Progress, rank: TorchrunRank | None) -> Generator[Made | None]:
+    """The videos, made by an engine of this process; None on a rank that does not lead."""
+    first = commands[0]
+    size, decide = (1, None) if rank is None else (rank.world_size, rank.decide)
+    parallel, _ = degrees_for(first, size, pick_device(first.engine.device), decide)
+    here = _Here(dataclasses.replace(first.engine, parallel=parallel, shard_weights=first.shard_weights), progress)
+    for command in commands:
+        done, found = _finished(here.config, command, rank)
+        if found is not None and command.job is not None:
+            progress.say(f"the job in {command.job.folder} is finished; nothing was computed")
+            made: Made | None = (found.output, found.record)
+        elif not done:
+            made = _compute(here, command) if command.job is None else _work(here, command, command.job)
+        yield made if rank is None or rank.leads else None
+
+
+def _finished(config: EngineConfig, command: Command, rank: TorchrunRank | None) -> tuple[bool, Finished | None]:
+    """Whether a job is done, and on the rank that leads its result."""
+    job = command.job
+    if job is None:
+        return False, None
+    # Only one process may look into the folder.
+    found = find_finished(config, command.request, job) if rank is None or rank.leads else None
+    if rank is None:
+        return found is not None, found
+    return rank.decide(f"finished {command.place[0]}", lambda: found is not None), found
+
+
+class _Here:
+    """An engine of this process, loaded when a video first needs it."""
+
+    def __init__(self, config: EngineConfig, progress: Progress) -> None:
+        self.config, self.progress = config, progress
+        self.engine: Engine | None = None
+
+    def load(self) -> Engine:
+        if self.engine is None:
+            self.progress.stage(f"loading model {self.config.model}")
+            self.engine = Engine(self.config)
+        return self.engine
+
+
+def _write(
+    output: VideoOutput, record: dict[str, Any], command: Command, files: OutputFiles, progress: Progress
+) -> list[str]:
+    """Write the files of a video and say what they are; returns a sentence for each that lies elsewhere."""
     progress.stage(f"writing {', '.join(map(str, files.paths.values()))}")
     moved = files.write(output, record)
     for line in _summary(output, record, files.paths):
         progress.say(line)
-    if moved:
-        raise elsewhere(moved, None if job is None else Path(job.folder))
-    return 0
+    progress.tell(
+        "done",
+        index=command.place[0],
+        prompt=command.request.prompt,
+        seed=command.request.seed,
+        compute=record["compute"],
+        seconds=dict(output.seconds),
+        files={name: str(path) for name, path in files.paths.items()},
+    )
+    return moved
 
 
-def _compute(
-    config: EngineConfig, request: GenerateRequest, compare_dense: bool, progress: Progress
-) -> tuple[VideoOutput, dict[str, Any]]:
+def _compute(here: _Here, command: Command) -> Made:
     """Load the model and make the video, and a dense one after it where that is asked for."""
-    progress.stage(f"loading model {config.model}")
-    engine = Engine(config)
-    if compare_dense:
+    request, progress = command.request, here.progress
+    engine = here.load()
+    if command.outputs.compare_dense and command.place[0] == 1:
         progress.stage("warming up")
         # The first steps of a process pay for allocations and kernel choices; neither side should.
         engine.generate(dataclasses.replace(request, compute=1.0, num_inference_steps=2), progress=False)
     # Before the dense run, which can take an hour: the plan may be one that cannot be met.
-    output = shown(engine.stream(request), "denoising", progress)
+    output = shown(engine.stream(request), command.label, progress)
     dense = None
-    if compare_dense:
+    if command.outputs.compare_dense:
         dense = shown(engine.stream(dataclasses.replace(request, compute=1.0)), "dense", progress)
     return output, run_record(engine, output, dense)
 
 
-def _work(
-    config: EngineConfig, request: GenerateRequest, job: JobConfig, progress: Progress
-) -> tuple[VideoOutput, dict[str, Any]]:
+def _work(here: _Here, command: Command, job: JobConfig) -> Made:
     """Load the model and resume a job.
 
     Raises:
         JobStopped: a signal stopped the command; the steps that are done are saved.
         KeyboardInterrupt: Ctrl-C stopped it; the message says that the same command resumes.
     """
-    engines: list[Engine] = []
     asked = False
 
     def stop() -> None:
         nonlocal asked
         asked = True
-        if not engines:
+        if here.engine is None:
             raise JobStopped(f"stopped before the first step; the same command starts the job in {job.folder}")
-        engines[0].save_and_stop()
+        here.engine.save_and_stop()
 
     try:
         with saving_signals(stop):
-            progress.stage(f"loading model {config.model}")
-            engines.append(Engine(config))
+            engine = here.load()
 
             def events() -> Iterator[Event]:
-                for event in engines[0].stream(request, job):
+                for event in engine.stream(command.request, job):
                     if asked:  # perhaps before there was a run that could be told
-                        engines[0].save_and_stop()
+                        engine.save_and_stop()
                     yield event
 
-            output = shown(events(), "denoising", progress)
+            output = shown(events(), command.label, here.progress)
     except Interrupted as interrupted:
         raise JobStopped(str(interrupted)) from interrupted
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"; the same command resumes the job in {job.folder}") from interrupt
-    return output, run_record(engines[0], output)
+    return output, run_record(engine, output)
 
 
 def shown(events: Iterator[Event], label: str, progress: Progress) -> VideoOutput:
@@ -231,12 +270,10 @@ class OutputFiles:
             job_folder: of the job, if it is one.
 
         Raises:
-            ConfigError: a file cannot be written, two have one name, or one exists that is not to be replaced.
+            ConfigError: a file cannot be written, or one exists that is not to be replaced.
         """
         given = {name: getattr(outputs, name) for name in _SUFFIXES if getattr(outputs, name) is not None}
         self.paths = {name: check_writable(path, _SUFFIXES[name]) for name, path in given.items()}
-        if len({path.resolve() for path in self.paths.values()}) < len(self.paths):
-            raise ConfigError("two outputs have the same name; give each its own")
         self._outputs, self._folder = outputs, job_folder
         own = _own_files(job_folder)
         present = {name: path for name, path in self.paths.items() if path.exists()}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import ipaddress
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engine.request import EngineConfig, GenerateRequest, JobConfig
+from ..engine.config import EngineConfig
+from ..engine.request import GenerateRequest, JobConfig
 from ..errors import ConfigError
 from ..hsa.config import HSAConfig
 from ..parallel.config import ParallelConfig
@@ -19,6 +21,7 @@ from .service.settings import ServiceSettings
 from .workers.messages import threads_asked
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+_PLACE = re.compile(r"\{(index|seed)\}")
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -26,7 +29,12 @@ _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0"
 class Outputs:
     """What `generate` writes and prints."""
 
-    output: str = setting("video.mp4", metavar="FILE", help="mp4 file of the video")
+    output: str = setting(
+        "video.mp4",
+        metavar="FILE",
+        help="mp4 file of the video; {index} and {seed} in the name of any file stand for the video's number, from 1 "
+        "on, and its seed",
+    )
     heatmap: str | None = setting(
         None, metavar="FILE", help="mp4 file of the video beside a map of evaluations per token"
     )
@@ -39,11 +47,34 @@ class Outputs:
     scale: int = setting(1, least=1, help="enlarge the pixels of the video N times")
     compare_dense: bool = setting(False, help="make the dense video too; print the speed-up and the quality")
     quiet: bool = setting(False, help="print errors only")
+    json: bool = setting(False, help="print progress to stdout as JSON, one object on each line, for programs")
 
     def __post_init__(self) -> None:
         check(self)
+        if self.quiet and self.json:
+            raise ConfigError("--quiet and --json contradict each other; give one of them")
         if self.overwrite and self.no_clobber:
             raise ConfigError("--overwrite and --no-clobber contradict each other; give one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """How many videos `generate` makes; with a job's folder, each is a job in a folder of its own in there."""
+
+    prompts: Path | None = setting(
+        None, metavar="FILE", help="text file with one prompt on each line, in place of --prompt: a video for each"
+    )
+    count: int = setting(
+        1, least=1, most=1000, help="number of videos of each prompt, the first with --seed, each other with the next"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def several(self) -> bool:
+        """Whether there may be more than one video; a file of prompts can grow."""
+        return self.prompts is not None or self.count > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +159,7 @@ class Serving:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """Everything that `heterostep generate` was told.
+    """Everything that `heterostep generate` was told, of one video.
 
     Attributes:
         request: the video.
@@ -138,6 +169,7 @@ class Command:
         job: where the job is kept; None for a video that does not survive its process.
         outputs: what is written.
         ranks: which processes are started.
+        place: the number of the video, from 1 on, and how many there are.
     """
 
     request: GenerateRequest
@@ -147,27 +179,85 @@ class Command:
     job: JobConfig | None
     outputs: Outputs
     ranks: Ranks
+    place: tuple[int, int] = (1, 1)
+
+    @property
+    def label(self) -> str:
+        """What the steps of its video are called."""
+        number, of = self.place
+        return "denoising" if of == 1 else f"denoising video {number} of {of}"
 
 
-def command_of(arguments: argparse.Namespace) -> Command:
-    """Turn the parsed flags of `generate` into settings.
+def commands_of(arguments: argparse.Namespace) -> list[Command]:
+    """Turn the parsed flags of `generate` into settings, for each of its videos.
+
+    They differ in prompt, seed, and the names of files and folders.
 
     Raises:
-        ConfigError: flags that do not fit each other.
+        ConfigError: flags that do not fit each other, or a file of prompts that cannot be read.
         RequestError: a request that no model can serve.
     """
     given_flags = vars(arguments)
-    outputs = Outputs(**given(Outputs, given_flags))
+    outputs, batch = Outputs(**given(Outputs, given_flags)), Batch(**given(Batch, given_flags))
+    asked = _request(given_flags)
     width, height = given_flags.get("size", (None, None))
-    return Command(
-        request=GenerateRequest(**_request(given_flags), width=width, height=height),
-        engine=engine_of(given_flags),
-        degrees=given(ParallelConfig, given_flags),
-        shard_weights=given_flags.get("shard_weights", False),
-        job=_job(given(JobConfig, given_flags), outputs),
-        outputs=outputs,
-        ranks=Ranks(**given(Ranks, given_flags)),
-    )
+    asked |= {"width": width, "height": height}
+    first, job = asked.pop("seed", 0), _job(given(JobConfig, given_flags), outputs)
+    common: dict[str, Any] = {
+        "engine": engine_of(given_flags),
+        "degrees": given(ParallelConfig, given_flags),
+        "shard_weights": given_flags.get("shard_weights", False),
+        "ranks": Ranks(**given(Ranks, given_flags)),
+    }
+    each = [(prompt, first + n) for prompt in _prompts(batch, asked.pop("prompt", None)) for n in range(batch.count)]
+    return [
+        Command(
+            request=GenerateRequest(prompt=prompt, seed=seed, **asked),
+            job=_own_folder(job, index) if job is not None and batch.several else job,
+            outputs=_named(outputs, index, seed, batch.several),
+            place=(index, len(each)),
+            **common,
+        )
+        for index, (prompt, seed) in enumerate(each, 1)
+    ]
+
+
+def _prompts(batch: Batch, prompt: str | None) -> list[str]:
+    """What the videos show."""
+    if batch.prompts is None:
+        if prompt is None:
+            raise ConfigError("nothing says what the video shows; give --prompt TEXT, or --prompts FILE")
+        return [prompt]
+    if prompt is not None:
+        raise ConfigError("--prompt and --prompts both say what the videos show; give one of them")
+    try:
+        text = batch.prompts.expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts {str(batch.prompts)!r} is not UTF-8 text; save it as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"--prompts {str(batch.prompts)!r} cannot be read ({error.strerror})") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ConfigError(f"--prompts {str(batch.prompts)!r} holds no prompt; write one on each line")
+    return lines
+
+
+def _own_folder(job: JobConfig, index: int) -> JobConfig:
+    return dataclasses.replace(job, folder=Path(job.folder) / f"{index:04}")
+
+
+def _named(outputs: Outputs, index: int, seed: int, several: bool) -> Outputs:
+    """The outputs with index and seed in the names; where there are several and no name says which, at the end."""
+    names = {item.name: getattr(outputs, item.name) for item in settings_of(Outputs) if item.metavar == "FILE"}
+
+    def named(name: str) -> str:
+        if several and not _PLACE.search(name):
+            path = Path(name)
+            name = str(path.with_name(f"{path.stem}-{{index}}{path.suffix}")) if path.name else name
+        return _PLACE.sub(lambda found: str(index if found[1] == "index" else seed), name)
+
+    changes: dict[str, Any] = {key: named(name) for key, name in names.items() if name is not None}
+    return dataclasses.replace(outputs, **changes)
 
 
 def engine_of(given_flags: Mapping[str, Any]) -> EngineConfig:
@@ -268,6 +358,7 @@ def add_flags(
     required: bool = True,
     defaults: bool = True,
     leave_out: Collection[str] = (),
+    only: Collection[str] | None = None,
 ) -> None:
     """Add a flag for each setting of a dataclass.
 
@@ -279,9 +370,10 @@ def add_flags(
         required: whether a setting without a default must be given.
         defaults: whether `--help` shows the dataclass's defaults; not where the command deduces what is left out.
         leave_out: names of fields that get no flag.
+        only: names of the fields that get one; None: all.
     """
     for item in settings_of(cls):
-        if item.flag and item.name not in leave_out:
+        if item.flag and item.name not in leave_out and (only is None or item.name in only):
             _add_flag(parser, item, required and item.default is dataclasses.MISSING, defaults)
 
 

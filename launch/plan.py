@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from ..engine.config import EngineConfig
 from ..engine.devices import device_of
 from ..engine.estimate import ITEM_BYTES, Case, Links, Sizes, Video, read_sizes
-from ..engine.request import EngineConfig, GenerateRequest, resolve
+from ..engine.request import GenerateRequest, resolve
 from ..errors import ConfigError
 from ..hsa.config import HSAConfig
 from ..settings import check, like, setting

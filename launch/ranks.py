@@ -13,7 +13,9 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -22,14 +24,15 @@ from typing import Any
 import torch
 
 from ..engine.checkpoint import remove_others
+from ..engine.config import EngineConfig
 from ..engine.denoise.long_video import windows_of
-from ..engine.engine import find_finished
 from ..engine.facts import read_facts
+from ..engine.finished import find_finished
 from ..engine.loading import pick_device, pick_dtype
 from ..engine.media.image import read_image
 from ..engine.progress import Progress
 from ..engine.record import compare
-from ..engine.request import EngineConfig, Event, GenerateRequest, JobConfig, VideoOutput, resolve
+from ..engine.request import Event, GenerateRequest, JobConfig, VideoOutput, resolve
 from ..errors import Cancelled, ConfigError, JobStopped, RankLost
 from ..parallel.config import ParallelConfig
 from .options import Command, Ranks
@@ -47,33 +50,53 @@ Show = Callable[[Iterator[Event], str], VideoOutput]
 """Shows a run's events under a label, and returns its video."""
 Made = tuple[VideoOutput, dict[str, Any]]
 """A video and the record of its making."""
+Started = tuple[WorkerGroup, Callable[[RankLost], None]]
+"""A group, and what is told of its losses."""
 _TAIL = 12
 
 
-def generate_on_ranks(command: Command, show: Show, progress: Progress) -> Made:
-    """Make the video that the flags ask for, on ranks of this machine or of Ray.
+def generate_on_ranks(commands: Sequence[Command], show: Show, progress: Progress) -> Generator[Made]:
+    """Make the videos that the flags ask for, one after the other, on ranks of this machine or others, or of Ray.
 
     Args:
-        command: its request is valid for the model. Without a job its steps are saved in a temporary folder as long as
-            this process lives.
+        commands: their requests are valid for the model. Without a job, a video's steps are saved in a temporary folder
+            as long as this process lives.
         show: shows the events.
         progress: shows what else is done.
 
-    Returns:
-        The video and the record of its making.
+    Yields:
+        Each video and the record of its making.
 
     Raises:
         ConfigError: flags that do not fit each other, the model, the machine or the cluster.
         JobStopped: a signal stopped the command; the steps that are done are saved.
     """
-    if command.ranks.ray or command.ranks.ray_address is not None:
-        return _on_ray(command, show, progress)
-    config, reason = settled_here(command)
-    found = _finished(config, command.request, command.job, progress.say)
-    if found is not None:
-        return found
-    with group_here(command, config, reason, progress) as (group, on_loss):
-        return _make(group, command, _with_image(command.request), show, on_loss)
+    first = commands[0]
+    if first.ranks.ray or first.ranks.ray_address is not None:
+        yield from _on_ray(commands, show, progress)
+        return
+    config, reason = settled_here(first)
+    yield from _each(commands, config, lambda: group_here(first, config, reason, progress), show, progress)
+
+
+def _each(
+    commands: Sequence[Command],
+    config: EngineConfig,
+    start: Callable[[], AbstractContextManager[Started]],
+    show: Show,
+    progress: Progress,
+) -> Generator[Made]:
+    """The videos one after the other, by one group, which is started when one is to be computed."""
+    with contextlib.ExitStack() as held:
+        started: Started | None = None
+        for command in commands:
+            found = _finished(config, command, progress)
+            if found is None:
+                if started is None:
+                    started = held.enter_context(start())
+                    held.enter_context(contextlib.closing(started[0]))
+                found = _make(started[0], command, show, started[1])
+            yield found
 
 
 def settled_here(command: Command) -> tuple[EngineConfig, str]:
@@ -88,9 +111,7 @@ def settled_here(command: Command) -> tuple[EngineConfig, str]:
 
 
 @contextlib.contextmanager
-def group_here(
-    command: Command, config: EngineConfig, reason: str, progress: Progress
-) -> Iterator[tuple[WorkerGroup, Callable[[RankLost], None]]]:
+def group_here(command: Command, config: EngineConfig, reason: str, progress: Progress) -> Iterator[Started]:
     """A group of ranks on this machine, or on this and others; it is to be closed. And what is told of its losses.
 
     Args:
@@ -141,43 +162,45 @@ def help_elsewhere(ranks: Ranks, progress: Progress) -> bool:
 
 def _with_image(request: GenerateRequest) -> GenerateRequest:
     """The request with its image read: the file is on this machine, the ranks may be on others."""
-    return request if request.image is None else dataclasses.replace(request, image=read_image(request.image))
+    return request if request.image is None else replace(request, image=read_image(request.image))
 
 
-def _on_ray(command: Command, show: Show, progress: Progress) -> Made:
+def _on_ray(commands: Sequence[Command], show: Show, progress: Progress) -> Generator[Made]:
     if find_spec("ray") is None:
         raise ConfigError("ray is not installed; pip install '.[ray]' in heterostep's folder, or leave out --ray")
     from .workers.ray_cluster import RayCluster, check_room, cluster_address, connected, has_gpus
 
-    config, request, job = command.engine, command.request, command.job
-    size = command.ranks.nproc or 1
-    request = _with_image(request)
+    first = commands[0]
+    config, size = first.engine, first.ranks.nproc or 1
     if config.device.startswith("cuda:"):
         raise ConfigError(f"--device {config.device} with --ray: Ray chooses the GPUs; take cuda, cpu or auto")
-    address = cluster_address(command.ranks.ray_address)
+    address = cluster_address(first.ranks.ray_address)
     # What is wrong with a run on this machine is said before Ray starts, which takes seconds.
-    here = _settled(command, pick_device(config.device).type == "cuda") if address is None else None
-    found = _finished(here[0], request, job, progress.say) if here is not None else None
-    if found is not None:
-        return found
+    here = _settled(first, pick_device(config.device).type == "cuda") if address is None else None
+    while here is not None and commands and (found := _finished(here[0], commands[0], progress)) is not None:
+        yield found
+        commands = commands[1:]
+    if not commands:
+        return
     progress.stage("starting Ray")
     with connected(address, size, config.device):
         if here is None:
             gpus = config.device != "cpu" and has_gpus()
             if config.device == "cuda" and not gpus:
                 raise ConfigError("--device cuda: the Ray cluster has no GPU; take --device cpu or auto")
-            here = _settled(command, gpus)
-            found = _finished(here[0], request, job, progress.say)
-            if found is not None:
-                return found
+            here = _settled(first, gpus)
         config, reason = here
-        gpus = config.device == "cuda"
-        check_room(size, gpus)
-        progress.say(reason or "1 rank")
-        progress.stage(f"loading model {config.model} on {size} ranks")
-        standby = not gpus and size > 1 and not config.shard_weights
-        group = WorkerGroup(_group_config(command, config, standby), _alone(config), RayCluster(gpus))
-        return _make(group, command, request, show, _resuming)
+
+        @contextlib.contextmanager
+        def start() -> Iterator[Started]:
+            gpus = config.device == "cuda"
+            check_room(size, gpus)
+            progress.say(reason or "1 rank")
+            progress.stage(f"loading model {config.model} on {size} ranks")
+            standby = not gpus and size > 1 and not config.shard_weights
+            yield WorkerGroup(_group_config(first, config, standby), _alone(config), RayCluster(gpus)), _resuming
+
+        yield from _each(commands, config, start, show, progress)
 
 
 def _group_config(command: Command, config: EngineConfig, standby: bool = False) -> GroupConfig:
@@ -194,7 +217,7 @@ def _group_config(command: Command, config: EngineConfig, standby: bool = False)
 
 def _alone(config: EngineConfig) -> EngineConfig:
     """The settings of the engine without those of the group."""
-    return dataclasses.replace(config, parallel=None, shard_weights=False)
+    return replace(config, parallel=None, shard_weights=False)
 
 
 def _check_gpus(size: int, device: str, found: int | None) -> None:
@@ -212,25 +235,24 @@ def _settled(command: Command, gpus: bool) -> tuple[EngineConfig, str]:
     """The settings without anything automatic, which might mean something else on the ranks' machines; and why."""
     name = "cuda" if gpus else "cpu"
     dtype = str(pick_dtype(command.engine.dtype, torch.device(name))).removeprefix("torch.")
-    config = dataclasses.replace(command.engine, device=name, dtype=dtype)
+    config = replace(command.engine, device=name, dtype=dtype)
     size, device = command.ranks.size, pick_device("auto" if gpus else "cpu")
     if gpus and device.type == "cpu":  # kernels and memory are those of other machines: the ranks check them
         parallel, reason = degrees_for(_elsewhere(command), size, device)
         if parallel is not None and "kernel" in command.degrees:
-            parallel = dataclasses.replace(parallel, kernel=command.degrees["kernel"])
+            parallel = replace(parallel, kernel=command.degrees["kernel"])
     else:
         parallel, reason = degrees_for(command, size, device)
-    return dataclasses.replace(config, parallel=parallel, shard_weights=command.shard_weights), reason
+    return replace(config, parallel=parallel, shard_weights=command.shard_weights), reason
 
 
-def _finished(
-    config: EngineConfig, request: GenerateRequest, job: JobConfig | None, say: Callable[[str], None]
-) -> Made | None:
+def _finished(config: EngineConfig, command: Command, progress: Progress) -> Made | None:
     """The result of a job that is done."""
-    found = find_finished(dataclasses.replace(config, device="cpu"), request, job) if job is not None else None
+    job = command.job
+    found = find_finished(replace(config, device="cpu"), command.request, job) if job is not None else None
     if job is None or found is None:
         return None
-    say(f"the job in {job.folder} is finished; nothing was computed")
+    progress.say(f"the job in {job.folder} is finished; nothing was computed")
     return found.output, dict(found.record)
 
 
@@ -257,33 +279,26 @@ def degrees_for(
 def _elsewhere(command: Command) -> Command:
     """The command without its kernel, which only the ranks' machines can check."""
     degrees = {name: value for name, value in command.degrees.items() if name != "kernel"}
-    return dataclasses.replace(command, degrees=degrees)
+    return replace(command, degrees=degrees)
 
 
-def _make(
-    group: WorkerGroup,
-    command: Command,
-    request: GenerateRequest,
-    show: Show,
-    on_loss: Callable[[RankLost], None],
-) -> Made:
+def _make(group: WorkerGroup, command: Command, show: Show, on_loss: Callable[[RankLost], None]) -> Made:
     """The video that is asked for, kept as a job, beside a dense one, or neither.
 
     Args:
-        group: that makes it, and is closed.
+        group: that makes it.
         command: what is asked for.
-        request: as the ranks need it.
         show: shows the events.
         on_loss: told of each loss.
     """
-    with tempfile.TemporaryDirectory(prefix="heterostep-job-") as kept, contextlib.closing(group):
+    with tempfile.TemporaryDirectory(prefix="heterostep-job-") as kept:
         job = command.job or JobConfig(folder=kept)
-        work = Work(request=request, checkpoint_every=job.checkpoint_every)
+        work = Work(request=_with_image(command.request), checkpoint_every=job.checkpoint_every)
         if command.job is not None:
-            return _keep(group, work, job, show, on_loss)
+            return _keep(group, work, job, show, on_loss, command.label)
         if command.outputs.compare_dense:
-            return _compare(group, work, show, on_loss)
-        return once(group, work, Path(kept), show, on_loss)
+            return _compare(group, work, show, on_loss, warm=command.place[0] > 1)
+        return once(group, work, Path(kept), show, on_loss, command.label)
 
 
 def once(
@@ -316,20 +331,22 @@ def once(
     return output, records[0]
 
 
-def _compare(group: WorkerGroup, work: Work, show: Show, on_loss: Callable[[RankLost], None]) -> Made:
-    """The video and a dense one after it; no step of either is saved."""
-    dense = dataclasses.replace(work.request, compute=1.0)
+def _compare(group: WorkerGroup, work: Work, show: Show, on_loss: Callable[[RankLost], None], *, warm: bool) -> Made:
+    """The video and a dense one after it, by ranks that are `warm` or not; no step of either is saved."""
+    dense = replace(work.request, compute=1.0)
     # The first steps of a process pay for allocations and kernel choices; neither side should.
-    first = dataclasses.replace(work, request=dataclasses.replace(dense, num_inference_steps=2))
-    for _ in make_video(group, first, None, on_loss):
+    first = replace(work, request=replace(dense, num_inference_steps=2))
+    for _ in make_video(group, first, None, on_loss) if not warm else ():
         pass
     output, record = once(group, work, None, show, on_loss)
-    other, _ = once(group, dataclasses.replace(work, request=dense), None, show, on_loss, "dense")
+    other, _ = once(group, replace(work, request=dense), None, show, on_loss, "dense")
     record["against_dense"] = compare(output, other)
     return output, record
 
 
-def _keep(group: WorkerGroup, work: Work, job: JobConfig, show: Show, on_loss: Callable[[RankLost], None]) -> Made:
+def _keep(
+    group: WorkerGroup, work: Work, job: JobConfig, show: Show, on_loss: Callable[[RankLost], None], label: str
+) -> Made:
     """The video of a job that outlives this process."""
     if job.resume == "never":  # once: after a loss it is resumed
         remove_others(Path(job.folder), ())
@@ -341,7 +358,7 @@ def _keep(group: WorkerGroup, work: Work, job: JobConfig, show: Show, on_loss: C
 
     try:
         with saving_signals(stop):
-            return once(group, work, Path(job.folder), show, on_loss)
+            return once(group, work, Path(job.folder), show, on_loss, label)
     except Cancelled as stopped:
         raise JobStopped(str(stopped)) from stopped
     except KeyboardInterrupt as interrupt:

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..engine.request import EngineConfig
+from ..engine.config import EngineConfig
 from ..errors import ConfigError
 from ..hsa.config import HSAConfig
 from ..parallel.config import ParallelConfig

@@ -10,10 +10,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..engine.progress import Progress
 from ..errors import ConfigError, RequestError
-from .cli import EXIT_BAD_INPUT, EXIT_FAILED, build_parser, explain, fail
-from .options import command_of
+from .cli import EXIT_BAD_INPUT, EXIT_FAILED, build_parser, explain, fail, progress_for
+from .options import commands_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,13 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if argv is None else list(argv)
     try:
-        command = command_of(build_parser().parse_args(["generate", *given]))
+        commands = commands_of(build_parser().parse_args(["generate", *given]))
     except (ConfigError, RequestError) as error:
         # Alike on all ranks; that it is said once needs no meeting.
         return fail(str(error), EXIT_BAD_INPUT) if os.environ.get("RANK", "0") == "0" else EXIT_BAD_INPUT
+    command, leads = commands[0], os.environ.get("RANK", "0") == "0"
     if command.ranks.nproc is not None:
         return fail("--nproc is for `heterostep generate`; torchrun itself starts the ranks", EXIT_BAD_INPUT)
-    progress = Progress(os.environ.get("RANK", "0") == "0" and not command.outputs.quiet)
+    progress = progress_for(command.outputs, leads)
     with progress:
         progress.stage("loading PyTorch")
         from .generate import generate
@@ -41,9 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with joined(command.engine.device) as rank:
             try:
                 with progress:
-                    return generate(command, progress, rank)
+                    return generate(commands, progress, rank)
             except BaseException as error:
                 said = explain(error)
+                if said:
+                    progress.tell("error", text=said[0], exit_code=said[1])
                 if isinstance(error, ConfigError | RequestError):
                     rank.fail(str(error))
                     return fail(*said) if rank.leads and said else EXIT_BAD_INPUT

@@ -6,9 +6,10 @@ import dataclasses
 from pathlib import Path
 
 from heterostep.benchmarks.quality.settings import QualitySettings
-from heterostep.engine.request import EngineConfig, GenerateRequest, JobConfig
+from heterostep.engine.config import EngineConfig
+from heterostep.engine.request import GenerateRequest, JobConfig
 from heterostep.hsa.config import HSAConfig
-from heterostep.launch.options import Outputs, Ranks, Serving
+from heterostep.launch.options import Batch, Outputs, Ranks, Serving
 from heterostep.launch.plan import PlanSettings
 from heterostep.launch.service.settings import ServiceSettings
 from heterostep.parallel.config import ParallelConfig
@@ -28,6 +29,7 @@ SECTIONS = (
     (EngineConfig, "What is loaded and where it runs, for `generate` and `serve`. `info` takes `--model` only."),
     (ParallelConfig, "How ranks share a video, for `generate` and `serve`. Degrees that are left out are chosen."),
     (JobConfig, "A job that survives its process, for `generate`."),
+    (Batch, "Several videos of one command, for `generate`."),
     (Ranks, "The processes that `generate` starts."),
     (Outputs, "What `generate` writes and prints."),
     (QualitySettings, "What `bench quality` measures; [benchmarks.md](benchmarks.md) describes it."),

@@ -148,6 +148,16 @@ def build(kind: str, **transformer: Any) -> Any:
     return (tiny_image_pipeline if kind in IMAGE_KINDS else tiny_pipeline)(kind, **transformer)
 
 
+def lora_weights(model: Any, rank: int = 2, seed: int = 1) -> dict[str, torch.Tensor]:
+    """LoRA weights for all kinds of layers, among them those whose results HSA keeps."""
+    g, state = torch.Generator().manual_seed(seed), {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name.endswith(("to_q", "to_k", "to_v", "net.2")):
+            for part, shape in (("A", (rank, layer.in_features)), ("B", (layer.out_features, rank))):
+                state[f"transformer.{name}.lora_{part}.weight"] = 0.3 * torch.randn(shape, generator=g)
+    return state
+
+
 def picture(width: int = 64, height: int = 64, seed: int = 3) -> Image.Image:
     """Build an RGB image of coloured stripes."""
     red, green, blue = np.random.default_rng(seed).integers(60, 256, 3)

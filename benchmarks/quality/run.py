@@ -11,11 +11,12 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from ...engine.config import EngineConfig
 from ...engine.engine import Engine
 from ...engine.facts import ModelFacts
 from ...engine.media.video import write_mp4
 from ...engine.record import psnr, relative_l2, ssim
-from ...engine.request import EngineConfig, Event, GenerateRequest, VideoOutput, allocation, resolve
+from ...engine.request import Event, GenerateRequest, VideoOutput, allocation, resolve
 from ...errors import ConfigError
 from ...hsa.config import HSAConfig
 from ..baselines import Trial, available, build, tune

@@ -22,7 +22,7 @@ from ..models.hook_registry import HOOK_NAME
 from ..request import ResolvedRequest
 from .long_video import windows_for
 from .run import Run
-from .schedulers import scheduler_for
+from .schedulers import scheduler_for, shifted
 from .windows import Windows
 
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -210,9 +210,16 @@ def rehearse(facts: ModelFacts, hsa: HSAConfig | None, request: ResolvedRequest,
         stock = getattr(diffusers, kind).from_config(config)
     except (AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"model {facts.name!r}: its scheduler {kind} cannot be made ({first_line(error)})") from error
-    scheduler = scheduler_for(hsa, stock, adapter.solvers, facts.pipeline)
-    adapter.set_timesteps(scheduler, facts, request)
-    pipeline = SimpleNamespace(scheduler=scheduler, config=SimpleNamespace(boundary_ratio=facts.boundary_ratio))
+    pipeline = SimpleNamespace(scheduler=stock, config=SimpleNamespace(boundary_ratio=facts.boundary_ratio))
+    with shifted(pipeline, request.flow_shift):
+        pipeline.scheduler = scheduler_for(hsa, pipeline.scheduler, adapter.solvers, facts.pipeline)
+        _rehearse(pipeline, adapter, facts, hsa, request, every)
+
+
+def _rehearse(
+    pipeline: Any, adapter: Adapter, facts: ModelFacts, hsa: HSAConfig, request: ResolvedRequest, every: int | None
+) -> None:
+    adapter.set_timesteps(pipeline.scheduler, facts, request)
     run = Run(pipeline, adapter, hsa)
     windows = windows_for(facts, request)
     if windows is not None:

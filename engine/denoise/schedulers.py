@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -55,6 +56,30 @@ def build_scheduler(kind: str, like: Any) -> Any:
     return _KINDS[kind](
         num_train_timesteps=steps, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
+
+
+@contextlib.contextmanager
+def shifted(pipe: Any, shift: float | None) -> Iterator[None]:
+    """Give a pipeline a scheduler like its own, with noise levels shifted by `shift`, for a while; None: leave it.
+
+    Raises:
+        ConfigError: its noise levels follow from the video's size, or are not a flow's.
+    """
+    if shift is None:
+        yield
+        return
+    scheduler = pipe.scheduler
+    config = scheduler.config
+    name = "flow_shift" if "flow_shift" in config else "shift"
+    if name not in config or config.get("use_dynamic_shifting"):
+        raise ConfigError(
+            f"flow_shift cannot be set: the noise levels of {type(scheduler).__name__} have no fixed shift here"
+        )
+    pipe.scheduler = type(scheduler).from_config(config, **{name: shift})
+    try:
+        yield
+    finally:
+        pipe.scheduler = scheduler
 
 
 def scheduler_for(config: HSAConfig, stock: Any, known: Collection[str], pipeline: str) -> Any:

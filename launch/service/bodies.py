@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -73,7 +74,15 @@ def _described(item: Setting, extra: dict[str, Any] | None = None) -> Any:
     return Field(None, title=item.label, description=text, json_schema_extra=extra)
 
 
-_KINDS: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool}
+def _listed(value: object) -> object:
+    """A form has texts alone: in one of them commas or line ends stand between several."""
+    return [part.strip() for part in re.split("[,\n]", value) if part.strip()] if isinstance(value, str) else value
+
+
+_KINDS: dict[str, Any] = {
+    **{"int": int, "float": float, "str": str, "bool": bool},
+    "tuple[str, ...]": Annotated[list[str], BeforeValidator(_listed)],
+}
 # An image comes as a file; OpenAI's clients send seconds as a text.
 SETTINGS = {item.name: item for item in settings_of(GenerateRequest) if item.kind in _KINDS and item.name != "seconds"}
 """The settings of a request that are fields of its body."""
@@ -228,7 +237,8 @@ class ModelCard(BaseModel):
     family: str
     inputs: list[str]
     image: Literal["none", "optional", "required"] = Field(description="Whether a video starts from an image.")
-    defaults: dict[str, int | float | None]
+    defaults: dict[str, int | float | str | None]
+    loras: list[str] = Field(description="LoRA weights that a request may name.")
     size_step: tuple[int, int] = Field(description="Width and height are multiples of these.")
     frame_step: int = Field(description="Frames are a multiple of this, plus one.")
     limits: dict[str, int]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,9 +15,11 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from ...engine.config import EngineConfig
 from ...engine.facts import ModelFacts
+from ...engine.lora import parse_lora
 from ...engine.media.image import png, read_image
-from ...engine.request import EngineConfig, GenerateRequest, ResolvedRequest, allocation, prepare, resolve
+from ...engine.request import GenerateRequest, ResolvedRequest, allocation, prepare, resolve
 from ...errors import BadField, ConfigError, RequestError
 from ...hsa.config import HSAConfig
 from .bodies import IGNORED, SETTINGS, CreateVideo
@@ -188,11 +191,19 @@ def _settled(body: CreateVideo) -> CreateVideo:
         given, missing = ("width", "height") if body.height is None else ("height", "width")
         raise BadField(missing, f"{given} was given without {missing}; give both, or size")
     seed = None if body.seed == -1 else body.seed
-    return body.model_copy(update={"size": size, "seed": seed, "negative_prompt": body.negative_prompt or ""})
+    return body.model_copy(update={"size": size, "seed": seed, "lora": body.lora or None})
 
 
 def to_request(
-    asked: Asked, *, model: str, facts: ModelFacts, limits: Limits, compute: float, engine: EngineConfig, every: int
+    asked: Asked,
+    *,
+    model: str,
+    facts: ModelFacts,
+    limits: Limits,
+    compute: float,
+    engine: EngineConfig,
+    every: int,
+    loras: Collection[str] = (),
 ) -> tuple[ResolvedRequest, bytes | None]:
     """Turn what a client asked into a request that the model can serve, with every default filled in.
 
@@ -204,6 +215,7 @@ def to_request(
         compute: where the client does not say.
         engine: how the service computes.
         every: steps between checkpoints.
+        loras: names of the LoRA weights that there are.
 
     Returns:
         The request, and the image that it starts from, as PNG of the video's size.
@@ -213,13 +225,7 @@ def to_request(
         RequestError: it does not fit the model's grid.
     """
     body = _settled(asked.body)
-    if body.model not in (None, _ANY_MODEL, model):
-        raise BadField("model", f"model {body.model[:80]!r} is not served here; this service has {model!r}")
-    if body.boundary_ratio not in (None, facts.boundary_ratio):
-        own = f"{facts.boundary_ratio:g}" if facts.boundary_ratio is not None else "none: it has one expert"
-        raise BadField(
-            "boundary_ratio", f"boundary_ratio {body.boundary_ratio:g} is not the model's own ({own}); leave it out"
-        )
+    _check_model(body, model, facts)
     _check_reference(asked, model, facts)
     _check_texts(body, limits)
     given = {name: value for name in SETTINGS if (value := getattr(body, name)) is not None}
@@ -229,6 +235,7 @@ def to_request(
     given.setdefault("seed", secrets.randbelow(2**31))
     given.setdefault("compute", compute)
     wanted = GenerateRequest(**given)
+    _check_loras(wanted.lora, loras)
     # Without the image first: it is not scaled to a size that is then refused.
     request = resolve(wanted, replace(facts, image="none"))
     _check_limits(request, limits)
@@ -240,25 +247,21 @@ def to_request(
         # Nobody asked for the default; benchmarks warm up with a single step.
         wanted = replace(wanted, compute=1.0)
         request = resolve(wanted, replace(facts, image="none"))
-    if asked.image is None:
-        return request, None
+    return (request, None) if asked.image is None else _with_image(asked.image, wanted, facts, limits)
+
+
+def _with_image(
+    content: bytes, wanted: GenerateRequest, facts: ModelFacts, limits: Limits
+) -> tuple[ResolvedRequest, bytes]:
+    """The request with its image, and that as PNG."""
     try:
-        wanted = replace(wanted, image=read_image(asked.image))
+        wanted = replace(wanted, image=read_image(content))
     except RequestError as error:
         raise BadField("input_reference", str(error)) from error
     request, image = prepare(wanted, facts)
     _check_limits(request, limits)
     assert image is not None, "there was one"
     return request, png(image)
-
-
-def _check_texts(body: CreateVideo, limits: Limits) -> None:
-    for name in ("prompt", "negative_prompt", "prompt_schedule"):
-        text = getattr(body, name) or ""
-        if len(text) > limits.prompt:
-            raise BadField(name, f"{name} has {len(text)} characters, and at most {limits.prompt} are taken")
-        if _UNPRINTABLE.search(text):
-            raise BadField(name, f"{name} holds control characters; send plain text")
 
 
 def check_plan(facts: ModelFacts, hsa: HSAConfig | None, request: ResolvedRequest, every: int) -> None:
@@ -299,6 +302,34 @@ def _check_reference(asked: Asked, model: str, facts: ModelFacts) -> None:
         )
     if not given and facts.image == "required":
         raise BadField("input_reference", f"model {model!r} makes videos from an image; send one as input_reference")
+
+
+def _check_model(body: CreateVideo, model: str, facts: ModelFacts) -> None:
+    """Refuse another model, or another place of the change of experts."""
+    if body.model not in (None, _ANY_MODEL, model):
+        raise BadField("model", f"model {body.model[:80]!r} is not served here; this service has {model!r}")
+    if body.boundary_ratio not in (None, facts.boundary_ratio):
+        own = f"{facts.boundary_ratio:g}" if facts.boundary_ratio is not None else "none: it has one expert"
+        raise BadField(
+            "boundary_ratio", f"boundary_ratio {body.boundary_ratio:g} is not the model's own ({own}); leave it out"
+        )
+
+
+def _check_texts(body: CreateVideo, limits: Limits) -> None:
+    for name in ("prompt", "negative_prompt", "prompt_schedule"):
+        text = getattr(body, name) or ""
+        if len(text) > limits.prompt:
+            raise BadField(name, f"{name} has {len(text)} characters, and at most {limits.prompt} are taken")
+        if _UNPRINTABLE.search(text):
+            raise BadField(name, f"{name} holds control characters; send plain text")
+
+
+def _check_loras(asked: Collection[str], known: Collection[str]) -> None:
+    """Refuse LoRA weights that the operator has not put there; a file or a hub id is nobody's to name."""
+    for name in (parse_lora(text).source for text in asked):
+        if name not in known:
+            there = f"there is {', '.join(sorted(known)[:20])}" if known else "this service has none"
+            raise BadField("lora", f"there are no LoRA weights {name[:80]!r} here; {there}")
 
 
 def _frames(body: CreateVideo, facts: ModelFacts) -> int | None:

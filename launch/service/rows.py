@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ...engine.request import ResolvedRequest
 from ...errors import RequestError
@@ -124,6 +124,7 @@ def mended(row: Sequence[Any], reason: str) -> dict[str, Any]:
     now = time.time()
     message = f"the entry of this video in the job store is damaged: {reason}"
     request = {**_DEFAULTS, **dict.fromkeys(_COUNTS, 1), "prompt": _NO_PROMPT, "guidance_scale": 1.0, "compute": 1.0}
+    request["negative_prompt"] = ""
     new: dict[str, Any] = {
         "seq": old["seq"],
         "id": f"video_damaged_{old['seq']}",
@@ -231,7 +232,9 @@ def _has(entry: Any, kinds: Mapping[str, Any]) -> bool:
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type; a whole number will do for a float."""
+    """Whether a value is of a type; a whole number will do for a float, and a list for a tuple."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(_is(item, get_args(kind)[0]) for item in value)
     if isinstance(value, bool):
         return kind is bool
     if isinstance(value, float) and not math.isfinite(value):

@@ -11,10 +11,12 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...engine.config import EngineConfig
+from ...engine.lora import parse_lora
 from ...engine.media.files import no_room, when_there_is_room
 from ...engine.media.image import read_image
-from ...engine.request import EngineConfig, Event, GenerateRequest, ResolvedRequest
-from ...errors import Cancelled, ConfigError, GroupClosed, Interrupted, RankLost
+from ...engine.request import Event, GenerateRequest, ResolvedRequest
+from ...errors import Cancelled, ConfigError, GroupClosed, Interrupted, RankLost, RequestError
 from ..logs import say
 from ..workers.group import WorkerGroup
 from ..workers.machines import Machines
@@ -154,7 +156,7 @@ class Runner:
         # Its file is on this machine, the ranks may be on others.
         image = read_image(task.image) if task.image is not None else None
         work = Work(
-            request=GenerateRequest(**dataclasses.asdict(task.request) | {"image": image}),
+            request=GenerateRequest(**dataclasses.asdict(task.request) | {"image": image, "lora": self._files(task)}),
             checkpoint_every=self._settings.checkpoint_every,
             files=True,
             previews=True,
@@ -168,6 +170,16 @@ class Runner:
             raise RankLost("died", str(error)) from error
         when_there_is_room(functools.partial(_write_files, task.folder, outcome), self._wait_for_room)
         yield outcome
+
+    def _files(self, task: Task) -> list[str]:
+        """The request's LoRA weights with files in place of the names that clients know."""
+        files, found = self._settings.loras, []
+        for text in task.request.lora:
+            name = parse_lora(text).source
+            if name not in files:
+                raise RequestError(f"the LoRA weights {name!r} are not there any more")
+            found.append(f"{files[name]}{text.removeprefix(name)}")
+        return found
 
     def cancel(self) -> None:
         """Let the running task end within one step. Harmless when idle."""

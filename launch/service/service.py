@@ -137,6 +137,7 @@ class VideoService:
             compute=self._compute,
             engine=self.settings.engine,
             every=self.settings.checkpoint_every,
+            loras=self.settings.loras,
         )
         try:
             job, new = self._store.create(
@@ -232,6 +233,7 @@ class VideoService:
             inputs=["text", "image"] if self.takes_images else ["text"],
             image=facts.image,  # type: ignore[arg-type]  # it is one of these
             defaults={**facts.defaults._asdict(), "compute": self._compute},
+            loras=list(self.settings.loras),
             size_step=facts.size_step,
             frame_step=facts.frame_step,
             limits={

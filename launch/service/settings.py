@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...engine.config import EngineConfig, check_with_ranks
 from ...engine.facts import ModelFacts
-from ...engine.request import EngineConfig, JobConfig
+from ...engine.request import JobConfig
 from ...errors import ConfigError
 from ...settings import check, like, setting
 
@@ -42,6 +43,11 @@ class ServiceSettings:
     ranks: int = setting(1, least=1, metavar="W", help="number of ranks in each replica that make a video together")
     threads: int | None = setting(None, least=1, flag="", help="number of threads of each rank on CPUs")
     checkpoint_every: int = like(JobConfig, "checkpoint_every")
+    lora_dir: Path | None = setting(
+        None,
+        metavar="DIR",
+        help="folder of LoRA weights (*.safetensors) that requests may name, each by its file name without the ending",
+    )
     api_key_file: Path | None = setting(
         None,
         metavar="F",
@@ -74,11 +80,17 @@ class ServiceSettings:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.ranks > 1:
+            check_with_ranks(self.engine, self.shard_weights)
         object.__setattr__(self, "root_path", self.root_path.rstrip("/"))
         if self.root_path and not is_path_prefix(self.root_path):
             raise ConfigError(
                 f"root_path must be a path such as /video, of letters, digits and . _ ~ -, not {self.root_path!r}"
             )
+        if self.lora_dir is not None:
+            object.__setattr__(self, "lora_dir", Path(self.lora_dir).expanduser().absolute())
+            if not self.lora_dir.is_dir():
+                raise ConfigError(f"lora-dir {str(self.lora_dir)!r} is not a folder; name one that holds LoRA weights")
         object.__setattr__(self, "data_dir", Path(self.data_dir).expanduser().absolute())
         try:
             for folder in (self.data_dir, self.results, self.state, self.leases):
@@ -88,6 +100,15 @@ class ServiceSettings:
             probe.unlink()
         except OSError as error:
             raise ConfigError(f"data-dir {str(self.data_dir)!r} cannot be written ({error.strerror})") from error
+
+    @property
+    def loras(self) -> dict[str, Path]:
+        """Files of the LoRA weights that there are now, by the names for requests."""
+        if self.lora_dir is None:
+            return {}
+        found = {path.stem: path for path in sorted(self.lora_dir.glob("*.safetensors"))}
+        # A colon stands between a name and its strength.
+        return {name: path for name, path in found.items() if ":" not in name}
 
     @property
     def database(self) -> Path:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from ...engine.request import EngineConfig
+from ...engine.config import EngineConfig
 from ...errors import TOO_LARGE, Cancelled, ConfigError, GroupClosed, Interrupted, RankFailure, RankLost, RequestError
 from .machines import Machines
 from .messages import PEER, GroupConfig, Outcome, Place, Progress, Work

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from ...engine.config import EngineConfig
 from ...engine.denoise.long_video import windows_of
 from ...engine.denoise.preview import Preview
 from ...engine.denoise.work_split import Sharding, peak_bytes
@@ -30,7 +31,7 @@ from ...engine.facts import first_line, read_facts
 from ...engine.media.files import when_there_is_room, write_json
 from ...engine.media.video import overlay_frames, scale_for, write_mp4
 from ...engine.record import run_record
-from ...engine.request import EngineConfig, Event, GenerateRequest, JobConfig, StepDone, VideoOutput, resolve
+from ...engine.request import Event, GenerateRequest, JobConfig, StepDone, VideoOutput, resolve
 from ...errors import (
     TOO_LARGE,
     Cancelled,

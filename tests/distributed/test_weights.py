@@ -148,7 +148,7 @@ def test_one_rank_keeps_its_weights():
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
 def test_weights_are_read_in_place():
-    pipe = load_pipeline(read_facts("demo"), torch.device("cpu"), torch.float32, text=False)
+    pipe = load_pipeline(read_facts("demo"), EngineConfig(), torch.device("cpu"), torch.float32, text=False)
     mapped = Path("/proc/self/maps").read_text()
     assert "transformer/diffusion_pytorch_model.safetensors" in mapped
     # The pages belong to the file, so that all ranks of a machine share them.

@@ -10,7 +10,8 @@ import pytest
 uvicorn = pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 
 from browser import CHROMIUM, DRIVER, Browser
-from heterostep.engine.facts import DEFAULTS, read_facts
+from heterostep.engine.defaults import DEFAULTS
+from heterostep.engine.facts import read_facts
 from heterostep.launch.serve import _listen
 from heterostep.launch.service.app import create_app
 from heterostep.launch.service.bodies import CreateVideo

@@ -12,8 +12,9 @@ import av
 import pytest
 
 import forked
+from heterostep.engine.config import EngineConfig
 from heterostep.engine.facts import read_facts
-from heterostep.engine.request import Decoding, EngineConfig, GenerateRequest, Started, StepDone, resolve
+from heterostep.engine.request import Decoding, GenerateRequest, Started, StepDone, resolve
 from heterostep.errors import Cancelled, Interrupted, RankLost, RequestError
 from heterostep.launch.service.runner import Runner, Task
 from heterostep.launch.service.settings import ServiceSettings

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 import forked
+from heterostep.engine.config import EngineConfig
 from heterostep.engine.engine import Engine
 from heterostep.engine.facts import read_facts
 from heterostep.engine.job import JobConfig
 from heterostep.engine.media.files import checkpoint_steps
-from heterostep.engine.request import EngineConfig, GenerateRequest, Started, StepDone, resolve
+from heterostep.engine.request import GenerateRequest, Started, StepDone, resolve
 from heterostep.errors import Cancelled, ConfigError, GroupClosed, RankFailure, RankLost, RequestError
 from heterostep.hsa.config import HSAConfig
 from heterostep.launch.cli import main

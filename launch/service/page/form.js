@@ -48,6 +48,8 @@ export class Form {
     elements.prompt.maxLength = model.limits.prompt;
     this.place.querySelector("#image-field").hidden = !model.inputs.includes("image");
     elements.guidance_scale_2.closest("label").hidden = model.defaults.guidance_scale_2 == null;
+    elements.lora.closest("label").hidden = !model.loras.length;
+    elements.lora.placeholder = `${model.loras.join(", ")}; NAME:STRENGTH`;
     // Any other setting that is emptied is left out, and so the model's own.
     elements.width.required = elements.height.required = true;
     this.set(model.defaults);
@@ -84,9 +86,10 @@ export class Form {
     const changed = (name) => elements[name].value !== this.untouched[name];
     const { width, height, compute, ...asked } = Object.fromEntries(
       [...elements]
-        .filter(({ name, type, value }) => name && type !== "file" && value !== "")
+        .filter(({ name, type, value }) => name && type !== "file" && (value !== "" || name === "negative_prompt"))
         .filter(({ name }) => name === "prompt" || (TOGETHER.find((names) => names.includes(name)) ?? [name]).some(changed))
-        .map((input) => [input.name, valueOf(input)]),
+        // A form without a text says nothing of it; a blank one says that there is none.
+        .map((input) => [input.name, valueOf(input) === "" ? " " : valueOf(input)]),
     );
     if (width) asked.size = `${width}x${height}`;
     if (compute) asked.compute = compute / 100;
@@ -119,7 +122,7 @@ function entry(name, property) {
   const { type, minimum, exclusiveMinimum, maximum } = typeOf(property);
   const choices = type === "boolean" ? ["true", "false"] : typeOf(property).enum;
   if (choices) return el("select", { name }, ...["", ...choices].map((value) => el("option", { value }, value || "chosen for you")));
-  if (type === "string") return el("input", { name, type: "text" });
+  if (["string", "array"].includes(type)) return el("input", { name, type: "text" });
   const step = type === "integer" ? 1 : "any";
   return el("input", { name, type: "number", min: minimum ?? exclusiveMinimum ?? "", max: maximum ?? "", step, placeholder: "chosen for you" });
 }

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 
 import heterostep as hs
 from folders import complete_pipeline
+from heterostep.engine.defaults import DEFAULTS
 from heterostep.engine.denoise.checks import rehearse
 from heterostep.engine.denoise.preview import Preview
 from heterostep.engine.engine import Decoding, Started, StepDone
-from heterostep.engine.facts import DEFAULTS, read_facts
+from heterostep.engine.facts import read_facts
 from heterostep.engine.models.base import check_finite
 from heterostep.engine.record import compare, run_record
 from heterostep.engine.request import allocation, resolve

@@ -11,7 +11,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 
 import feature_table
 import heterostep as hs
-from tiny import FAMILIES, build, generate, tiny_scheduler
+from tiny import FAMILIES, build, generate, lora_weights, tiny_scheduler
 
 STEPS, COMPUTE = 4, 0.6
 SMALL = {"height": 32, "width": 48, "num_frames": 5, "steps": STEPS}  # 2 x 2 x 3 tokens
@@ -144,7 +144,7 @@ def test_lora(family):
     pipe = make(family)
     before = partial(pipe)
     for name in names(pipe):
-        state = _lora(getattr(pipe, name))
+        state = lora_weights(getattr(pipe, name))
         pipe.load_lora_weights(state, adapter_name=name, load_into_transformer_2=name == "transformer_2")
     stock = dense_is_stock(pipe)
     loaded = partial(pipe)
@@ -155,16 +155,6 @@ def test_lora(family):
     assert near(partial(pipe), loaded, 1e-4)
     pipe.unload_lora_weights()
     assert near(partial(pipe), before, 1e-4)
-
-
-def _lora(model, rank=2):
-    """LoRA weights for all kinds of layers, among them those whose results HSA keeps."""
-    g, state = torch.Generator().manual_seed(1), {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, torch.nn.Linear) and name.endswith(("to_q", "to_k", "to_v", "net.2")):
-            for part, shape in (("A", (rank, layer.in_features)), ("B", (layer.out_features, rank))):
-                state[f"transformer.{name}.lora_{part}.weight"] = 0.3 * torch.randn(shape, generator=g)
-    return state
 
 
 @feature("fuse_qkv_projections")

@@ -14,8 +14,9 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
 import heterostep as hs
+from heterostep.engine.defaults import DEFAULTS
 from heterostep.engine.denoise.preview import Preview
-from heterostep.engine.facts import DEFAULTS, read_facts
+from heterostep.engine.facts import read_facts
 from heterostep.engine.loading import as_pipeline
 from heterostep.engine.media.image import MAX_BYTES, fingerprint, fit_image, png, read_image, size_for
 from heterostep.engine.request import StepDone, prepare, resolve

@@ -19,7 +19,8 @@ import heterostep as hs
 from folders import complete_pipeline
 from heterostep.engine.checkpoint import differences, identity_of
 from heterostep.engine.denoise import inputs
-from heterostep.engine.engine import Decoding, Started, StepDone, find_finished
+from heterostep.engine.engine import Decoding, Started, StepDone
+from heterostep.engine.finished import find_finished
 from heterostep.engine.record import run_record
 from heterostep.engine.request import resolve
 from heterostep.errors import Cancelled, Interrupted

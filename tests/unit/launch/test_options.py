@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 import settings_page
-from heterostep.engine.request import EngineConfig, GenerateRequest, JobConfig
+from heterostep.engine.config import EngineConfig
+from heterostep.engine.request import GenerateRequest, JobConfig
 from heterostep.errors import ConfigError, RequestError
 from heterostep.hsa.config import HSAConfig
 from heterostep.launch.cli import build_parser
-from heterostep.launch.options import Serving, add_flags, command_of, given, read_settings, service_settings
+from heterostep.launch.options import Serving, add_flags, commands_of, given, read_settings, service_settings
 from heterostep.launch.service.settings import ServiceSettings
 from heterostep.parallel.config import ParallelConfig
 from heterostep.settings import check, like, setting, settings_of
@@ -123,7 +124,7 @@ def test_flags_reach_the_settings(tmp_path):
         "--kernel", "sdpa", "--size", "64x48", "--job-dir", str(tmp_path), "--kv-dtype", "bfloat16",
         "--dtype", "float16",
     ]  # fmt: skip
-    command = command_of(build_parser().parse_args(["generate", *flags]))
+    (command,) = commands_of(build_parser().parse_args(["generate", *flags]))
     assert command.engine == EngineConfig(
         dtype="float16", hsa=HSAConfig(solver="euler", forecast="ab2", max_age=4, kv_dtype="bfloat16")
     )

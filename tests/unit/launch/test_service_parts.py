@@ -18,9 +18,10 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 
+from heterostep.engine.config import EngineConfig
 from heterostep.engine.denoise.checks import rehearse
 from heterostep.engine.facts import read_facts
-from heterostep.engine.request import EngineConfig, GenerateRequest, resolve
+from heterostep.engine.request import GenerateRequest, resolve
 from heterostep.errors import BadField, ConfigError, RequestError
 from heterostep.hsa.config import HSAConfig
 from heterostep.launch.logs import LOGGER, JsonLines, say

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from heterostep.engine.request import EngineConfig, GenerateRequest
+from heterostep.engine.config import EngineConfig
+from heterostep.engine.request import GenerateRequest
 from heterostep.errors import Cancelled, ConfigError, Interrupted, RankFailure, RankLost, RequestError
 from heterostep.launch.workers import watch
 from heterostep.launch.workers.group import Grown, WorkerGroup
