@@ -288,7 +288,7 @@ def checked(active: Any, num_tokens: int, batch_size: int) -> Tensor | None:
 
 def fresh_elements(step: Step, velocity: Tensor, *, adapter: Adapter, pipe: Any, grid: Grid) -> Tensor | None:
     """Which elements of the video's velocity, as its scheduler gets it, were evaluated at a step; None for all."""
-    if step.active is None:
+    if step.active is None or step.whole:
         return None
     rows = torch.zeros(len(velocity), grid.num_tokens, dtype=torch.bool, device=velocity.device)
     fill_rows(rows, step.active, True)

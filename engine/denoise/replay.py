@@ -69,7 +69,8 @@ class Replay:
         if step is None or step is self._seen or step.reason == "passed" or args or step.index != self._index:
             return self._stock(model_output, timestep, sample, *args, **kwargs)
         self._seen, edit = step, self._edit(sample)
-        if step.count:
+        # After a change of inputs one branch may be fresh and the other a forecast: that is where hindsight begins anew.
+        if step.count or step.whole:
             if self.hindsight.evaluate(step.index, model_output, self._fresh(step, model_output)):
                 sample = self._replayed(edit, {**kwargs, "return_dict": False})
             if self.hindsight.oldest() == step.index:

@@ -37,7 +37,7 @@ class Drive:
     def steps(self, sample: torch.Tensor, start: int = 0, stop: int = T) -> torch.Tensor:
         for i in range(start, stop):
             active = i in EVALUATED or not self.replayed
-            self.now = SimpleNamespace(index=i, count=int(active), reason="")
+            self.now = SimpleNamespace(index=i, count=int(active), whole=set(), reason="")
             sample = self.scheduler.step(self.moves(i, active), self.scheduler.timesteps[i], sample, return_dict=False)[
                 0
             ]
