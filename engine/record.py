@@ -236,13 +236,14 @@ def acting_hsa(maker: Maker, output: VideoOutput) -> dict[str, Any] | None:
         return None
     scheduler, policy = _scheduler(maker, hsa), policy_for(hsa)
     first, last = _windows(output.report)
+    forecast = forecast_for(hsa, scheduler, len(output.report.steps))
     values = {
         "warmup": first,
         "cooldown": last,
         "profile": policy.exponent if isinstance(policy, TokensPolicy) else None,
         "solver": kind_of(scheduler),
-        "forecast": forecast_for(hsa, scheduler),
-        "correct": correct_for(hsa, scheduler),
+        "forecast": forecast,
+        "correct": correct_for(hsa, forecast),
         "kv_forecast": 0.0,
         "max_age": None if hsa.policy == "groups" else StepPlanner(hsa).max_age,
         "kv_dtype": _name(maker.dtype) if output.report.kv_bytes else None,

@@ -14,7 +14,7 @@ from ..settings import check, setting
 
 POLICIES = ("joint", "tokens", "groups", "steps")
 SOLVERS = ("euler", "unipc", "dpm++")
-FORECASTS = ("hold", "taylor", "ab2")
+FORECASTS = ("hold", "taylor", "ab2", "none")
 KV_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -25,7 +25,7 @@ class HSAConfig:
     The cost of a step is linear in its active tokens, so ``compute=0.5`` halves the denoising time. ``profile`` is an
     exponent a: the share of a step's tokens (``tokens``) or the density of evaluated steps (``steps``) is proportional
     to (sigma_i - sigma_next)^a. ``correct`` is deduced as true where the policy works by whole
-    steps (``joint``, ``steps``) and the forecast is not ``hold``. ``kv_forecast`` above 0 doubles the cache.
+    steps (``joint``, ``steps``) and the forecast is ``taylor`` or ``ab2``. ``kv_forecast`` above 0 doubles the cache.
 
     Raises:
         ConfigError: a value is out of range or of the wrong type.
@@ -56,7 +56,8 @@ class HSAConfig:
         None,
         choices=FORECASTS,
         help="velocity of a skipped token: hold keeps its last one (the paper); taylor extrapolates it in sigma; ab2 "
-        "(with --solver euler) follows the exact solution of the flow",
+        "follows the exact solution of the flow, by the solver euler; none leaves skipped steps out, so that the "
+        "solver takes fewer, longer ones; deduced: taylor, or none where too few steps are left for a forecast",
     )
     correct: bool | None = setting(
         None,

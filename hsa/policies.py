@@ -168,7 +168,7 @@ class JointPolicy(_Ranked):
         """See the class."""
         steps, required = schedule.num_steps, affordable_full(schedule, config)
         budget = config.compute * steps + 1e-9
-        tolerance = max(self.tolerance * steps, 0.5 if self.whole else 0.0)
+        tolerance = max(self.tolerance * steps, 0.5 if self.whole or config.forecast == "none" else 0.0)
         count = max(int((1 - self.token_budget) * budget), len(required), 1)
         if not self.token_budget and budget - count > tolerance >= count + 1 - budget:
             count += 1
@@ -193,6 +193,8 @@ def _gap_costs(schedule: Schedule, config: HSAConfig, count: int, required: set[
     longest = max(12, 2 * longest, math.ceil(3 * schedule.num_steps / count))
     forecast = config.forecast or "taylor"
     correct = forecast != "hold" if config.correct is None else config.correct
+    if forecast == "none":  # a multistep solver's long steps are much like those of ab2, corrected
+        forecast, correct = "ab2", True
     return GapCosts(schedule.sigmas, forecast, correct, longest)
 
 

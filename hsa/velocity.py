@@ -50,7 +50,8 @@ class VelocityCache:
     ``forecast`` says what `merged` returns at a step sigma_i -> sigma_{i+1}:
 
     * ``hold``: v_l. The paper's cached Euler. Over k skipped steps the updates telescope, sum (sigma_{j+1} -
-      sigma_j) v_l = (sigma_{i+k} - sigma_i) v_l, so a token is plain Euler on its own coarser grid.
+      sigma_j) v_l = (sigma_{i+k} - sigma_i) v_l, so a token is plain Euler on its own coarser grid. (``none`` does
+      the same, for whom it does not matter.)
     * ``taylor``: v_l + s (sigma_i - sigma_l): the first-order Taylor expansion in sigma, evaluated where the
       sampler stands. For a token evaluated at this step sigma_l = sigma_i, so it gets its exact velocity.
       Suits any scheduler because it forecasts what the model would have returned.
@@ -78,7 +79,7 @@ class VelocityCache:
         last = self.last
         if last is None or last.shape != shape or last.dtype != dtype or last.device != torch.device(device):
             self.last = torch.zeros(shape, dtype=dtype, device=device)
-            self.prev = None if self.forecast == "hold" else torch.zeros_like(self.last)
+            self.prev = None if self.forecast in ("hold", "none") else torch.zeros_like(self.last)
             self.clock = TokenClock(batch_size, num_tokens, device)
         elif self.prev is not None:
             # An earlier run may have ended in NaN, and a weight of 0 times NaN is still NaN.

@@ -17,7 +17,7 @@ from ..models.base import AttentionCall, TextKV
 from .branch import Branch, Call, Step, fresh_weight, tiled
 from .inputs import calling_pipeline
 from .run import Run
-from .schedulers import kind_of
+from .schedulers import kind_of, solver_of
 from .windows import Blend, Windows
 
 
@@ -135,9 +135,10 @@ class HSAHook(registry.LastingHook):
                     f"{name} shares only some of its transformers with the pipeline that has HSA: hs.apply to this "
                     f"{name} itself."
                 )
-            if run.config.solver is not None and kind_of(caller.scheduler) != run.config.solver:
+            solver = solver_of(run.config)
+            if solver is not None and kind_of(caller.scheduler) != solver:
                 raise ConfigError(
-                    f"solver={run.config.solver!r} was applied to another pipeline with the same transformer, and this "
+                    f"solver={solver!r} was applied to another pipeline with the same transformer, and this "
                     f"{name} has {type(caller.scheduler).__name__}: hs.apply to this {name} itself."
                 )
             run.follow(caller)

@@ -10,6 +10,8 @@ The pipeline steps its scheduler itself, so the scheduler object's `step` is our
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any
@@ -20,36 +22,26 @@ from torch import Tensor
 from ...hsa.hindsight import Hindsight
 from .branch import Step
 from .inputs import Noted
-from .schedulers import restore_scheduler, scheduler_state
+from .schedulers import FEW, kind_of, restore_scheduler, scheduler_state
+
+_LOG = logging.getLogger("heterostep")
 
 Fresh = Callable[[Step, Tensor], Tensor | None]
 """Says which elements of a velocity were evaluated at a step: bool in its shape, None for all."""
 
 
-class Replay:
+class Around:
     """Stands around the `step` of one scheduler, from the first call of the transformer to the end of the run."""
 
-    def __init__(self, scheduler: Any, hindsight: Hindsight, now: Callable[[], Step | None], fresh: Fresh) -> None:
-        """Stand around ``scheduler.step``.
-
-        Args:
-            scheduler: a stock scheduler that has its timesteps.
-            hindsight: what it will know of the velocities.
-            now: returns the step that the run is at.
-            fresh: see `Fresh`.
-        """
-        self.scheduler, self.hindsight, self._now, self._fresh = scheduler, hindsight, now, fresh
+    def __init__(self, scheduler: Any, now: Callable[[], Step | None]) -> None:
+        """Stand around ``scheduler.step`` of a stock scheduler; `now` returns the step that the run is at."""
+        self.scheduler, self._now = scheduler, now
         self._seen: Step | None = None
-        # The scheduler and the latents before the oldest step that may be taken again.
-        self._before: tuple[Mapping[str, Any], Tensor] | None = None
-        # From that step on: the timestep, and what a callback had added to the latents before the step.
-        self._calls: list[tuple[Any, Tensor | None]] = []
-        self._left: tuple[Noted, Tensor] | None = None
         self._replaced = vars(scheduler).get("step")
         self._stock = scheduler.step
-        scheduler.step = MethodType(Replay.step, self)
+        scheduler.step = MethodType(Around.step, self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Replay:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Around:
         """Belong to no run: for a copy of the scheduler."""
         copied = object.__new__(type(self))
         copied._now, copied._stock = lambda: None, MethodType(type(self.scheduler).step, memo[id(self.scheduler)])
@@ -63,13 +55,52 @@ class Replay:
                 self.scheduler.step = self._replaced
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Step as the stock scheduler does, from where the latents should be by now; arguments and result are its."""
+        """Take a step of the run; arguments and result are those of the stock scheduler's step."""
         step = self._now()
         # Others may use the scheduler, also after an error broke off the run.
         if step is None or step is self._seen or step.reason == "passed" or args or step.index != self._index:
             return self._stock(model_output, timestep, sample, *args, **kwargs)
-        self._seen, edit = step, self._edit(sample)
-        # After a change of inputs one branch may be fresh and the other a forecast: that is where hindsight begins anew.
+        self._seen = step
+        return self.take(step, model_output, timestep, sample, **kwargs)
+
+    @property
+    def _index(self) -> int:
+        """The scheduler's step; it has none before its first."""
+        return self.scheduler.step_index or 0
+
+    def take(self, step: Step, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
+        """Take a step of the run."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """Forget all evaluations: they say nothing of what comes now."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs, between two steps; the tensors are not copies."""
+        raise NotImplementedError
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on where another one of the same run was when it gave its `state`."""
+        raise NotImplementedError
+
+
+class Replay(Around):
+    """Takes skipped steps again in hindsight."""
+
+    def __init__(self, scheduler: Any, hindsight: Hindsight, now: Callable[[], Step | None], fresh: Fresh) -> None:
+        """Stand around the `step` of a scheduler that has its timesteps, with what will be known of velocities."""
+        super().__init__(scheduler, now)
+        self.hindsight, self._fresh = hindsight, fresh
+        # The scheduler and the latents before the oldest step that may be taken again.
+        self._before: tuple[Mapping[str, Any], Tensor] | None = None
+        # From that step on: the timestep, and what a callback had added to the latents before the step.
+        self._calls: list[tuple[Any, Tensor | None]] = []
+        self._left: tuple[Noted, Tensor] | None = None
+
+    def take(self, step: Step, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
+        """Step as the stock scheduler does, from where the latents should be by now."""
+        edit = self._edit(sample)
+        # After a change of inputs one branch may be fresh and the other a forecast: there hindsight begins anew.
         if step.count or step.whole:
             if self.hindsight.evaluate(step.index, model_output, self._fresh(step, model_output)):
                 sample = self._replayed(edit, {**kwargs, "return_dict": False})
@@ -80,11 +111,6 @@ class Replay:
         out = self._stock(model_output, timestep, sample, **kwargs)
         self._left = Noted(out[0]), out[0].clone()
         return out
-
-    @property
-    def _index(self) -> int:
-        """The scheduler's step; it has none before its first."""
-        return self.scheduler.step_index or 0
 
     def _replayed(self, edit: Tensor | None, options: Mapping[str, Any]) -> Tensor:
         """Take all remembered steps again, and return the latents before the running one."""
@@ -113,8 +139,12 @@ class Replay:
         noted, left = self._left
         return None if noted.same(sample) else sample - left
 
+    def forget(self) -> None:
+        """See `Around`."""
+        self.hindsight.forget()
+
     def state(self) -> dict[str, Any]:
-        """Return what `restore` needs, between two steps; the tensors are not copies."""
+        """See `Around`."""
         return {
             "hindsight": self.hindsight.state(),
             "before": None if self._before is None else list(self._before),
@@ -123,7 +153,7 @@ class Replay:
         }
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on where another one of the same run was when it gave its `state`."""
+        """See `Around`."""
         self.hindsight.restore(state["hindsight"], device)
         if state["before"] is not None:
             self._before = state["before"][0], state["before"][1].to(device)
@@ -134,39 +164,89 @@ class Replay:
             self._left = Noted(left), left
 
 
+class Fewer(Around):
+    """Leaves skipped steps out altogether: the solver takes fewer, longer steps between the evaluated ones."""
+
+    def __init__(self, scheduler: Any, evaluated: Sequence[int], now: Callable[[], Step | None]) -> None:
+        """Stand around the `step` of a scheduler that has its timesteps, of which `evaluated` ones are steps."""
+        self._solver = copy.deepcopy(scheduler)
+        self._solver.sigmas = scheduler.sigmas[[*evaluated, -1]]
+        self._solver.timesteps = scheduler.timesteps[list(evaluated)]
+        self._solver.num_inference_steps = len(evaluated)
+        self._evaluated = frozenset(evaluated)
+        super().__init__(scheduler, now)
+
+    def take(self, step: Step, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
+        """Move at evaluated steps, up to the next of them."""
+        out = self._stock(model_output, timestep, sample, **kwargs)  # counts steps
+        moved = sample
+        if step.index in self._evaluated:
+            moved = self._solver.step(model_output, timestep, sample, **{**kwargs, "return_dict": False})[0]
+        return (moved,) if isinstance(out, tuple) else type(out)(prev_sample=moved)
+
+    def state(self) -> dict[str, Any]:
+        """See `Around`."""
+        return scheduler_state(self._solver)
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """See `Around`."""
+        restore_scheduler(self._solver, state, device)
+
+
 class Replays:
-    """The replays of one run: of the video's scheduler, and of those that step sound beside it."""
+    """What stands around the schedulers of one run: the video's, and those that step sound beside it."""
 
     def __init__(self) -> None:
         """Stand around nothing yet."""
-        self._replays: list[Replay] = []
+        self._replays: list[Around] = []
 
     def begin(
         self,
         schedulers: Sequence[Any],
         sigmas: Sequence[float],
         forecast: str,
+        evaluated: Sequence[int],
         now: Callable[[], Step | None],
         fresh: Fresh,
     ) -> None:
-        """Stand around the `schedulers` of a run, the video's first; whatever else they step is always evaluated whole.
+        """Correct in hindsight what the `schedulers` move, or leave out skipped steps if there is no forecast.
 
         Args:
-            schedulers: they have their timesteps.
+            schedulers: they have their timesteps; the video's is the first, all else is always evaluated whole.
             sigmas: T + 1 noise levels.
             forecast: that skipped steps move by.
+            evaluated: steps that are, where no step leaves out some tokens only.
             now: returns the step that the run is at.
             fresh: of the video.
         """
         self.end()
+        self._say(forecast, evaluated, len(sigmas) - 1, multistep=kind_of(schedulers[0]) != "euler")
         for number, scheduler in enumerate(schedulers):
             which = fresh if number == 0 else lambda step, velocity: None
-            self._replays.append(Replay(scheduler, Hindsight(sigmas, forecast), now, which))
+            if forecast == "none":
+                self._replays.append(Fewer(scheduler, evaluated, now))
+            else:
+                self._replays.append(Replay(scheduler, Hindsight(sigmas, forecast), now, which))
+
+    @staticmethod
+    def _say(forecast: str, evaluated: Sequence[int], steps: int, *, multistep: bool) -> None:
+        """Say in the log what would serve better, or what was chosen."""
+        few = f"only {len(evaluated)} of {steps} steps are evaluated"
+        if forecast == "none":
+            _LOG.info("heterostep: %s, and the solver takes these alone", few)
+        elif multistep and 0 < len(evaluated) <= FEW:
+            _LOG.warning(
+                "heterostep: %s, too few for forecast=%r to span the gaps: leave the forecast out, "
+                "and the solver takes %d longer steps of its own",
+                few,
+                forecast,
+                len(evaluated),
+            )
 
     def forget(self) -> None:
         """Forget all evaluations: they say nothing of what comes now."""
         for replay in self._replays:
-            replay.hindsight.forget()
+            replay.forget()
 
     def end(self) -> None:
         """Give all schedulers their own `step` back."""

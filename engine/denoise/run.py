@@ -298,7 +298,8 @@ class Run:
         scheduler = self.pipe.scheduler
         if self.leaves_out:
             check_noise(scheduler)
-        self.forecast, self.correct = forecast_for(self.config, scheduler), correct_for(self.config, scheduler)
+        self.forecast = forecast_for(self.config, scheduler, len(scheduler.timesteps) if self.own_planner else None)
+        self.correct = correct_for(self.config, self.forecast)
         if self.own_planner is not None:
             # Where steps are worth most depends on what is done with skipped ones, and the scheduler may be another.
             self.own_planner.config = replace(self.config, forecast=self.forecast, correct=self.correct)
@@ -312,10 +313,9 @@ class Run:
         self.conditioned = None if self.timestep is None else self.adapter.conditioned(self.timestep)
         if self.sharding is not None:
             check_ranks(self.sharding, self.adapter, self.pipe, latents)
-        self.forced = {0: "first step"}
-        for i in range(1, min(len(self.experts), self.num_steps)):
-            if self.experts[i] != self.experts[i - 1]:
-                self.forced[i] = "expert switch"
+        experts = self.experts[: self.num_steps]
+        switches = [i for i in range(1, len(experts)) if experts[i] != experts[i - 1]]
+        self.forced = {0: "first step", **dict.fromkeys(switches, "expert switch")}
         if start:
             self.forced[start] = "resume"
         if any(branch.velocity.forecast != self.forecast for branch in self.branches.values()):
@@ -336,10 +336,11 @@ class Run:
         else:
             self.restarts = frozenset()
         self._make_plan()
-        if self.correct and self.needs_velocity(0):
+        if self.forecast == "none" or (self.correct and self.needs_velocity(0)):
             schedulers = scheduler, *loop_values(self.pipe, self.adapter.step_schedulers)
             elements = partial(fresh_elements, adapter=self.adapter, pipe=self.pipe, grid=self.grid)
-            self.replays.begin(schedulers, self.sigmas, self.forecast, lambda: self.step, elements)
+            steps = list(filter(self._count, range(self.num_steps)))
+            self.replays.begin(schedulers, self.sigmas, self.forecast, steps, lambda: self.step, elements)
 
     def _make_plan(self) -> None:
         """Fix the size of every step; one after a checkpoint that would read K/V of before it is full."""

@@ -83,7 +83,7 @@ def shifted(pipe: Any, shift: float | None) -> Iterator[None]:
 
 
 def scheduler_for(config: HSAConfig, stock: Any, known: Collection[str], pipeline: str) -> Any:
-    """Return the scheduler of a run: a new one of ``config.solver``, or `stock` where that is none or of that kind.
+    """Return the scheduler of a run: a new one of the wanted solver, or `stock` where that is none or of that kind.
 
     Args:
         config: the settings; what it says of the forecast must fit the scheduler.
@@ -94,20 +94,25 @@ def scheduler_for(config: HSAConfig, stock: Any, known: Collection[str], pipelin
     Raises:
         ConfigError: the solver does not work with the pipeline, or what is to be forecast not with the scheduler.
     """
-    scheduler = stock
-    if config.solver is not None:
-        if config.solver not in known:
+    scheduler, solver = stock, solver_of(config)
+    if solver is not None:
+        if solver not in known:
             raise ConfigError(
-                f"solver={config.solver!r} with {pipeline}: one of {', '.join(known)} is needed, or None for the "
+                f"solver={solver!r} with {pipeline}: one of {', '.join(known)} is needed, or None for the "
                 "pipeline's own scheduler."
             )
-        if _kind_or_none(stock) != config.solver:
-            scheduler = build_scheduler(config.solver, stock)
+        if _kind_or_none(stock) != solver:
+            scheduler = build_scheduler(solver, stock)
     # Every run asks again; a scheduler that does not fit is better refused now.
     if config.compute < 1.0:
         check_noise(scheduler)
     forecast_for(config, scheduler)
     return scheduler
+
+
+def solver_of(config: HSAConfig) -> str | None:
+    """The scheduler that the settings ask for: ab2 brings Euler's, which it is made for."""
+    return config.solver or ("euler" if config.forecast == "ab2" else None)
 
 
 def _kind_or_none(scheduler: Any) -> str | None:
@@ -167,30 +172,49 @@ def check_levels(sigmas: Sequence[float]) -> None:
             )
 
 
-def forecast_for(config: HSAConfig, scheduler: Any) -> str:
-    """Return the forecast: the configured one, or Taylor's.
+FEW = 4
+"""With so few evaluations no forecast spans the gaps between them (benchmarks/LOG.md)."""
 
-    Taylor's forecasts what the model would have returned, so that it suits one-step and multistep schedulers
-    alike; on a flow between Gaussian mixtures it came nearer to the true solution than holding.
+
+def forecast_for(config: HSAConfig, scheduler: Any, steps: int | None = None) -> str:
+    """Return the forecast: the configured one, Taylor's, or none.
+
+    Taylor's forecasts what the model would have returned, so that it suits one-step and multistep schedulers alike.
+    With few evaluations a multistep scheduler does better without any forecast, by fewer steps of its own.
+
+    Args:
+        config: the settings.
+        scheduler: of the run.
+        steps: how many there are, for runs whose plan is of our own.
 
     Raises:
-        ConfigError: ``forecast="ab2"`` with a multistep scheduler, which adds its own second order.
+        ConfigError: ``forecast="ab2"`` with a multistep scheduler, which adds its own second order; ``"none"`` where
+            tokens are left out.
     """
-    kind = kind_of(scheduler)
-    if config.forecast == "ab2" and kind != "euler" and scheduler.config.solver_order > 1:
+    multistep = kind_of(scheduler) != "euler" and scheduler.config.solver_order > 1
+    if config.forecast == "ab2" and multistep:
         raise ConfigError(
             f'forecast="ab2" with {type(scheduler).__name__} would apply the second order twice: '
             'use forecast="taylor", or solver="euler".'
         )
-    return config.forecast or "taylor"
+    whole = config.policy in ("joint", "steps")
+    if config.forecast == "none" and not whole:
+        raise ConfigError('forecast="none" leaves out whole steps: policy="joint" or "steps" is needed.')
+    few = multistep and whole and steps is not None and few_left(config, steps)
+    return config.forecast or ("none" if few else "taylor")
 
 
-def correct_for(config: HSAConfig, scheduler: Any) -> bool:
+def few_left(config: HSAConfig, steps: int) -> bool:
+    """Whether a share of so many steps leaves too few evaluations for a forecast."""
+    return config.compute < 1.0 and config.compute * steps < FEW + 0.5
+
+
+def correct_for(config: HSAConfig, forecast: str) -> bool:
     """Return whether forecasts are corrected in hindsight (`replay`)."""
     if config.correct is not None:
-        return config.correct
+        return config.correct and forecast != "none"
     # Beside stale keys and values a token's velocity jumps with theirs, and the correction multiplies the jump.
-    return config.policy in ("joint", "steps") and forecast_for(config, scheduler) != "hold"
+    return config.policy in ("joint", "steps") and forecast in ("taylor", "ab2")
 
 
 def scheduler_state(scheduler: Any) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Drive:
         self.replayed, self.now, self.known = replayed, None, []
         self.levels = self.scheduler.sigmas.tolist()
         if replayed:
-            self.replays.begin([self.scheduler], self.levels, "taylor", lambda: self.now, lambda step, moves: None)
+            self.replays.begin([self.scheduler], self.levels, "taylor", [], lambda: self.now, lambda *_: None)
 
     def steps(self, sample: torch.Tensor, start: int = 0, stop: int = T) -> torch.Tensor:
         for i in range(start, stop):
@@ -124,3 +124,54 @@ def test_the_next_run_of_a_broken_one_is_a_clean_one(kind):
     assert torch.equal(generate(pipe, steps=10), want)
     hs.remove(pipe)
     assert "step" not in vars(pipe.scheduler)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_forecast_the_solver_takes_fewer_steps(kind):
+    """Every third of 12 steps: the noise levels of 4."""
+    few = tiny_pipeline(kind).scheduler
+    few.set_timesteps(T)
+    few.sigmas, few.timesteps = few.sigmas[[0, 3, 6, 9, T]], few.timesteps[::3]
+    want = start()
+    for i, t in enumerate(few.timesteps):
+        want = few.step(velocity(float(few.sigmas[i])), t, want, return_dict=False)[0]
+    drive = Drive(kind, replayed=False)
+    drive.replays.begin([drive.scheduler], drive.levels, "none", [0, 3, 6, 9], lambda: drive.now, lambda *_: None)
+    assert torch.equal(drive.steps(start()), want)
+    if kind != "euler":  # whose last of 4 steps of their own ends elsewhere
+        few.set_timesteps(4)
+        assert torch.allclose(few.sigmas, torch.tensor(drive.levels)[[0, 3, 6, 9, T]], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["unipc", "dpm++"])
+def test_where_few_steps_are_left_there_is_no_forecast(kind, caplog):
+    pipe = tiny_pipeline(kind)
+    session = hs.apply(pipe, hs.HSAConfig(compute=0.5))
+    got = generate(pipe, steps=8)
+    assert [r.active > 0 for r in session.report.steps].count(True) == 4 and session.report.compute == 0.5
+    pipe = tiny_pipeline(kind)
+    hs.apply(pipe, hs.HSAConfig(compute=0.5, forecast="none"))
+    assert torch.equal(generate(pipe, steps=8), got)
+    pipe = tiny_pipeline(kind)
+    hs.apply(pipe, hs.HSAConfig(compute=0.5, forecast="taylor"))
+    caplog.clear()
+    assert not torch.equal(generate(pipe, steps=8), got)
+    assert "only 4 of 8 steps are evaluated, too few for forecast='taylor'" in caplog.text
+    caplog.clear()
+    generate(pipe, steps=20)
+    assert not caplog.text
+
+
+def test_no_forecast_is_for_whole_steps():
+    with pytest.raises(hs.ConfigError, match='policy="joint"'):
+        hs.apply(tiny_pipeline(), hs.HSAConfig(policy="tokens", forecast="none"))
+
+
+def test_ab2_brings_its_solver():
+    pipe = tiny_pipeline("unipc")
+    hs.apply(pipe, hs.HSAConfig(forecast="ab2"))
+    got = generate(pipe, steps=10)
+    hs.apply(pipe, hs.HSAConfig(forecast="ab2", solver="euler"))
+    assert torch.equal(generate(pipe, steps=10), got)
+    with pytest.raises(hs.ConfigError, match="second order twice"):
+        hs.apply(pipe, hs.HSAConfig(forecast="ab2", solver="unipc"))

@@ -161,7 +161,7 @@ def test_policies_and_solvers(capsys, tiny_model, tmp_path, policy, solver):
         (["--job-dir", ""], "must be a path"),
         (["--steps", "3", "--compute", "0.1"], "compute=0.1 cannot be met with 3 steps"),
         (["--steps", "20", "--compute", "0.1", "--policy", "tokens", "--job-dir", "j"], "follow a checkpoint"),
-        (["--forecast", "ab2"], "would apply the second order twice"),
+        (["--forecast", "ab2", "--solver", "unipc"], "would apply the second order twice"),
         (["--unknown"], "unrecognized arguments: --unknown"),
         (["--comp", "0.5"], "unrecognized arguments"),
     ],
