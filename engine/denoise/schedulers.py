@@ -172,7 +172,7 @@ def check_levels(sigmas: Sequence[float]) -> None:
             )
 
 
-FEW = 4
+FEW = 6
 """With so few evaluations no forecast spans the gaps between them (benchmarks/LOG.md)."""
 
 
