@@ -170,6 +170,7 @@ class Fewer(Around):
     def __init__(self, scheduler: Any, evaluated: Sequence[int], now: Callable[[], Step | None]) -> None:
         """Stand around the `step` of a scheduler that has its timesteps, of which `evaluated` ones are steps."""
         self._solver = copy.deepcopy(scheduler)
+        vars(self._solver).pop("step", None)  # one that somebody set would step the original
         self._solver.sigmas = scheduler.sigmas[[*evaluated, -1]]
         self._solver.timesteps = scheduler.timesteps[list(evaluated)]
         self._solver.num_inference_steps = len(evaluated)

@@ -153,9 +153,10 @@ def test_a_branch_that_comes_late_is_evaluated_alone(planned):
     assert (report.steps[4].active, report.steps[4].reason) == ((48 + count) // 2, "inputs changed")
     assert int(report.evaluations.sum()) == 8 * 48
     want = generate(tiny_pipeline(), **at(3, negative_prompt))
-    # A forecast's errors in both branches cancel but for 1 part in 3, which is the guidance scale.
+    # A forecast's errors in both branches cancel but for 1 part in 3, which is the guidance scale; and hindsight, which
+    # is of the guided velocity, begins anew.
     skipping = relative(generate(pipe), generate(tiny_pipeline()))
-    assert relative(got, want) < 3.3 * skipping
+    assert relative(got, want) < 4.0 * skipping
 
 
 @pytest.mark.parametrize("change", [prompt, weights_in_place])
