@@ -329,12 +329,9 @@ class Run:
         self.told = dict(self.told_ahead)
         self.records = []
         self.evaluations = torch.zeros(self.batch_size, grid.num_tokens, dtype=torch.int32, device=latents.device)
+        self.restarts = frozenset(range(self.every, self.num_steps, self.every) if self.every is not None else ())
         if saved is not None:
             self.restarts, self.forced = frozenset(saved["restarts"]), dict(saved["forced"])
-        elif self.every is not None:
-            self.restarts = frozenset(range(self.every, self.num_steps, self.every))
-        else:
-            self.restarts = frozenset()
         self._make_plan()
         if self.forecast == "none" or (self.correct and self.needs_velocity(0)):
             schedulers = scheduler, *loop_values(self.pipe, self.adapter.step_schedulers)
