@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..benchmarks.quality.settings import QualitySettings
+from ..benchmarks.serving.settings import LoadSettings
 from ..engine.config import EngineConfig
 from ..engine.progress import JsonProgress, Progress
 from ..engine.request import GenerateRequest, JobConfig
@@ -94,6 +95,18 @@ examples:
 
 The folder holds report.md, report.json, report.png and index.html with the videos side by side. The same command
 continues after an interruption. docs/benchmarks.md describes it.
+"""
+
+
+_LOAD_EPILOG = """\
+examples:
+  ten requests, one after the other, to a service on this machine:
+    heterostep bench serving --num-prompts 10 --width 832 --height 480 --num-frames 81
+  an open loop: requests that arrive by chance, two a minute, and how many end within three times the warm-up's time:
+    heterostep bench serving --base-url http://gpu1:8000 --request-rate 0.033 --num-prompts 50 --slo \\
+        --output-file result.json
+
+Flags and keys of the result are those of SGLang's bench_serving where it has them. docs/benchmarks.md describes them.
 """
 
 
@@ -225,6 +238,9 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     add_flags(ranks, ParallelConfig, defaults=False)
     add_flags(ranks, EngineConfig, only=["shard_weights"])
     quality.set_defaults(run=_bench)
+    serving = _add_command(kinds, "serving", "put load on a running service of OpenAI's video API", _LOAD_EPILOG)
+    add_flags(serving, LoadSettings)
+    serving.set_defaults(run=_bench_serving)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -267,6 +283,14 @@ def _bench(arguments: argparse.Namespace) -> int:
         from .bench import bench_quality
 
         return bench_quality(settings, command, arguments.said, progress)
+
+
+def _bench_serving(arguments: argparse.Namespace) -> int:
+    from .bench_serving import bench_serving
+
+    settings = LoadSettings(**given(LoadSettings, vars(arguments)))
+    with Progress(True) as progress:
+        return bench_serving(settings, arguments.said, progress)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

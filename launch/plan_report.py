@@ -24,7 +24,7 @@ def text(case: Case, found: list[Layout], swept: Swept, notes: Sequence[str]) ->
         parts += ["", *_sweep(swept)]
     parts += [
         "",
-        f"Estimates, not measured: {', '.join(case.device.estimates)}, and memory that is not of weights or K/V.",
+        f"Estimates, not measured: {', '.join(case.device.estimates)}, and the memory of decoding.",
     ]
     return "\n".join(parts)
 

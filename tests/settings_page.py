@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from heterostep.benchmarks.quality.settings import QualitySettings
+from heterostep.benchmarks.serving.settings import LoadSettings
 from heterostep.engine.config import EngineConfig
 from heterostep.engine.request import GenerateRequest, JobConfig
 from heterostep.hsa.config import HSAConfig
@@ -33,6 +34,7 @@ SECTIONS = (
     (Ranks, "The processes that `generate` starts."),
     (Outputs, "What `generate` writes and prints."),
     (QualitySettings, "What `bench quality` measures; [benchmarks.md](benchmarks.md) describes it."),
+    (LoadSettings, "What `bench serving` sends, and where; [benchmarks.md](benchmarks.md) describes it."),
     (PlanSettings, "What `plan` is asked; [planning.md](planning.md) describes it."),
     (Serving, "Where `serve` listens, and which processes it starts."),
     (ServiceSettings, "The service, for `serve`."),

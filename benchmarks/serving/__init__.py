@@ -1,0 +1,1 @@
+"""Load for a running video service: what `heterostep bench serving` does."""
