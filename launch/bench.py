@@ -50,6 +50,8 @@ def bench_quality(settings: QualitySettings, command: Command, said: Sequence[st
     request, hsa = _request(command.request, preset.request if preset is not None else {}), command.engine.hsa
     identity = {"model": facts.name, "scheduler": solver, "shift": shift, "versions": versions()}
     identity |= {"request": _plain(request), "hsa": dataclasses.asdict(hsa or HSAConfig())}
+    # Times are compared too.
+    identity |= {"dtype": command.engine.dtype, "device": command.engine.device, "ranks": command.ranks.size}
     folder = Path(settings.output)
     store = Store(folder, identity)
     # What can be wrong is checked before anything is written.
@@ -95,14 +97,16 @@ def _plain(request: GenerateRequest) -> dict[str, Any]:
 
 def _request(given: GenerateRequest, preset: Any) -> GenerateRequest:
     """The request with the preset's values where nothing else was given."""
-    missing = {name: value for name, value in preset.items() if getattr(given, name) in (None, 0)}
+    missing = {name: value for name, value in preset.items() if getattr(given, name) is None}
+    if given.seconds is not None:
+        missing.pop("num_frames", None)
     return dataclasses.replace(given, **missing)
 
 
 @contextlib.contextmanager
 def _maker(command: Command, progress: Progress) -> Iterator[Any]:
     """Whatever makes the videos, as long as it is needed."""
-    if (command.ranks.size) == 1:
+    if command.ranks.size == 1:
         progress.stage(f"loading model {command.engine.model}")
         yield OneRank(command.engine, lambda events, label: shown(events, label, progress))
         return

@@ -18,6 +18,9 @@ from ...engine.request import VideoOutput
 from ...errors import ConfigError
 from ..baselines.solvers import scheduler_like
 
+_MARK = ".made-by-bench-quality"
+"""File in the folder of links to a model: what has it may be removed."""
+
 
 class Store:
     """What is kept in the folder, so that the same command continues where it was.
@@ -37,7 +40,7 @@ class Store:
         self._lines, self._settings = folder / "results.jsonl", folder / "settings.json"
         try:
             kept = json.loads(self._settings.read_text()) if self._settings.exists() else None
-            lines = self._lines.read_text().splitlines() if self._lines.exists() else []
+            text = self._lines.read_text() if self._lines.exists() else ""
         except (OSError, ValueError) as error:
             raise ConfigError(f"--output {folder}: the folder cannot be used ({error})") from error
         self._identity = identity = json.loads(json.dumps(identity))
@@ -46,7 +49,8 @@ class Store:
             said = "; ".join(f"{name} {kept.get(name)!r} there, {identity[name]!r} now" for name in names)
             raise ConfigError(f"--output {folder} holds a benchmark with other settings ({said}); name another folder")
         self.results: dict[tuple[str, str, float], dict[str, Any]] = {}
-        for line in lines:
+        self._torn = bool(text) and not text.endswith("\n")
+        for line in text.splitlines():
             try:
                 result = json.loads(line)
             except ValueError:  # the last one may be torn
@@ -62,6 +66,9 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self._settings, self._identity)
+            if self._torn:  # or the next result would become part of that line
+                with self._lines.open("a") as file:
+                    file.write("\n")
         except OSError as error:
             raise ConfigError(f"--output {self.folder}: the folder cannot be used ({error})") from error
 
@@ -134,7 +141,8 @@ def with_scheduler(facts: ModelFacts, folder: Path, solver: str | None, shift: f
         What to load: the model itself where nothing differs.
 
     Raises:
-        ConfigError: the model is not in a folder, or its shift depends on the size of the video.
+        ConfigError: the model is not in a folder, its shift depends on the size of the video, or something else is
+            where its folder can be laid.
     """
     if solver is None and shift is None:
         return facts.name
@@ -155,9 +163,16 @@ def with_scheduler(facts: ModelFacts, folder: Path, solver: str | None, shift: f
     if solver is None:
         solver = "euler" if name == "FlowMatchEulerDiscreteScheduler" else "unipc"
     made = scheduler_like(stock, solver, shift=shift)
+    mark = folder / _MARK
+    if folder.exists() and not mark.exists():  # it may be the user's own model
+        raise ConfigError(
+            f"{folder} exists and was not made by this command, which needs that name for links to the model; name "
+            "another folder with --output"
+        )
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
+    mark.touch()
     for part in location.iterdir():
         if part.name not in ("scheduler", "model_index.json"):
             (folder / part.name).symlink_to(part.resolve(), target_is_directory=part.is_dir())

@@ -14,9 +14,12 @@ from folders_ltx2 import complete_ltx2
 from heterostep.benchmarks.baselines import KINDS
 from heterostep.benchmarks.quality import report, run
 from heterostep.benchmarks.quality.settings import DEMO_PROMPTS, METHODS, PRESETS, PROMPTS, QualitySettings
+from heterostep.benchmarks.quality.store import with_scheduler
 from heterostep.engine.facts import DEMO_MODEL, read_facts
+from heterostep.engine.request import GenerateRequest
 from heterostep.errors import ConfigError
 from heterostep.launch import cli
+from heterostep.launch.bench import _request
 from said import errors
 from tiny import picture
 
@@ -106,7 +109,9 @@ def test_an_interrupted_benchmark_goes_on_where_it_was(capsys, tiny_model, tmp_p
     # One more share is measured beside what is there.
     status, out, _ = bench(capsys, *argv[:-3], "0.75", *argv[-2:])
     assert status == 0 and "2 videos to make" in out
-    assert {target for _, target in rows_of(tmp_path / "b")[0]} == {1.0, 0.75, 0.5}
+    rows = rows_of(tmp_path / "b")[0]
+    assert {target for _, target in rows} == {1.0, 0.75, 0.5}
+    assert rows["joint", 0.5]["clips"] == 2, "what was written after the torn line is there"
 
 
 def test_results_of_other_settings_are_not_mixed(capsys, tiny_model, tmp_path):
@@ -115,6 +120,9 @@ def test_results_of_other_settings_are_not_mixed(capsys, tiny_model, tmp_path):
     status, _, err = bench(capsys, *argv, "--seed", 4)
     assert status == 2
     assert "other settings" in err and "'seed': 4" in err and "another folder" in err
+    for other in (["--dtype", "bfloat16"], ["--nproc", 2]):
+        status, _, err = bench(capsys, *argv, *other)
+        assert status == 2 and "other settings" in err
     assert bench(capsys, *argv[:-1])[0] == 0
     (tmp_path / "p.txt").write_text("something else\n")
     status, _, err = bench(capsys, *argv, "--prompts", tmp_path / "p.txt")
@@ -178,6 +186,25 @@ def test_a_preset_sets_what_is_not_given_and_shows_what_was_published(capsys, ti
     assert PRESETS["magcache"].request["num_inference_steps"] == 50
 
 
+def test_a_preset_gives_way_to_what_is_given():
+    preset = PRESETS["magcache"].request
+    assert _request(GenerateRequest(prompt="-"), preset).num_frames == 81
+    made = _request(GenerateRequest(prompt="-", seconds=2.0, seed=3), preset)
+    assert (made.num_frames, made.seconds, made.seed, made.num_inference_steps) == (None, 2.0, 3, 50)
+
+
+def test_no_folder_of_the_users_is_taken_for_links_to_the_model(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    files = sorted(tmp_path.rglob("*"))
+    facts = read_facts(str(tmp_path / "model"))
+    with pytest.raises(ConfigError, match="was not made by this command"):
+        with_scheduler(facts, tmp_path / "model", "unipc", None)
+    assert sorted(tmp_path.rglob("*")) == files
+    for _ in range(2):  # what it made itself is made anew
+        made = with_scheduler(facts, tmp_path / "other", "unipc", 3.0)
+    assert read_facts(made).pipeline == facts.pipeline
+
+
 def test_tuned_baselines_keep_their_settings(capsys, tiny_model, tmp_path):
     argv = ["--model", tiny_model, *SMALL, "--count", 1, "--computes", "0.5", "--output", tmp_path / "b"]
     status, out, err = bench(capsys, *argv, "--baselines", "unipc-placed,dpcache")
@@ -237,8 +264,6 @@ def test_a_shift_that_depends_on_the_size_is_refused(tmp_path):
 
 
 def run_with_shift(tmp_path):
-    from heterostep.benchmarks.quality.store import with_scheduler
-
     return with_scheduler(read_facts(str(tmp_path / "model")), tmp_path / "other", None, 5.0)
 
 
