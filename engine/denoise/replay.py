@@ -57,11 +57,16 @@ class Around:
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Take a step of the run; arguments and result are those of the stock scheduler's step."""
         step = self._now()
-        # Others may use the scheduler, also after an error broke off the run.
-        if step is None or step is self._seen or step.reason == "passed" or args or step.index != self._index:
+        if step is None or args or not self._is_due(step):
             return self._stock(model_output, timestep, sample, *args, **kwargs)
         self._seen = step
         return self.take(step, model_output, timestep, sample, **kwargs)
+
+    def _is_due(self, step: Step) -> bool:
+        """Whether the run's step comes now. Others may use the scheduler, also after an error broke off the run."""
+        # An error in the model leaves a branch that was entered, and never left.
+        evaluated = step.left == len(step.entered)
+        return evaluated and step is not self._seen and step.reason != "passed" and step.index == self._index
 
     @property
     def _index(self) -> int:
