@@ -136,6 +136,9 @@ def _several(ranks: Ranks, output: _Output, progress: Progress) -> SeveralMachin
     assert ranks.master is not None
     meeting, nproc, key = Meeting.at(ranks.master), ranks.nproc or 1, key_of(ranks.cluster_key_file)
     least = nproc * (ranks.min_nnodes or 1)
+    if ranks.cluster_key_file is None:
+        where = f"{meeting.address}:{meeting.port}"
+        progress.say(f"without --cluster-key-file, anyone who reaches {where} can run programs on all machines")
     return SeveralMachines(meeting, nproc, least, key, output.show, progress.say)
 
 

@@ -71,6 +71,7 @@ class MemberMachine:
                 line.close()
             if farewell is None:
                 self._say("the main machine was lost; waiting for it")
+                time.sleep(_PAUSE_SECONDS)  # it may close every connection, as one of another version would
             elif farewell.how == "done":
                 return
             else:

@@ -3,11 +3,15 @@
 import socket
 import sys
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from heterostep.errors import ConfigError
 from heterostep.launch.cli import main
+from heterostep.launch.options import Ranks
+from heterostep.launch.ranks import _several
 from heterostep.launch.workers import network
 from heterostep.launch.workers.member import MemberMachine
 from heterostep.launch.workers.network import Farewell, Line, Meeting, environment_at, interface_of, key_of, prove
@@ -158,3 +162,39 @@ def test_no_machine_waits_for_ever(meeting, monkeypatch):
     monkeypatch.setattr("heterostep.launch.workers.member.WAIT_SECONDS", 0.1)
     with pytest.raises(Exception, match="the machine with that address must run the same command"):
         MemberMachine(meeting, 1, b"a", say_nothing).serve()
+
+
+def test_people_are_told_that_there_is_no_key(meeting, monkeypatch, tmp_path):
+    monkeypatch.setattr(Meeting, "at", lambda given: meeting)
+    (tmp_path / "key").write_text("secret")
+    for key, told in ((None, 1), (tmp_path / "key", 0)):
+        said = []
+        ranks = Ranks(nnodes=2, master="node0", cluster_key_file=key)
+        with _several(ranks, SimpleNamespace(show=say_nothing), SimpleNamespace(say=said.append)):
+            assert len([line for line in said if "--cluster-key-file" in line]) == told
+
+
+def test_a_main_machine_that_closes_every_connection_is_not_called_at_once_again(meeting, monkeypatch):
+    class Paused(Exception):
+        pass
+
+    def pause(seconds):
+        raise Paused
+
+    calls = []
+
+    def answer(server):
+        for _ in range(3):
+            stream, _ = server.accept()
+            calls.append(stream)
+            stream.settimeout(5)
+            prove(stream, b"a", b"main", b"other")
+            stream.close()
+
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=pause)
+    monkeypatch.setattr("heterostep.launch.workers.member.time", clock)
+    with socket.create_server((meeting.address, meeting.port)) as server:
+        threading.Thread(target=answer, args=(server,), daemon=True).start()
+        with pytest.raises(Paused):
+            MemberMachine(meeting, 1, b"a", say_nothing).serve()
+    assert len(calls) == 1
