@@ -44,8 +44,8 @@ def fill(values: Mapping[str, Any], facts: ModelFacts, *, image: bool) -> dict[s
         image: whether the video starts from an image.
 
     Raises:
-        RequestError: windows for a video from an image, a window that the model cannot make, an overlap as long as the
-            window, or a schedule of prompts that cannot be read.
+        RequestError: windows for a video from an image, a window that the model cannot make or of one frame, an overlap
+            as long as the window, or a schedule of prompts that cannot be read.
     """
     filled = dict(values)
     frames, fps = filled["num_frames"], filled["fps"]
@@ -63,6 +63,8 @@ def fill(values: Mapping[str, Any], facts: ModelFacts, *, image: bool) -> dict[s
             f"window={window} does not fit model {facts.name!r}: it must be a multiple of {facts.frame_step}, plus 1; "
             f"the nearest is {frames_in((window - 1) / fps, facts, fps)}"
         )
+    if window == 1:
+        raise RequestError(f"window=1 leaves no room for an overlap; the smallest window is {1 + facts.frame_step}")
     overlap = round(window * _OVERLAP) if filled["overlap"] is None else filled["overlap"]
     if math.ceil(overlap / facts.frame_step) > (window - 1) // facts.frame_step:
         raise RequestError(f"overlap={overlap} is as long as a window of {window} frames; take a smaller one")

@@ -185,11 +185,12 @@ class LTX2Adapter(Adapter):
 
     @staticmethod
     def beside(module: Any, arguments: Mapping[str, Any], start: int, stop: int) -> list[tuple[int, int]]:
-        """The sound of these frames: as much as the pipeline gives a video of that length."""
+        """The sound of these frames: as much as the pipeline gives a video of that length, no latent less than that."""
         frames = module.rope.scale_factors[0] * _patch(module).frames  # of the video, for a frame of tokens
         rate = module.audio_rope.audio_latents_per_second / arguments["fps"]
         total, last = arguments["audio_num_frames"], LTX2Adapter.grid(module, arguments).frames
-        count = min(max(round((frames * (stop - start - 1) + 1) * rate), 1), total)
+        # Rounded up: between windows that share a single frame there must be no latent that is in neither.
+        count = min(math.ceil((frames * (stop - start - 1) + 1) * rate), total)
         low = total - count if stop == last else min(round(frames * start * rate), total - count)
         return [(low, low + count)]
 

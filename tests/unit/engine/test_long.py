@@ -94,8 +94,9 @@ def test_a_resolved_request_means_the_same_when_it_is_resolved_again(engine, cha
 
 @pytest.mark.parametrize(
     ("changes", "rule"),
-    [({"window": 10}, "nearest is 9"), ({"overlap": 9}, "as long as a window"), ({"overlap": 0}, "at least 1"),
-     ({"window": 0}, "at least 1"), ({"prompt_schedule": "# nothing"}, "is empty"),
+    [({"window": 10}, "nearest is 9"), ({"window": 0}, "at least 1"), ({"window": 1}, "smallest window is 5"),
+     ({"window": 1, "overlap": 1}, "smallest window"), ({"overlap": 9}, "as long as a window"),
+     ({"overlap": 0}, "at least 1"), ({"prompt_schedule": "# nothing"}, "is empty"),
      ({"prompt_schedule": "a red disc"}, "line 1 .*FROM-TO"), ({"prompt_schedule": "9-3: x"}, "before it begins"),
      ({"prompt_schedule": "0-9: x\n5-: y"}, "line 2 .*already"), ({"seconds": 0}, "above 0")],
 )  # fmt: skip

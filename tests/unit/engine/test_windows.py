@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from reference import History, Reference
 
 import heterostep as hs
 from heterostep.engine.denoise.windows import Text, Windows, ramps, shared_noise
+from heterostep.engine.models.ltx2 import LTX2Adapter
 from tiny import Fixed, embeddings, generate, tiny_image_pipeline, tiny_pipeline
 from tiny_ltx2 import generate as generate_ltx2
 from tiny_ltx2 import tiny_ltx2
@@ -184,6 +186,24 @@ def test_sound_follows_the_windows(version):
     session = hs.apply(pipe, hs.HSAConfig(compute=0.5, policy="tokens"), windows=WINDOWS)
     assert all(part.isfinite().all() for part in generate_ltx2(pipe, version, steps=12, num_frames=13))
     assert abs(session.report.compute - 0.5) <= 0.025
+
+
+def test_no_sound_is_between_windows():
+    """At many frames a second a latent frame is shorter than one of sound, and windows may share a single one."""
+    sizes = {
+        "rope": SimpleNamespace(scale_factors=(8, 32, 32)),
+        "config": SimpleNamespace(patch_size=1, patch_size_t=1),
+    }
+    module = SimpleNamespace(**sizes, audio_rope=SimpleNamespace(audio_latents_per_second=25.0))
+    for fps, length, frames in itertools.product((8, 24, 36, 41, 60), (2, 3, 9), range(10, 30)):
+        total = round((8 * (frames - 1) + 1) * 25 / fps)
+        call = {"fps": fps, "audio_num_frames": total, "num_frames": frames, "height": 1, "width": 1}
+        spans = [
+            LTX2Adapter.beside(module, call, window.start, window.stop)[0]
+            for window in Windows(length=length, overlap=1).of(frames)
+        ]
+        assert len({high - low for low, high in spans}) == 1 and (spans[0][0], spans[-1][1]) == (0, total)
+        assert all(low <= high for (_, high), (low, _) in itertools.pairwise(spans))
 
 
 def test_a_window_gets_the_prompt_of_its_middle():
