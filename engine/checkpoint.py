@@ -37,7 +37,7 @@ from .report import HSAReport, plain_step, step_from
 from .request import ResolvedRequest, VideoOutput
 
 FORMAT = "heterostep saved state"
-VERSION = 1
+VERSION = 2
 """Rises with every change of what a state holds: another version's files are not read."""
 
 # A tensor in a tree of plain data, and a number that JSON has no word for.

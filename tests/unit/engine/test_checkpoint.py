@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import heterostep as hs
-from heterostep.engine.checkpoint import Saved, read_saved, remove_others, write_saved
+from heterostep.engine.checkpoint import VERSION, Saved, read_saved, remove_others, write_saved
 from heterostep.engine.job import Job, JobConfig
 from heterostep.engine.media import files
 from heterostep.engine.media.files import checkpoint_name, checkpoint_steps
@@ -93,7 +93,7 @@ def test_everything_comes_back(tmp_path):
 def test_the_manifest_is_json_that_says_what_is_there(folder):
     manifest, tensors = parts(folder)
     content = json.loads(manifest.read_text())
-    assert content["format"] == "heterostep saved state" and content["version"] == 1
+    assert content["format"] == "heterostep saved state" and content["version"] == VERSION
     assert content["step"] == 4 and content["sigma"] == 0.5
     assert content["file"]["name"] == tensors.name and content["file"]["bytes"] == tensors.stat().st_size
     assert len(content["file"]["sha256"]) == len(content["sha256"]) == 64
@@ -195,7 +195,7 @@ def reseal(manifest, **changes):
         (lambda m, t: m.write_text('{"format": "heterostep saved state"}'), "not a manifest of heterostep"),
         (lambda m, t: m.write_text('{"format": "heterostep saved state", "version": NaN}'), "altered"),
         (lambda m, t: m.write_text(m.read_text().replace("\n", "")), "altered"),
-        (lambda m, t: reseal(m, version=2), "version 2, and this program reads version 1"),
+        (lambda m, t: reseal(m, version=1), "version 1, and this program reads version 2"),
         (lambda m, t: reseal(m, step=9), "checkpoint of step 9, under another name"),
         (lambda m, t: reseal(m, kind="result"), "result of step 4, under another name"),
         (lambda m, t: m.write_bytes(bytes(1 << 27)), "too large"),
