@@ -73,7 +73,7 @@ class ServiceSettings:
     openai_statuses: bool = setting(
         False,
         help="answer `failed` with the code `cancelled` for cancelled videos, for clients that know no other statuses "
-        "than OpenAI's, such as benchmarks, and would wait for ever",
+        "than OpenAI's, such as benchmarks, and would wait forever",
     )
     keep_days: float = setting(30.0, above=0, help="delete finished videos after X days")
     keep_gib: float = setting(20.0, above=0, help="delete the oldest finished videos when together they exceed X GiB")
