@@ -50,8 +50,7 @@ def bench_quality(settings: QualitySettings, command: Command, said: Sequence[st
     request, hsa = _request(command.request, preset.request if preset is not None else {}), command.engine.hsa
     identity = {"model": facts.name, "scheduler": solver, "shift": shift, "versions": versions()}
     identity |= {"request": _plain(request), "hsa": dataclasses.asdict(hsa or HSAConfig())}
-    # Times are compared too.
-    identity |= {"dtype": command.engine.dtype, "device": command.engine.device, "ranks": command.ranks.size}
+    identity |= _machinery(command)
     folder = Path(settings.output)
     store = Store(folder, identity)
     # What can be wrong is checked before anything is written.
@@ -93,6 +92,14 @@ def _image(request: GenerateRequest) -> str | None:
 def _plain(request: GenerateRequest) -> dict[str, Any]:
     """What all videos have in common, ready for JSON."""
     return {name: value for name, value in dataclasses.asdict(request).items() if name not in ("prompt", "image")}
+
+
+def _machinery(command: Command) -> dict[str, Any]:
+    """What all videos are made with: it changes their values or the time that they take."""
+    fields = (item.name for item in dataclasses.fields(command.engine))
+    engine = {name: getattr(command.engine, name) for name in fields if name not in ("model", "hsa", "parallel")}
+    ranks = {"size": command.ranks.size, "shard_weights": command.shard_weights, **command.degrees}
+    return {"engine": engine, "ranks": ranks}
 
 
 def _request(given: GenerateRequest, preset: Any) -> GenerateRequest:

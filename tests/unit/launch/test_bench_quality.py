@@ -120,7 +120,7 @@ def test_results_of_other_settings_are_not_mixed(capsys, tiny_model, tmp_path):
     status, _, err = bench(capsys, *argv, "--seed", 4)
     assert status == 2
     assert "other settings" in err and "'seed': 4" in err and "another folder" in err
-    for other in (["--dtype", "bfloat16"], ["--nproc", 2]):
+    for other in (["--dtype", "bfloat16"], ["--vae-tiling"], ["--nproc", 2]):
         status, _, err = bench(capsys, *argv, *other)
         assert status == 2 and "other settings" in err
     assert bench(capsys, *argv[:-1])[0] == 0
