@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import queue
 import threading
@@ -14,9 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from ..errors import Cancelled, ConfigError, HeterostepError, Interrupted, RankFailure, RequestError
+from ..errors import Cancelled, ConfigError, HeterostepError, Interrupted, RankFailure, RequestError, is_out_of_memory
 from ..hsa.config import HSAConfig
-from ..parallel.mesh import ParallelMesh
 from .checkpoint import Saved, identity_of
 from .config import EngineConfig
 from .decoding import decode_audio, decode_frames
@@ -26,10 +26,12 @@ from .denoise.schedulers import shifted
 from .denoise.session import apply, remove
 from .denoise.work_split import Sharding
 from .facts import first_line, read_facts
-from .features import Loras
-from .job import Finished, Job, Progress, StepEvents, Stop, dense_report, stopped
+from .features import Loras, Offload
+from .finished import open_job
+from .job import Job, Progress, StepEvents, Stop, dense_report, stopped
 from .loading import as_pipeline, load_pipeline, pick_device, pick_dtype
 from .media.video import Audio
+from .memory import Room
 from .models import adapter_named
 from .models.base import check_finite
 from .progress import Progress as Shown
@@ -123,14 +125,17 @@ class Engine:
         self.facts = read_facts(self.config.model)
         self.device = pick_device(self.config.device)
         self.dtype = pick_dtype(self.config.dtype, self.device)
-        self.sharding = _sharding(self.config, self.device)
+        self.sharding = Sharding.of_ranks(self.config.parallel, self.device)
         # One rank reads the prompts for all: the text encoder may be larger than a rank's share of all else.
         shards = self.sharding.mesh if self.sharding is not None and self.config.shard_weights else None
-        offload = "none" if self.config.offload == "auto" else self.config.offload
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+        self._room = Room(self.device.type, free)
+        offload = self._room.usual(self.config, self.facts)
         self.pipeline = load_pipeline(
             self.facts, self.config, self.device, self.dtype, text=self.leads, offload=offload, shards=shards
         )
         self._adapter = adapter_named(self.facts.pipeline)
+        self._offload = Offload(self.pipeline, self._adapter, self.device, offload)
         self._loras = Loras(self._adapter, self.pipeline, self.device)
         self.load_seconds = time.perf_counter() - start
         self._busy = threading.Lock()
@@ -262,6 +267,25 @@ class Engine:
                 worker.join()
 
     def _run(
+        self, request: ResolvedRequest, image: Image.Image | None, config: JobConfig | None, *way: Any
+    ) -> VideoOutput:
+        """Make the video, once more with less on the device if its memory is used up. Runs in the worker thread."""
+        try:
+            return self._attempt(request, image, config, *way)
+        except Exception as error:
+            mode = self._offload.cheaper
+            if not is_out_of_memory(error) or mode is None or self.sharding is not None:
+                raise
+            said = "heterostep: out of memory; going on with offload=%s%s"
+            logging.getLogger("heterostep").warning(said, mode, "" if config is None else " where the job was saved")
+        # Outside of the handler, whose exception holds the tensors of the attempt.
+        self._offload.need(mode)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        kept = None if config is None else dataclasses.replace(config, resume="auto")
+        return self._attempt(request, image, kept, *way)
+
+    def _attempt(
         self,
         request: ResolvedRequest,
         image: Image.Image | None,
@@ -269,13 +293,15 @@ class Engine:
         emit: Callable[[Event], None],
         stop: Stop,
     ) -> VideoOutput:
-        """Make the video, or find it made. Runs in the worker thread.
+        """Make the video, or find it made.
 
         Raises:
             RankFailure: something else than heterostep itself found wrong; on many ranks only.
         """
         step = Progress()
         try:
+            if self.config.offload == "auto" and self.sharding is None:
+                self._offload.need(self._room.settle(self.config, self.facts, request))
             self._loras.put_on(request.lora)
             if config is None:
                 return self._make(_Work(request, image, None, None, None, emit, stop, step))
@@ -284,7 +310,7 @@ class Engine:
             # All that is saved is alike on all ranks: one reads and writes it.
             job = Job(config, identity) if self.leads else None
             with contextlib.ExitStack() as held:
-                finished, saved = self._decide(lambda: _found(job, held))
+                finished, saved = self._decide(lambda: open_job(job, held))
                 if finished is None:
                     work = _Work(request, image, job, config.checkpoint_every, saved, emit, stop, step)
                     return self._make(work)
@@ -422,19 +448,3 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-
-def _sharding(config: EngineConfig, device: torch.device) -> Sharding | None:
-    """Join the ranks that `config` asks for; None for one rank."""
-    parallel = config.parallel
-    if parallel is None or parallel.world_size == 1:
-        return None
-    return Sharding(ParallelMesh.create(parallel, device), parallel)
-
-
-def _found(job: Job | None, held: contextlib.ExitStack) -> tuple[Finished | None, Saved | None]:
-    """Lock a job; return its result, or the state from which it can resume."""
-    assert job is not None, "asked on the rank that keeps the job"
-    held.enter_context(job)
-    finished = job.finished()
-    return finished, None if finished is not None else job.newest()

@@ -14,6 +14,7 @@ import torch
 from ..errors import ConfigError, RequestError, is_out_of_memory
 from .facts import ModelFacts, first_line
 from .lora import Lora, locate_lora, parse_lora
+from .memory import ORDER
 
 if TYPE_CHECKING:
     from .config import EngineConfig
@@ -95,6 +96,34 @@ def place(pipeline: Any, adapter: Adapter, device: torch.device, offload: str) -
         pipeline.enable_model_cpu_offload(device=device)
     else:
         _offload_groups(pipeline, adapter, device)
+
+
+class Offload:
+    """Where the weights of a loaded pipeline wait that are not in use.
+
+    Attributes:
+        mode: one of `memory.ORDER`.
+    """
+
+    def __init__(self, pipeline: Any, adapter: Adapter, device: torch.device, mode: str) -> None:
+        """Begin as the pipeline was loaded."""
+        self._pipeline, self._adapter, self._device, self.mode = pipeline, adapter, device, mode
+
+    @property
+    def cheaper(self) -> str | None:
+        """The next mode, which takes less memory and more time; None after the last."""
+        return ORDER[ORDER.index(self.mode) + 1] if self.mode != ORDER[-1] else None
+
+    def need(self, mode: str) -> None:
+        """Change to a mode if it takes less memory; groups stay groups."""
+        if ORDER.index(mode) <= ORDER.index(self.mode):
+            return
+        if self.mode == "model":
+            self._pipeline.remove_all_hooks()
+        if mode == "group":
+            self._pipeline.to("cpu")
+        place(self._pipeline, self._adapter, self._device, mode)
+        self.mode = mode
 
 
 def _offload_groups(pipeline: Any, adapter: Adapter, device: torch.device) -> None:

@@ -16,13 +16,14 @@ from safetensors.torch import save
 from ..engine.config import EngineConfig
 from ..engine.denoise.checks import rehearse
 from ..engine.engine import Engine
-from ..engine.facts import read_facts
+from ..engine.facts import ModelFacts, read_facts
 from ..engine.features import check_features
 from ..engine.finished import find_finished
 from ..engine.loading import pick_device
 from ..engine.lora import locate_lora, parse_lora
 from ..engine.media.files import Placed, check_writable, place, write_json
 from ..engine.media.video import check_mp4, heatmap_frames, heatmap_size, write_mp4
+from ..engine.memory import Room
 from ..engine.progress import Progress
 from ..engine.record import run_record
 from ..engine.request import Event, JobConfig, ResolvedRequest, Started, VideoOutput, allocation, resolve
@@ -54,7 +55,7 @@ def generate(commands: Sequence[Command], progress: Progress, rank: TorchrunRank
     if help_elsewhere(first.ranks, progress):
         return 0
     # Everything that can be wrong is checked before a model is loaded, which may take minutes.
-    files = _checked(commands)
+    commands, files = _checked(commands, progress)
     on_ray = first.ranks.ray or first.ranks.ray_address is not None
     if on_ray and rank is not None:
         raise ConfigError("--ray works only with `heterostep generate`: torchrun has already started the ranks")
@@ -77,8 +78,8 @@ def generate(commands: Sequence[Command], progress: Progress, rank: TorchrunRank
     return 0
 
 
-def _checked(commands: Sequence[Command]) -> list[OutputFiles]:
-    """Check the requests and the files of all videos; returns the files.
+def _checked(commands: Sequence[Command], progress: Progress) -> tuple[list[Command], list[OutputFiles]]:
+    """Check the requests and the files of all videos; returns the commands with an offload that fits, and the files.
 
     Raises:
         HeterostepError: what is wrong with one of them.
@@ -100,7 +101,27 @@ def _checked(commands: Sequence[Command]) -> list[OutputFiles]:
     # Prompt and seed do not count in the plan.
     every = None if first.job is None else first.job.checkpoint_every
     rehearse(facts, allocation(first.engine, resolved[0]), resolved[0], every)
-    return files
+    return _fitting(commands, facts, resolved[0], progress), files
+
+
+def _fitting(
+    commands: Sequence[Command], facts: ModelFacts, request: ResolvedRequest, progress: Progress
+) -> list[Command]:
+    """The commands with the fastest offload that fits into the memory of this machine, if the ranks are on it.
+
+    Raises:
+        RequestError: nothing fits.
+    """
+    first = commands[0]
+    ranks = first.ranks
+    if ranks.ray or ranks.ray_address or ranks.machines > 1:
+        return list(commands)
+    room = Room.here(str(pick_device(first.engine.device)), ranks.size)
+    offload = room.settle(first.engine, facts, request, ranks=ranks.size, shard_weights=first.shard_weights)
+    if offload != first.engine.offload and offload != "none":
+        progress.say(f"offload {offload}: all weights together do not fit into the GPU's memory")
+    engine = dataclasses.replace(first.engine, offload=offload)
+    return [dataclasses.replace(command, engine=engine) for command in commands]
 
 
 def _made_here(commands: Sequence[Command], progress: Progress, rank: TorchrunRank | None) -> Generator[Made | None]:

@@ -64,13 +64,15 @@ def _serve_here(settings: ServiceSettings, host: str, port: int) -> int:
     """One process with the HTTP API, and a worker process for each replica."""
     import uvicorn
 
+    from ..engine.memory import Room
     from .service.access import BoundedConnection
     from .service.app import create_app
     from .service.service import VideoService
 
     log_json_lines()
     listener = _listen(host, port)  # before anything is written
-    service = VideoService(settings)
+    room = Room.here(settings.engine.device, settings.ranks * settings.replicas)  # before models take theirs
+    service = VideoService(settings, room=room)
     if not is_loopback(host) and service.keys is None:
         say(
             "anyone who can reach this machine may use the service, because no --api-key-file is given", logging.WARNING

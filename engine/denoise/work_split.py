@@ -76,6 +76,13 @@ class Sharding:
         self.agreement = Agreement(mesh, self.traffic)
         self.speeds = Speeds(mesh, self.agreement)
 
+    @classmethod
+    def of_ranks(cls, config: ParallelConfig | None, device: torch.device) -> Sharding | None:
+        """Join the ranks that a configuration asks for; None for one rank."""
+        if config is None or config.world_size == 1:
+            return None
+        return cls(ParallelMesh.create(config, device), config)
+
     def check(self, num_heads: int, num_branches: int) -> None:
         """Raise ConfigError unless the degrees suit a model's heads and a request's guidance branches."""
         check(self.config, world_size=self.mesh.world.size, num_heads=num_heads, num_branches=num_branches)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...engine.facts import read_facts
+from ...engine.memory import Room
 from ...engine.request import GenerateRequest, allocation, resolve
 from ...errors import FileGone, QueueFull, StoreUnavailable
 from ..logs import say
@@ -47,18 +48,25 @@ class VideoService:
         model: what the API calls the model.
     """
 
-    def __init__(self, settings: ServiceSettings, make_runner: RunnerFactory = Runner, replica: str = "") -> None:
+    def __init__(
+        self,
+        settings: ServiceSettings,
+        make_runner: RunnerFactory = Runner,
+        replica: str = "",
+        room: Room | None = None,
+    ) -> None:
         """Check model and keys, and open the job store; `start` begins to work.
 
         Args:
             settings: of the service.
             make_runner: makes a runner from the settings and its number.
             replica: the label of its metrics, where several processes answer at one address.
+            room: memory of each rank, if all are on this machine and have not loaded anything yet.
 
         Raises:
             ConfigError: the model, the key file or the data directory cannot be used.
         """
-        self.settings = settings
+        self.settings, self._room = settings, room
         self.keys = ApiKeys.read(settings.api_key_file) if settings.api_key_file is not None else None
         self._facts = read_facts(settings.engine.model)
         self._compute = 1.0 if settings.engine.hsa is None else settings.engine.hsa.compute
@@ -139,6 +147,9 @@ class VideoService:
             every=self.settings.checkpoint_every,
             loras=self.settings.loras,
         )
+        if self._room is not None:
+            ranks, sharded = self.settings.ranks, self.settings.shard_weights
+            self._room.settle(self.settings.engine, self._facts, request, ranks=ranks, shard_weights=sharded)
         try:
             job, new = self._store.create(
                 id=f"video_{secrets.token_hex(16)}",
