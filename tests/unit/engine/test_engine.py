@@ -245,7 +245,7 @@ def test_record_and_comparison(engine):
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": " \n"}, "prompt is empty"),
         ({"prompt": None}, "prompt is empty"),
-        ({"negative_prompt": None}, "must be a text"),
+        ({"negative_prompt": 3}, "must be a text"),
         ({"compute": 0}, "above 0 and at most 1"),
         ({"compute": 1.5}, "above 0 and at most 1"),
         ({"compute": math.nan}, "above 0 and at most 1"),

@@ -16,7 +16,7 @@ from heterostep.engine.models import adapter_named
 from heterostep.engine.request import resolve
 from heterostep.engine.windows import own_frames, read_scenes
 from heterostep.launch.cli import build_parser, main
-from heterostep.launch.options import command_of
+from heterostep.launch.options import commands_of
 
 PROMPT = "a red disc moves right"
 SETTINGS = ("window", "overlap", "roll_windows", "shared_noise", "prompt_schedule")
@@ -129,7 +129,8 @@ def test_the_command_reads_a_schedule_from_a_file(tmp_path, capsys):
     file = tmp_path / "scenes.txt"
     file.write_text("0-9: a red disc\n")
     flags = ["generate", "--prompt", "x", "--seconds", "4", "--window", "9", "--roll-windows", "--no-shared-noise"]
-    asked = command_of(build_parser().parse_args([*flags, "--prompt-schedule", str(file)])).request
+    (command,) = commands_of(build_parser().parse_args([*flags, "--prompt-schedule", str(file)]))
+    asked = command.request
     assert asked == hs.GenerateRequest(
         prompt="x", seconds=4, window=9, roll_windows=True, shared_noise=False, prompt_schedule="0-9: a red disc\n"
     )

@@ -73,7 +73,7 @@ def test_what_is_left_out_is_filled_in(tmp_path):
 def test_what_the_first_step_alone_costs_is_asked_for(tmp_path):
     for fields, least in (
         ({"compute": 0.001}, "0.025"),
-        ({"num_inference_steps": 1}, "1"),
+        ({"num_inference_steps": 1, "compute": 0.5}, "1"),
         ({"compute": 0.0249}, "0.025"),
     ):
         with pytest.raises(BadField, match=rf"ask for at least compute={least}, ") as caught:
