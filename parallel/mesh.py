@@ -1,4 +1,4 @@
-"""`ParallelMesh`: this rank's place on the axes cfg x ring x ulysses, and the process group of each axis.
+"""`ParallelMesh`: this rank's place on the axes windows x cfg x ring x ulysses, and the process group of each axis.
 
 Also what heterostep takes from a running xfuser (xDiT) job. This is the one file that imports xfuser, and only when
 asked: `import xfuser` probes for a GPU and fails without one.

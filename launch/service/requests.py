@@ -265,14 +265,16 @@ def _with_image(
 
 
 def check_plan(facts: ModelFacts, hsa: HSAConfig | None, request: ResolvedRequest, every: int) -> None:
-    """Refuse a share that so few steps cannot meet; the planner has the last word, but is seldom asked.
+    """Refuse a share that so few steps cannot meet, and windows that roll beside a policy that leaves out tokens.
+
+    The planner has the last word, but is seldom asked.
 
     It needs PyTorch, and the service's own process starts at once and stays small because it does without.
 
     Raises:
         ConfigError: in the planner's words.
     """
-    if hsa is None or surely_met(hsa, request.num_inference_steps, every):
+    if hsa is None or (surely_met(hsa, request.num_inference_steps, every) and not request.roll_windows):
         return
     from ...engine.denoise.checks import rehearse
 

@@ -14,6 +14,8 @@ from PIL import Image
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 testclient = pytest.importorskip("starlette.testclient", reason="the extra 'dev' is not installed")
 
+from heterostep.engine.config import EngineConfig
+from heterostep.hsa.config import HSAConfig
 from heterostep.launch.serve import _addresses
 from heterostep.launch.service.app import create_app, router
 from heterostep.launch.service.service import VideoService
@@ -114,6 +116,16 @@ def test_a_default_that_so_few_steps_cannot_meet_is_not_asked_for(client):
     assert client.post("/v1/videos", json={"prompt": PROMPT, "num_inference_steps": 20}).json()["compute"] == 0.5
     answer = client.post("/v1/videos", json={"prompt": PROMPT, "num_inference_steps": 1, "compute": 0.5})
     assert answer.status_code == 400 and "compute=0.5 cannot be met with 1 step" in answer.json()["error"]["message"]
+
+
+def test_windows_that_roll_are_refused_beside_skipped_tokens(tmp_path):
+    service = VideoService(ServiceSettings(data_dir=tmp_path, engine=EngineConfig(hsa=HSAConfig(policy="tokens"))))
+    asked = {"prompt": PROMPT, "num_frames": 49, "window": 17, "num_inference_steps": 60, "compute": 0.9}
+    client = testclient.TestClient(create_app(service))
+    assert client.post("/v1/videos", json=asked).status_code == 200
+    answer = client.post("/v1/videos", json={**asked, "roll_windows": True})
+    service.close()
+    assert answer.status_code == 400 and "policy='tokens'" in answer.json()["error"]["message"]
 
 
 def test_sglang_asks_what_is_served(client):
