@@ -25,8 +25,8 @@ from torch import Tensor
 
 SPECTRUM = (0.1, 30.0)
 """Smallest and largest standard deviation of the components, in units of the noise."""
-DETAIL, DECISION = 0.25, -0.75
-"""Exponents of a component's amplitude in s, below and above s = 1: both ends of the spectrum carry less."""
+DETAIL = 0.25
+"""Exponent of a component's amplitude in s below s = 1: fine detail carries less, what is decided early does not."""
 COMPONENTS = 24
 UNREACHABLE = 1e30
 
@@ -63,7 +63,7 @@ class GapCosts:
     def _amplitude(self) -> Tensor:
         """How much of each component there is: [components, 1]."""
         s = self._radius[0]
-        return s.clamp_max(1.0) ** DETAIL * s.clamp_min(1.0) ** DECISION
+        return s.clamp_max(1.0) ** DETAIL
 
     @cached_property
     def velocities(self) -> Tensor:
