@@ -12,6 +12,7 @@ from torch import Tensor
 from ..models import adapter_for
 from ..models.base import is_finite
 from .hook import named
+from .replay import level_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -145,11 +146,12 @@ class Preview:
         if self._latents is None or step != self._step + 1 or frame.shape != self._latents.shape:
             self._started, self.seconds = now, 0.0
         elif self._worth_it(step, now):
-            before, after = (float(sigma) for sigma in scheduler.sigmas[step - 1 : step + 1])
-            velocity = (frame - self._latents) / (after - before)
-            self._picture = self._decode(frame - after * velocity)
-            self._cost = time.perf_counter() - now
-            self.seconds += self._cost
+            before, after = level_of(scheduler, step - 1), level_of(scheduler, step)
+            if after != before:  # else they have not moved
+                velocity = (frame - self._latents) / (after - before)
+                self._picture = self._decode(frame - after * velocity)
+                self._cost = time.perf_counter() - now
+                self.seconds += self._cost
         self._step, self._latents = step, frame
 
     def _worth_it(self, step: int, now: float) -> bool:

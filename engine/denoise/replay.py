@@ -182,6 +182,10 @@ class Fewer(Around):
         self._evaluated = frozenset(evaluated)
         super().__init__(scheduler, now)
 
+    def level(self, step: int) -> float:
+        """Noise level of the latents before a step: that of the next evaluated one."""
+        return float(self.scheduler.sigmas[min((i for i in self._evaluated if i >= step), default=-1)])
+
     def take(self, step: Step, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
         """Move at evaluated steps, up to the next of them."""
         out = self._stock(model_output, timestep, sample, **kwargs)  # counts steps
@@ -272,3 +276,9 @@ class Replays:
 
 def _edited(sample: Tensor, edit: Tensor | None) -> Tensor:
     return sample if edit is None else sample + edit
+
+
+def level_of(scheduler: Any, step: int) -> float:
+    """Noise level of the latents before a step of the scheduler, also where skipped steps are left out."""
+    around = getattr(vars(scheduler).get("step"), "__self__", None)
+    return around.level(step) if isinstance(around, Fewer) else float(scheduler.sigmas[step])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
+import heterostep as hs
 from heterostep.engine.denoise.preview import LinearDecoder, Preview
 from heterostep.engine.engine import Engine, EngineConfig, GenerateRequest
 from heterostep.engine.facts import DEMO_MODEL
 from heterostep.engine.record import psnr
 from heterostep.engine.request import StepDone
+from tiny import generate, tiny_pipeline
 
 pytestmark = pytest.mark.skipif(
     not (DEMO_MODEL / "model_index.json").is_file(), reason="no demo model in this checkout"
@@ -89,3 +93,25 @@ def test_the_linear_map_is_exact_where_the_video_is_linear():
     # A model of another size begins anew instead of mixing both.
     decoder.learn(torch.rand(1, 6, 3, 6, 8), frames)
     assert decoder.decode(torch.rand(1, 6, 6, 8)).shape == (3, 24, 32)
+
+
+def test_where_skipped_steps_are_left_out_pictures_are_of_the_longer_steps():
+    pipe = tiny_pipeline("euler")
+    session, preview = hs.apply(pipe, hs.HSAConfig(compute=0.4, forecast="none")), Preview(pipe, budget=1e9)
+    guesses, latents = [], []
+    preview._decode = guesses.append
+
+    def keep(pipe, step, timestep, tensors):
+        latents.append(tensors["latents"][:, :, 1].clone())
+        return {}
+
+    generate(pipe, num_frames=9, steps=10, callback_on_step_end=keep)
+    preview.remove()
+    levels, evaluated = pipe.scheduler.sigmas, [step.step for step in session.report.steps if step.active]
+    assert len(evaluated) == 4
+    want = []
+    for at, after in itertools.pairwise(evaluated[1:]):  # the first latents were there before any callback
+        level, moved = levels[after], latents[at] - latents[at - 1]
+        want.append(latents[at] - level * moved / (level - levels[at]))
+    assert len(guesses) == sum(step < 9 for step in evaluated) and len(want) == 2
+    assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(guesses[1:], want, strict=False))
