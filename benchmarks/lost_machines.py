@@ -23,6 +23,7 @@ from harness import REPORTS, environment
 from safetensors.torch import load_file
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
+import forked
 import machines
 
 EVERY, AT = 3, 20
@@ -42,8 +43,8 @@ def start(machine: machines.Machine, address: str, steps: int) -> subprocess.Pop
         "a red disc moves right", "--seed", "7", "--steps", str(steps), "--compute", "0.5", "--policy", "tokens",
         "--job-dir", "job", "--checkpoint-every", str(EVERY), "--latents", "l.safetensors", "--overwrite",
     ]  # fmt: skip
-    with open(machine.folder / "log", "a") as log:
-        return subprocess.Popen(machine.command(*command), cwd=machine.folder, stdout=log, stderr=log)
+    with machine.entered(), open(machine.folder / "log", "a") as log:
+        return forked.Popen(command, cwd=machine.folder, stdout=log, stderr=log)
 
 
 def lines_of(machine: machines.Machine) -> list[dict]:
@@ -144,7 +145,8 @@ def write(args: argparse.Namespace, results: list[dict]) -> None:
 {len(results)} jobs on two machines of one rank each (network namespaces, link 1 Gbit/s, gloo, demo model, policy
 `tokens`, {args.steps} steps, checkpoints every {EVERY}), started by `heterostep generate --nnodes 2 --master HOST`.
 After step {AT} one machine is lost: all its processes are killed, its link is cut, or it is frozen. Made by
-`python benchmarks/lost_machines.py`.
+`python benchmarks/lost_machines.py`. Processes are forked from one that has imported PyTorch already, so a start takes
+about a second.
 
 {len(good)} of {len(results)} ended by themselves, with all steps and latents within 1e-4 of an unbroken job. From the
 loss to the next step: {statistics.median(waits):.1f} s (median), {max(waits):.1f} s (longest).
