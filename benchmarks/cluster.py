@@ -227,6 +227,8 @@ def main() -> None:
     reason = machines.why_not()
     if reason is not None:
         raise SystemExit(reason)
+    # Its server must not be a process of the machine that needs it first.
+    forked.run([sys.executable, "-c", "pass"])
     facts = {name: getattr(args, name) for name in ("dim", "layers", "steps", "rounds")} | {"grid": list(args.grid)}
     report: dict[str, Any] = {"facts": facts | {"environment": environment("cpu")}, "links": []}
     for world in args.machines:

@@ -108,6 +108,8 @@ def main() -> None:
     reason = machines.why_not()
     if reason is not None:
         raise SystemExit(reason)
+    # Its server must not be a process of the machine that needs it first.
+    forked.run([sys.executable, "-c", "pass"])
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     results = []
     with tempfile.TemporaryDirectory() as temporary:

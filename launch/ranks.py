@@ -275,8 +275,19 @@ def degrees_for(
     branches = facts.passes(resolved.guidance_scale)
     windows, num_tokens = windows_of(facts, resolved)
     kv_bytes = branches * facts.cache_bytes(num_tokens, pick_dtype(command.engine.dtype, device).itemsize)
-    more: dict[str, Any] = {"num_windows": windows, "shard_weights": command.shard_weights, "decide": decide}
-    return parallel_from(command.degrees, size, facts.shared_heads, branches, kv_bytes, device, **more)
+    ranks = command.ranks
+    return parallel_from(
+        command.degrees,
+        size,
+        facts.shared_heads,
+        branches,
+        kv_bytes,
+        device,
+        num_windows=windows,
+        shard_weights=command.shard_weights,
+        machines=(ranks.nproc or 1,) * ranks.machines if ranks.machines > 1 else (),
+        decide=decide,
+    )
 
 
 def _elsewhere(command: Command) -> Command:

@@ -166,14 +166,17 @@ def choose(
     kv_bytes: int | None = None,
     free_bytes: int | None = None,
     topology: Topology | None = None,
+    machines: Sequence[int] = (),
 ) -> tuple[ParallelConfig, str]:
     """Choose cfg, ring and ulysses for a job, and what a ring rank keeps.
 
     As many windows of a long video side by side as leave no rank without work, and as many guidance branches: both
     exchange velocities only, once a step, windows each row once and branches each row of both. Then as many ranks
-    on ulysses as the heads allow, the rest on ring. Of all valid degrees these send the fewest bytes and keep the
-    fewest, whatever the links: P ranks in r islands send (r-1)/r * 4 A d / P elements out of theirs by heads alone, and
-    r/2 >= 1 times as many by ulysses inside and ring across.
+    on ulysses as the heads allow, the rest on ring. On one machine, of all valid degrees these send the fewest bytes
+    and keep the fewest, whatever its links.
+
+    A ulysses group stays inside a machine, and ring goes across: one message in a layer instead of two. P ranks on r
+    machines send 2 (r-1) A d / P elements out of theirs so, r/2 times as many as by ulysses across.
 
     Args:
         world_size: ranks of the job.
@@ -183,6 +186,7 @@ def choose(
         kv_bytes: K/V of all tokens, layers, heads and branches (`kv_bytes`); None: not known.
         free_bytes: memory that is free on the fullest rank, weights loaded; None: not known.
         topology: links of this machine; only says in the reason whether ulysses groups have fast ones.
+        machines: how many ranks each machine has, in the order of the ranks; empty: all are on one.
 
     Returns:
         The degrees and one sentence that says why.
@@ -191,17 +195,21 @@ def choose(
         raise ConfigError("The choice of degrees needs at least one rank, one head and one guidance branch.")
     windows = math.gcd(world_size, num_windows)
     cfg = math.gcd(world_size // windows, num_branches)
-    ulysses = math.gcd(world_size // windows // cfg, num_heads)
+    ulysses = math.gcd(world_size // windows // cfg, num_heads, *machines)
     ring = world_size // windows // cfg // ulysses
-    reasons = [f"{world_size} rank(s), {num_branches} guidance branch(es), {num_heads} heads"]
+    where = f" on {len(machines)} machines" if len(machines) > 1 else ""
+    reasons = [f"{world_size} rank(s){where}, {num_branches} guidance branch(es), {num_heads} heads"]
     if windows > 1:
         reasons.append(f"windows {windows}: of {num_windows}, without any traffic of attention")
     if cfg > 1:
         reasons.append(f"cfg {cfg}: branches side by side exchange velocities only")
     if ulysses > 1:
-        reasons.append(f"ulysses {ulysses}: the most of the {ring * ulysses} ranks of a branch that share the heads")
+        inside = " inside a machine" if len(machines) > 1 else ""
+        most = f"the most of the {ring * ulysses} ranks of a branch that share the heads"
+        reasons.append(f"ulysses {ulysses}: {most}{inside}")
     if ring > 1:
-        reasons.append(f"ring {ring}: the ranks that the heads leave over")
+        across = "one exchange in a layer, as it goes across machines" if len(machines) > 1 else ""
+        reasons.append(f"ring {ring}: {across or 'the ranks that the heads leave over'}")
     if topology is not None and ulysses > 1 and len(topology.order) >= ulysses:
         where = "spans GPUs without NVLink" if topology.split(ulysses) else "has NVLink inside"
         reasons.append(f"a ulysses group {where}")

@@ -19,6 +19,8 @@ TRIES = 3
 # The first import of a large library from a slow disk leaves no time for heartbeats.
 _LOADING_SECONDS = 60.0
 _GROW = "grow"
+_SLOW_GBITS = 1.0
+_SLOW_ADVICE = "; most of the time may go into sending, which falls with --compute, and with cfg across machines"
 
 
 class Grown(Exception):
@@ -268,6 +270,7 @@ class WorkerGroup:
             place = Place(
                 rank=rank,
                 size=len(nodes),
+                machines=tuple(nodes.count(node) for node in dict.fromkeys(nodes)),
                 neighbours=nodes.count(nodes[rank]),
                 gpu=self._machines.gpu(worker.seat),
                 rendezvous=self.rendezvous,
@@ -283,9 +286,13 @@ class WorkerGroup:
             raise ConfigError(refusal)
         self._raise(joined)
         self._on_gpus = any(outcome.device.startswith("cuda") for outcome in joined.outcomes.values())
+        log, link = logging.getLogger("heterostep"), joined.outcomes[0].link
         if len(nodes) < self.config.size:
-            log = logging.getLogger("heterostep")
             log.warning("heterostep: resuming with %d of %d ranks", len(nodes), self.config.size)
+        if link is not None:
+            gbits, words = 8e-9 * link[1], "heterostep: the link between machines carries %.2g Gbit/s"
+            slow = gbits < _SLOW_GBITS
+            log.log(logging.WARNING if slow else logging.INFO, words + (_SLOW_ADVICE if slow else ""), gbits)
 
     def _keep_standby(self) -> None:
         if self.config.standby and self._standby is None and not self._on_gpus and not self._closed:

@@ -49,7 +49,8 @@ class Place:
     Attributes:
         rank: its number.
         size: how many ranks there are.
-        neighbours: how many of them are on its machine.
+        machines: how many of them each machine has, in the order of the ranks.
+        neighbours: how many are on its own.
         gpu: which of the machine's GPUs it takes, where there are any, counted round; None: it sees its own alone.
         rendezvous: number of the rendezvous, from 1.
         address: of rank 0's store.
@@ -58,6 +59,7 @@ class Place:
 
     rank: int
     size: int
+    machines: tuple[int, ...]
     neighbours: int
     gpu: int | None
     rendezvous: int
@@ -147,6 +149,7 @@ class Outcome:
         saved: of a job that was stopped, how many steps need not be done again.
         port: of the store, after `open_store`.
         device: on which the model is, after `join`.
+        link: between machines, after `join`, from rank 0; see `rendezvous.measure_link`.
         output: the video, from rank 0.
         record: of its making, from rank 0 (`engine.record`).
         files: of a service's result, by name, from rank 0.
@@ -161,6 +164,7 @@ class Outcome:
     saved: int = 0
     port: int = 0
     device: str = ""
+    link: tuple[float, float] | None = None
     output: VideoOutput | None = None
     record: Mapping[str, Any] | None = None
     files: Mapping[str, bytes] | None = None

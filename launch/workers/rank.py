@@ -46,7 +46,7 @@ from ...parallel.config import ParallelConfig
 from ...parallel.mesh import ParallelMesh
 from ..logs import silence_libraries
 from .messages import FILES, PEER, Copier, GroupConfig, Outcome, Place, Progress, Work
-from .rendezvous import JOIN_SECONDS, join_group, refit
+from .rendezvous import JOIN_SECONDS, join_group, measure_link, refit
 
 _PREVIEW_SIDE, _PREVIEW_QUALITY = 320, 60
 # A process that was killed holds its job's folder until the system has cleared it away.
@@ -131,6 +131,7 @@ class Rank:
         self._store: TCPStore | None = None
         self._place: Place | None = None
         self._group: GroupConfig | None = None
+        self._link: tuple[float, float] | None = None
         # Process groups by degrees, for this rendezvous: creating them for every request leaks sockets.
         self._shardings: dict[ParallelConfig, Sharding] = {}
 
@@ -169,6 +170,7 @@ class Rank:
             torch.cuda.set_device(device)
         _set_threads(place, group.threads)
         self._meet(place, group, device)
+        self._link = measure_link(place.rank, place.machines)
         degrees = self._degrees(config, work)
         engine = self._engine
         if engine is None or group.shard_weights or (place.rank == 0 and not engine.reads):
@@ -179,7 +181,7 @@ class Rank:
             if degrees is not None and engine.sharding is not None:
                 self._shardings[degrees] = engine.sharding
         self._regroup(engine, degrees)
-        return Outcome(device=str(engine.device))
+        return Outcome(device=str(engine.device), link=self._link)
 
     def load(self, config: EngineConfig, threads: int | None) -> Outcome:
         """Load the whole model, to stand by until a rank dies."""
@@ -239,6 +241,8 @@ class Rank:
         imbalances = [step.parallel.imbalance for step in output.report.steps if step.active and step.parallel]
         if not work.files:
             record = run_record(engine, output)
+            if self._link is not None:
+                record["link"] = {"message_seconds": self._link[0], "bytes_per_second": self._link[1]}
             return Outcome(output=output, record=record, seconds=output.seconds, imbalances=imbalances)
         start = time.perf_counter()
         hsa, files = when_there_is_room(lambda: _files(engine, output), RoomWait(self._stop_request))
@@ -258,7 +262,8 @@ class Rank:
         if work is not None and work.request.image is None and not self._group.shard_weights:
             with contextlib.suppress(RequestError):  # which the engine says
                 windows, _ = windows_of(facts, resolve(work.request, facts))
-        return refit(self._group.degrees, self._place.size, facts.shared_heads, facts.passes(guidance), windows)
+        place, branches = self._place, facts.passes(guidance)
+        return refit(self._group.degrees, place.size, facts.shared_heads, branches, windows, place.machines)
 
     def _regroup(self, engine: Engine, degrees: ParallelConfig | None) -> None:
         """Let the engine share its next videos as `degrees` say; sharded weights stay as they were shared."""

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -29,6 +29,8 @@ COLLECTIVE_SECONDS = 1800.0
 """How long a collective may take before its rank gives up."""
 _WATCH_SECONDS = 0.5
 _GRACE_SECONDS = 2.0
+# Enough to fill a link of 100 Gbit/s for longer than a message takes, little enough for one of 100 Mbit/s.
+_LINK_BYTES = 1 << 20
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -48,6 +50,36 @@ def join_group(store: Store, name: str, rank: int, size: int, *, cuda: bool, sec
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=shared, rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
     return shared
+
+
+def measure_link(rank: int, machines: Sequence[int]) -> tuple[float, float] | None:
+    """Measure the link between the first machine and the last one; every rank of the group calls it.
+
+    Gloo over TCP carries it, also where NCCL has a faster way.
+
+    Args:
+        rank: of this process.
+        machines: how many ranks each machine has, in the order of the ranks.
+
+    Returns:
+        On rank 0, the seconds of one message without content, and the bytes in a second; None on all others, and where
+        there is one machine.
+    """
+    other = sum(machines[:-1])
+    if len(machines) < 2 or rank not in (0, other):
+        return None
+    seconds = []
+    for count in (1, 1, _LINK_BYTES):  # the first one makes the connection
+        rows = torch.zeros(count, dtype=torch.uint8)
+        begin = time.perf_counter()
+        if rank == 0:
+            dist.send(rows, other)
+            dist.recv(rows, other)
+        else:
+            dist.recv(rows, 0)
+            dist.send(rows, 0)
+        seconds.append((time.perf_counter() - begin) / 2)
+    return (seconds[1], _LINK_BYTES / max(seconds[2] - seconds[1], 1e-9)) if rank == 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +194,7 @@ def parallel_from(
     *,
     num_windows: int = 1,
     shard_weights: bool = False,
+    machines: Sequence[int] = (),
     decide: Callable[[str, Callable[[], bool]], bool] | None = None,
 ) -> tuple[ParallelConfig | None, str]:
     """Return the degrees for a job, and a sentence that says why; None for one rank.
@@ -175,6 +208,7 @@ def parallel_from(
         device: where the ranks compute.
         num_windows: of the request's video.
         shard_weights: whether the weights are to be shared too.
+        machines: how many ranks each machine has, in the order of the ranks; empty: all are on one.
         decide: in a process that is a rank already, asks rank 0.
 
     Raises:
@@ -187,25 +221,24 @@ def parallel_from(
     if asked.get("windows", 1) > num_windows:
         reason = "whose weights are shared" if shard_weights else f"of {num_windows} window(s)"
         raise ConfigError(f"windows={asked['windows']} for a video {reason}: at most windows={num_windows} is possible")
-    fitting = _fitting(asked, size, num_heads, num_branches, num_windows)
+    fitting = _fitting(asked, size, num_heads, num_branches, num_windows, machines)
     if not fitting:
-        config = ParallelConfig(**asked, **how)
-        check(config, world_size=size, num_heads=num_heads, num_branches=num_branches)
+        check(ParallelConfig(**asked, **how), world_size=size, num_heads=num_heads, num_branches=num_branches)
         raise ConfigError(f"{size} ranks cannot be {' x '.join(f'{a} {n}' for a, n in asked.items())}")
     if size == 1:
-        if shard_weights:
-            how["shard_weights"] = True
+        how |= {"shard_weights": True} if shard_weights else {}
         if how:
             raise ConfigError(f"--{next(iter(how)).replace('_', '-')} needs several ranks; start them with --nproc P")
         return None, ""
-    config, reason = choose(size, num_heads, num_branches, num_windows=num_windows, topology=_links(device, size))
+    links = _links(device, size)
+    config, reason = choose(size, num_heads, num_branches, num_windows=num_windows, topology=links, machines=machines)
     if asked:
         config = ParallelConfig(**dict(zip(_AXES, fitting[0], strict=True)))  # type: ignore[arg-type]
         reason = f"{size} ranks: {config.product}"
     config = replace(config, **{"ring_cache": "auto"} | how)
     pick(config.kernel, device)
     if config.ring > 1 and config.ring_cache == "auto":
-        config, why = resolve(config, kv_bytes=kv_bytes, free_bytes=_free_bytes(device, size))
+        config, why = resolve(config, kv_bytes=kv_bytes, free_bytes=_free_bytes(device, max(machines, default=size)))
         if decide is not None:  # free memory differs from rank to rank, the form must not
             gathered = decide("gathered", lambda: config.ring_cache == "gathered")
             config = replace(config, ring_cache="gathered" if gathered else "sharded")
@@ -214,7 +247,12 @@ def parallel_from(
 
 
 def refit(
-    asked: Mapping[str, Any], size: int, num_heads: int, num_branches: int, num_windows: int = 1
+    asked: Mapping[str, Any],
+    size: int,
+    num_heads: int,
+    num_branches: int,
+    num_windows: int = 1,
+    machines: Sequence[int] = (),
 ) -> ParallelConfig | None:
     """Return the degrees for a number of ranks that may have changed; None for one rank.
 
@@ -225,6 +263,7 @@ def refit(
         num_heads: attention heads of the model.
         num_branches: guidance branches of the request.
         num_windows: of its video.
+        machines: as in `parallel_from`.
     """
     if size == 1:
         return None
@@ -232,20 +271,20 @@ def refit(
     how = {
         name: value for name, value in asked.items() if name not in _AXES and (name, value) != ("ring_cache", "auto")
     }
-    fitting = _fitting(axes, size, num_heads, num_branches, num_windows) if axes else []
+    fitting = _fitting(axes, size, num_heads, num_branches, num_windows, machines) if axes else []
     if fitting:
         return ParallelConfig(**dict(zip(_AXES, fitting[0], strict=True)), **how)  # type: ignore[arg-type]
     how.pop("weights", None)  # of other ranks
-    return replace(choose(size, num_heads, num_branches, num_windows=num_windows)[0], **how)
+    return replace(choose(size, num_heads, num_branches, num_windows=num_windows, machines=machines)[0], **how)
 
 
 def _fitting(
-    axes: Mapping[str, int], size: int, num_heads: int, num_branches: int, num_windows: int
+    axes: Mapping[str, int], size: int, num_heads: int, num_branches: int, num_windows: int, machines: Sequence[int]
 ) -> list[tuple[int, ...]]:
-    """The degrees (windows, cfg, ring, ulysses) that fit, and have the given ones on their axes; the widest first.
+    """The degrees (windows, cfg, ring, ulysses) that fit, and have the given ones on their axes; the best first.
 
-    Windows need least exchange, then branches, then heads. A degree of windows that does not divide their number leaves
-    ranks without work, and is taken only where it is given.
+    Windows need least exchange, then branches, then heads if their ranks are on one machine. A degree of windows that
+    does not divide their number leaves ranks without work, and is taken only where it is given.
     """
     asked = axes.get("windows")
     outer = divisors(math.gcd(size, num_windows))[::-1] if asked is None else [asked] if asked <= num_windows else []
@@ -255,7 +294,8 @@ def _fitting(
         if size % windows == 0
         for inside in degrees(world_size=size // windows, num_heads=num_heads, num_branches=num_branches)
     ]
-    return [one for one in found if all(dict(zip(_AXES, one, strict=True))[axis] == n for axis, n in axes.items())]
+    given = [one for one in found if all(dict(zip(_AXES, one, strict=True))[axis] == n for axis, n in axes.items())]
+    return sorted(given, key=lambda one: math.gcd(*machines) % one[-1] > 0)
 
 
 def _links(device: torch.device, ranks: int) -> Topology | None:

@@ -79,11 +79,12 @@ def test_two_machines_make_the_video_of_one_and_the_main_one_keeps_it(pair, alon
     main, other, flags = pair
     with started(other, *flags, *JOB) as helper:
         time.sleep(0.5)  # the main machine may come later
-        with started(main, *flags, *JOB) as driver:
+        with started(main, *flags, *JOB, "--report", "r.json") as driver:
             ended(driver, main)
             ended(helper, other)
     assert (load_file(main.folder / "l.safetensors")["latents"] - alone).abs().max() < 1e-4
-    assert {path.name for path in main.folder.iterdir()} == {"job", "l.safetensors", "log", "video.mp4"}
+    assert {path.name for path in main.folder.iterdir()} == {"job", "l.safetensors", "log", "r.json", "video.mp4"}
+    assert 0 < json.loads((main.folder / "r.json").read_text())["link"]["bytes_per_second"] < 1e9
     assert {path.name for path in other.folder.iterdir()} == {"log"}
     assert other.bytes_sent > 100_000
 

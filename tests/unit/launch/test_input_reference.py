@@ -175,7 +175,7 @@ def test_the_worker_starts_from_the_image(tmp_path):
         Asked(body, "", png(picture())), model="demo", facts=engine.facts, limits=limits, **PLAN
     )
     asked = GenerateRequest(**dataclasses.asdict(request) | {"image": read_image(image)})
-    place = Place(rank=0, size=1, neighbours=1, gpu=None, rendezvous=1, address="", port=0)
+    place = Place(rank=0, size=1, machines=(1,), neighbours=1, gpu=None, rendezvous=1, address="", port=0)
     rank = Rank([].append, lambda: None)
     rank.do("join", place, GroupConfig(size=1), engine.config, None)
     work = Work(request=asked, folder=str(tmp_path / "state"), checkpoint_every=2, files=True)

@@ -123,6 +123,9 @@ def test_degrees_for_another_number_of_ranks():
     guided, single = (refit({}, 2, num_heads=4, num_branches=count) for count in (2, 1))
     assert (guided.cfg, guided.ulysses) == (2, 1) and (single.cfg, single.ulysses) == (1, 2)
     assert refit({"cfg": 2}, 2, num_heads=4, num_branches=1) == single
+    # A ulysses group that spans machines is taken only where it is asked for.
+    assert (refit({}, 2, 4, 1, machines=(1, 1)).ring, refit({"cfg": 1}, 4, 4, 2, machines=(2, 2)).ring) == (2, 2)
+    assert refit({"ulysses": 2}, 2, 4, 1, machines=(1, 1)).ulysses == 2
     # A service names some of them.
     assert (refit({"ring": 2}, 4, num_heads=4, num_branches=2).ring, refit({"ulysses": 2}, 2, 4, 2).ulysses) == (2, 2)
 

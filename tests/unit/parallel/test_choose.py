@@ -64,6 +64,33 @@ def test_known_models():
         choose(0, 40, 2)
 
 
+@given(st.integers(1, 6), st.integers(1, 8), st.sampled_from([1, 8, 12, 24, 32, 40]), st.sampled_from([1, 2, 4]))
+def test_ulysses_stays_inside_a_machine(machines, each, heads, branches):
+    config, reason = choose(machines * each, heads, branches, machines=(each,) * machines)
+    check(config, world_size=machines * each, num_heads=heads, num_branches=branches)
+    assert each % config.ulysses == 0
+    assert (f"on {machines} machines" in reason) == (machines > 1)
+    if machines == 1:
+        assert config == choose(each, heads, branches)[0]
+
+
+def test_what_goes_across_machines_is_said():
+    config, reason = choose(4, 40, 2, machines=(2, 2))
+    assert (config.cfg, config.ring, config.ulysses) == (2, 1, 2) and "inside a machine" in reason
+    config, reason = choose(4, 40, 1, machines=(2, 2))
+    assert (config.cfg, config.ring, config.ulysses) == (1, 2, 2)
+    assert "ring 2: one exchange in a layer, as it goes across machines" in reason
+    config, _ = choose(3, 40, 1, machines=(2, 1))  # one of four was lost
+    assert (config.ring, config.ulysses) == (3, 1)
+
+
+@pytest.mark.parametrize("each", [1, 2, 4, 8])
+def test_on_two_machines_of_a_branch_ring_sends_no_more_than_ulysses_across(each):
+    config = choose(2 * each, 32, 1, machines=(each, each))[0]
+    island = max(each, 1)
+    assert sent(1, config.ring, config.ulysses, 1, island) <= sent(1, 1, 2 * each, 1, island) + 1e-9
+
+
 WAN_14B_720P = dict(num_tokens=75_600, num_layers=40, width=5_120, itemsize=2)
 
 
