@@ -19,8 +19,8 @@ TRIES = 3
 # The first import of a large library from a slow disk leaves no time for heartbeats.
 _LOADING_SECONDS = 60.0
 _GROW = "grow"
-_SLOW_GBITS = 1.0
-_SLOW_ADVICE = "; most of the time may go into sending, which falls with --compute, and with cfg across machines"
+_SLOW_GBITS = 0.5
+_SLOW_ADVICE = "; much of the time may go into sending, and a lower --compute sends less"
 
 
 class Grown(Exception):

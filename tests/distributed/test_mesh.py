@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from heterostep.errors import ConfigError
+from heterostep.launch.workers.rendezvous import measure_link
 from heterostep.parallel.config import ParallelConfig
 from heterostep.parallel.mesh import ParallelMesh
 from ranks import run_ranks
@@ -54,3 +55,17 @@ def mismatch():
 
 def test_a_job_of_another_size_is_refused_on_every_rank():
     run_ranks(2, mismatch)
+
+
+def test_the_link_between_machines_is_measured_by_two_ranks_alone():
+    found = run_ranks(3, measure, (2, 1))
+    assert found[1:] == [None, None]
+    seconds, rate = found[0]
+    assert 0 < seconds < 10 and rate > 0
+    assert run_ranks(3, measure, (3,)) == [None, None, None]
+
+
+def measure(machines):
+    link = measure_link(dist.get_rank(), machines)
+    dist.barrier()  # the others have nothing else to wait for
+    return link
