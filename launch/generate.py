@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from ..engine.config import EngineConfig
 from ..engine.denoise.checks import rehearse
+from ..engine.denoise.long_video import windows_of
 from ..engine.engine import Engine
 from ..engine.facts import ModelFacts, read_facts
 from ..engine.features import check_features
@@ -101,6 +102,10 @@ def _checked(commands: Sequence[Command], progress: Progress) -> tuple[list[Comm
     # Prompt and seed do not count in the plan.
     every = None if first.job is None else first.job.checkpoint_every
     rehearse(facts, allocation(first.engine, resolved[0]), resolved[0], every)
+    windows, _ = windows_of(facts, resolved[0])
+    if windows > 1:
+        window, overlap = resolved[0].window, resolved[0].overlap
+        progress.say(f"{windows} windows of {window} frames, which overlap by {overlap} or more")
     return _fitting(commands, facts, resolved[0], progress), files
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import ranks
 import tiny
 import tiny_ltx2
 from heterostep import ConfigError, HSAConfig, ParallelConfig, apply
-from heterostep.engine.denoise.windows import Windows
+from heterostep.engine.denoise.windows import Text, Windows
 
 TOLERANCE = 1e-4
 WINDOWS = Windows(length=4, overlap=2)  # at 0, 2 and 3
@@ -132,6 +133,25 @@ def too_many(windows, num_frames):
 def test_more_groups_than_windows_are_refused(windows):
     said = ranks.run_ranks(2, too_many, windows, 9)
     assert said[0] == said[1] and "at most windows=1" in said[0]
+
+
+def make_scenes(layout):
+    pipe = tiny.build("euler", heads=4)
+    parallel = ParallelConfig(**layout) if layout else None
+    text, other = tiny.embeddings(), tiny.embeddings(seed=9)["prompt_embeds"]
+    scenes = replace(WINDOWS, texts=[Text(4.5, 9.0, {"encoder_hidden_states": other})])
+    session = apply(pipe, HSAConfig(compute=0.5, policy="tokens"), parallel=parallel, windows=scenes)
+    session.tell("cond", text["prompt_embeds"])
+    session.tell("uncond", text["negative_prompt_embeds"])
+    return tiny.generate(pipe, num_frames=25)
+
+
+@pytest.mark.parametrize("layout", [{"cfg": 2}, {"windows": 2}, {"windows": 2, "cfg": 2}], ids=str)
+def test_prompts_over_time(layout):
+    """Ranks that evaluate a branch for others know what it is asked, but for the prompts of single windows."""
+    alone = make_scenes(None)
+    for latents in ranks.run_ranks(math.prod(layout.values()), make_scenes, layout):
+        assert (latents - alone).abs().max() < TOLERANCE
 
 
 def make_rolled(layout):

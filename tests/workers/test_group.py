@@ -144,6 +144,21 @@ def test_a_killed_rank_is_replaced(group, unbroken, tmp_path):
     assert run.outcome.output.report.evaluations.equal(unbroken.outcome.output.report.evaluations)
 
 
+@here_only
+def test_a_long_video_whose_windows_are_dealt_survives_a_killed_rank(group, tmp_path):
+    asked = GenerateRequest(
+        prompt="a red disc moves right", seed=7, num_frames=15, window=9, width=32, height=32, num_inference_steps=12
+    )
+    unbroken = Run(group, tmp_path / "unbroken", asked)
+    assert unbroken.outcome.record["parallel"]["windows"] == 2 and unbroken.losses == []
+    alone = Engine(ENGINE).generate(asked, JobConfig(folder=tmp_path / "alone"))
+    torch.testing.assert_close(alone.latents, unbroken.latents, rtol=0, atol=1e-4)
+    for rank, step in ((1, 7), (0, 9)):
+        run = Run(group, tmp_path / str(rank), asked, at=[step], do=killing(group, rank))
+        assert [lost.cause for lost in run.losses] == ["died"] and torch.equal(run.latents, unbroken.latents)
+        group.recover()
+
+
 def test_a_frozen_rank_is_named_and_replaced(group, unbroken, tmp_path):
     run = Run(group, tmp_path, at=[8], do=killing(group, 1, signal.SIGSTOP))
     assert [lost.cause for lost in run.losses] == ["frozen"] and "rank 1 of 2 was silent" in str(run.losses[0])

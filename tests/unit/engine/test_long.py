@@ -217,3 +217,25 @@ def test_noise_levels_of_a_long_ltx2_video_are_those_of_a_window(ltx2):
 
     assert torch.allclose(levels(33, 9), levels(9, 9), atol=1e-5)
     assert not torch.allclose(levels(33, 33), levels(9, 9), atol=1e-3)
+
+
+def seams_and_drift(engine, video):
+    """Largest change between neighbouring frames at the starts of windows over that elsewhere; drift of the colour."""
+    pixels = video.frames.astype(np.float32) / 255
+    change = np.abs(np.diff(pixels, axis=0)).mean((1, 2, 3))
+    starts = [window.start for window in windows_for(engine.facts, video.request).of(33)[1:]]
+    seams = sorted({i for start in starts for i in range(2 * start - 2, 2 * start + 1)})  # a latent frame is two frames
+    return change[seams].max() / np.delete(change, seams).max(), np.abs(
+        np.diff(pixels[[0, -1]].mean((1, 2)), axis=0)
+    ).max()
+
+
+def test_a_scene_that_stands_still_does_so_over_all_windows():
+    """With the demo model's own weights; at the default 40 steps too (benchmarks/reports/long.md)."""
+    engine = hs.Engine(hs.EngineConfig(model="demo", device="cpu"))
+    still = hs.GenerateRequest(prompt="a blue square stays still", num_frames=65, compute=0.5, num_inference_steps=16)
+    video = engine.generate(still)
+    ratio, drift = seams_and_drift(engine, video)
+    assert len(video.frames) == 65 and ratio <= 1.2 and drift <= 0.05
+    _, drift = seams_and_drift(engine, engine.generate(dataclasses.replace(still, shared_noise=False)))
+    assert drift > 0.05, "so that this test can fail"
