@@ -26,18 +26,21 @@ from heterostep.engine.denoise.long_video import windows_for
 
 PROMPT = "a blue square stays still"
 LENGTHS = (1, 2, 4, 8)
-VARIANTS: dict[str, dict[str, Any]] = {
-    "shared noise": {},
-    "independent noise": {"shared_noise": False},
-    "rolled": {"roll_windows": True},
+VARIANTS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "shared noise": ((1, 2, 4, 8), {}),
+    "independent noise": ((2, 4, 8), {"shared_noise": False}),
+    "rolled": ((4,), {"roll_windows": True}),
+    "tokens": ((4,), {"policy": "tokens"}),
 }
+"""What is made, at which lengths."""
 
 
 def one(settings: dict[str, Any], frames_file: str) -> dict[str, Any]:
     """Make one video in this process; its seams, drift, time and memory."""
-    engine = hs.Engine(hs.EngineConfig(model="demo", device="cpu"))
+    hsa = hs.HSAConfig(compute=0.5, policy=settings.pop("policy", "joint"))
+    engine = hs.Engine(hs.EngineConfig(model="demo", device="cpu", hsa=hsa))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    video = engine.generate(hs.GenerateRequest(prompt=PROMPT, compute=0.5, **settings), progress=False)
+    video = engine.generate(hs.GenerateRequest(prompt=PROMPT, **settings), progress=False)
     np.save(frames_file, video.frames)
     assert video.report.evaluations is not None
     np.save(frames_file + ".map", video.report.evaluations.numpy())
@@ -95,9 +98,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         for length in args.lengths:
-            for name, changes in VARIANTS.items():
+            for name, (lengths, changes) in VARIANTS.items():
                 key = f"{length} x, {name}"
-                if key in report["videos"] or (length == 1 and changes) or (length != 4 and name == "rolled"):
+                if key in report["videos"] or length not in lengths:
                     continue
                 settings = {"num_frames": 16 * length + 1, "num_inference_steps": args.steps, **changes}
                 file = folder / f"{length}-{name.replace(' ', '-')}.npy"
@@ -106,7 +109,7 @@ def main() -> None:
                 report["videos"][key] = json.loads(ran.stdout.splitlines()[-1])
                 print(key, report["videos"][key], flush=True)
                 saved.write_text(json.dumps(report, indent=1) + "\n")
-                if length == 4 and not changes:
+                if name == "tokens":
                     picture(np.load(file), np.load(f"{file}.map.npy")).save(ROOT / "docs" / "long.png")
         for _ in range(args.ranks):
             for nproc in (1, 2):
@@ -117,10 +120,10 @@ def main() -> None:
 
 
 def picture(frames: np.ndarray, evaluations: np.ndarray, scale: int = 2) -> Image.Image:
-    """Every sixth frame, above how often the tokens at its time were evaluated (dark: seldom)."""
+    """Every sixth frame, above how often the tokens at its time were evaluated: black seldom, white often."""
     chosen = list(range(0, len(frames), 6))
     tokens = evaluations[[min((i + 1) // 2, len(evaluations) - 1) for i in chosen]].astype(float)
-    shades = (255 * tokens / tokens.max()).astype(np.uint8)
+    shades = (255 * (tokens - tokens.min()) / max(np.ptp(tokens), 1)).astype(np.uint8)
     shades = np.repeat(shades.repeat(frames.shape[1] // shades.shape[1], 1), frames.shape[2] // shades.shape[2], 2)
     rows = [np.concatenate(list(frames[chosen]), 1), np.concatenate(list(np.stack([shades] * 3, -1)), 1)]
     image = Image.fromarray(np.concatenate(rows))
