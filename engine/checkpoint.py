@@ -31,8 +31,8 @@ from ..version import __version__
 from .config import EngineConfig
 from .facts import ModelFacts, first_line
 from .lora import lora_identity
+from .media.audio import Audio
 from .media.files import checkpoint_name, write_durably
-from .media.video import Audio
 from .report import HSAReport, plain_step, step_from
 from .request import ResolvedRequest, VideoOutput
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from .denoise.work_split import Sharding, can_share, decode_shared
-from .media.video import Audio
+from .media.audio import Audio
 from .models import Adapter
 from .models.base import check_finite
 from .request import ResolvedRequest

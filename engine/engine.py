@@ -30,7 +30,7 @@ from .features import Loras, Offload
 from .finished import open_job
 from .job import Job, Progress, StepEvents, Stop, dense_report, stopped
 from .loading import as_pipeline, load_pipeline, pick_device, pick_dtype
-from .media.video import Audio
+from .media.audio import Audio
 from .memory import Room
 from .models import adapter_named
 from .models.base import check_finite

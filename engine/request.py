@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from .media.video import Audio
+    from .media.audio import Audio
     from .report import HSAReport
 
 RESUME = ("auto", "never")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ...errors import ConfigError, RequestError
 from ..facts import first_line
+from .audio import Audio
 from .files import check_writable, replacing, unfinished
 from .image import MAX_SIDE
 
@@ -162,42 +162,6 @@ def _mux_audio(container: Any, track: Any, audio: Audio, start: float, end: floa
 def enlarge(frame: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
     """Repeat every pixel of [H, W, 3] in both directions."""
     return frame.repeat(scale, axis=0).repeat(scale, axis=1) if scale > 1 else frame
-
-
-@dataclass(frozen=True, kw_only=True)
-class Audio:
-    """Samples as a model's vocoder makes them.
-
-    Attributes:
-        samples: float32 [channels, T], nominally from -1 to 1; one channel or two.
-        sample_rate: samples per second.
-
-    Raises:
-        RequestError: another shape or type, or samples that are NaN or infinite.
-    """
-
-    samples: NDArray[np.float32]
-    sample_rate: int
-
-    def __post_init__(self) -> None:
-        """Check shape and type."""
-        samples = self.samples
-        if samples.ndim != 2 or samples.shape[0] not in (1, 2) or samples.dtype != np.float32:
-            raise RequestError(f"samples must be float32 [1 or 2, T], got {samples.dtype} {list(samples.shape)}")
-        if not np.isfinite(samples).all():
-            raise RequestError("the samples are not all finite numbers (NaN or infinity)")
-        if self.sample_rate < 1:
-            raise RequestError(f"sample_rate must be at least 1, got {self.sample_rate}")
-
-    @property
-    def seconds(self) -> float:
-        """How long it lasts."""
-        return self.samples.shape[1] / self.sample_rate
-
-    def part(self, start: float, end: float) -> NDArray[np.float32]:
-        """Samples [channels, t] from one time in seconds to another; consecutive parts are the whole."""
-        first, last = (round(time * self.sample_rate) for time in (start, end))
-        return np.clip(self.samples[:, first:last], -1.0, 1.0)
 
 
 _BACKGROUND = (18, 18, 22)

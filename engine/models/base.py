@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..facts import ModelFacts
-    from ..media.video import Audio
+    from ..media.audio import Audio
     from ..request import ResolvedRequest
 
 _WIDER = {torch.float16: "--dtype bfloat16 or float32", torch.bfloat16: "--dtype float32"}

@@ -18,7 +18,7 @@ from diffusers.pipelines.ltx2.pipeline_ltx2 import calculate_shift
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..media.video import Audio
+from ..media.audio import Audio
 from .base import (
     Adapter,
     AttentionCall,

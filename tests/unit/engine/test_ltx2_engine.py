@@ -18,7 +18,8 @@ from folders_ltx2 import complete_ltx2
 from heterostep.engine.denoise.preview import Preview
 from heterostep.engine.engine import StepDone
 from heterostep.engine.facts import read_facts
-from heterostep.engine.media.video import Audio, write_mp4
+from heterostep.engine.media.audio import Audio
+from heterostep.engine.media.video import write_mp4
 from heterostep.errors import Interrupted
 from heterostep.launch.cli import main
 from tiny_ltx2 import GUIDANCE, picture
