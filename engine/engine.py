@@ -223,6 +223,13 @@ class Engine:
         self._stop.save = True
         self._stop.asked = True
 
+    def stop_when_saved(self) -> None:
+        """Stop the video being made after the next step that is saved anyway, as `save_and_stop` does.
+
+        A resumed run then has the plan of an unbroken one. A run without such a step goes on to its end.
+        """
+        self._stop.saved = True
+
     def _events(self, request: ResolvedRequest, image: Image.Image | None, job: JobConfig | None) -> Iterator[Event]:
         if not self._busy.acquire(blocking=False):
             raise RequestError("this engine is already making a video; wait for it, cancel it, or use a second engine")

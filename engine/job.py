@@ -255,10 +255,11 @@ class Stop:
     Attributes:
         asked: the run stops after its current step.
         save: that step is saved, if the run has a job.
+        saved: the run stops after the next step that is saved anyway, so that its plan remains as it is.
     """
 
     def __init__(self) -> None:
-        self.asked = self.save = False
+        self.asked = self.save = self.saved = False
 
 
 def stopped(done: int, num_steps: int, job: Job | None) -> Cancelled:
@@ -332,11 +333,12 @@ class StepEvents:
     def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's `callback_on_step_end`; returns the tensors that are to replace the pipeline's own."""
         now = self._clock()
+        new, self.done = step + 1 > self.done, max(self.done, step + 1)
         # Looked at once: a step that is not saved does not end the run.
-        self.stopping = stopping = self._vote(self._stop.asked)
+        pause = self._stop.saved and new and self._on_schedule and self.done < self._num_steps
+        self.stopping = stopping = self._vote(self._stop.asked or pause)
         if stopping:  # on all ranks or on none, so that each votes as often as the others
-            self._stop.save = self._vote(self._stop.save)
-        self.done = max(self.done, step + 1)
+            self._stop.save = self._vote(self._stop.save or pause)
         passed = self._session.passed(step, **tensors) if self._every and self._session is not None else None
         if passed is None:
             self._tell(step, float(pipeline.scheduler.sigmas[step]), now)
@@ -349,6 +351,11 @@ class StepEvents:
             pipeline._interrupt = True
         self._last = self._clock()
         return passed or {}
+
+    @property
+    def _on_schedule(self) -> bool:
+        """Whether a run that is not stopped saves here."""
+        return self._every is not None and self.done % self._every == 0
 
     def _tell(self, step: int, sigma: float, now: float) -> None:
         active = self._records[-1].active if self._session is not None else self._num_tokens
@@ -370,7 +377,7 @@ class StepEvents:
 
     def _save(self, job: Job, sigma: float, tensors: dict[str, torch.Tensor], stopping: bool) -> None:
         """Save where it is time to, or the run stops; and before the VAE, which may need more memory than there is."""
-        due = self.done % job.every == 0 or self.done == self._num_steps
+        due = self._on_schedule or self.done == self._num_steps
         if not due and not (stopping and self._stop.save):
             return
         assert self._session is not None

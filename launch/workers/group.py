@@ -18,7 +18,7 @@ TRIES = 3
 """How often in a row a group may fail to become complete."""
 # The first import of a large library from a slow disk leaves no time for heartbeats.
 _LOADING_SECONDS = 60.0
-_GROW = "grow"
+_GROW = "pause"
 _SLOW_GBITS = 0.5
 _SLOW_ADVICE = "; much of the time may go into sending, and a lower --compute sends less"
 
@@ -417,7 +417,7 @@ class WorkerGroup:
         elif self._kept and self._coming and self._stopping is None and self._grow():
             self._stopping = _GROW
             for worker in self._workers:
-                worker.request_stop("stop")
+                worker.request_stop(_GROW)
 
     def _grow(self) -> bool:
         """Whether ranks that were missing are ready; their models are loaded while the others work."""

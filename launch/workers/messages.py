@@ -106,11 +106,11 @@ class Order:
 
 @dataclass(frozen=True)
 class StopRequest:
-    """The order is to end within one step.
+    """The order is to end.
 
     Attributes:
         order: its number.
-        verb: "cancel", or "stop" after saving the step.
+        verb: "cancel" within one step, "stop" likewise after saving it, or "pause" after the next step saved anyway.
     """
 
     order: int

@@ -98,7 +98,7 @@ class RoomWait:
             RequestError: the disk was full for too long.
         """
         verb = self._stop_request()
-        if verb is not None:
+        if verb in ("cancel", "stop"):
             said = "ended while the disk was full"
             raise (Cancelled(said) if verb == "cancel" else Interrupted(said, 0)) from error
         folder, now, minutes = tempfile.gettempdir(), time.monotonic(), _ROOM_SECONDS / 60
@@ -197,11 +197,13 @@ class Rank:
             return self._make(dataclasses.replace(work, folder=str(copier.folder)), copier)
 
     def stop(self, verb: str) -> None:
-        """Let the video being made end within one step, "stop" after saving it; the ranks agree on which."""
+        """Let the video being made end, as `StopRequest` says; the ranks agree on the step."""
         engine = self._engine
         if engine is not None:
             if verb == "cancel":
                 engine.cancel()
+            elif verb == "pause":
+                engine.stop_when_saved()
             else:
                 engine.save_and_stop()
 

@@ -158,6 +158,16 @@ def test_save_and_stop(engine, unbroken, tmp_path, step):
     same(output, unbroken)
 
 
+def test_stop_when_saved_keeps_the_plan(engine, unbroken, tmp_path):
+    with during(engine, 4, engine.stop_when_saved), pytest.raises(Interrupted, match="step 8 is saved") as caught:
+        engine.generate(request(), job(tmp_path))
+    assert caught.value.step == 8
+    with during(engine, 8, engine.stop_when_saved):  # the next such step is the last one
+        started, *_, output = events_of(engine, tmp_path)
+    assert started.resumed_at == 8
+    same(output, unbroken)
+
+
 def test_an_abandoned_stream_is_saved_a_cancelled_run_is_not(engine, unbroken, tmp_path):
     stream = engine.stream(request(), job(tmp_path))
     for event in stream:
