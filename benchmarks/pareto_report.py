@@ -152,7 +152,7 @@ def markdown(summaries: Mapping[float, dict[str, Any]], facts: dict[str, Any], p
         "",
         f"Against {REFERENCES['dense']} and {REFERENCES['ode']} (100 steps of Adams' method of third order). Means "
         "over clips ± standard error of the mean. *wall* is the median over clips of the denoising time "
-        "(transformer and scheduler) over that of a dense run beside it, *CPU* the same in processor time. "
+        "(transformer and scheduler) over that of the clip's dense run, *CPU* the same in processor time. "
         "*compute* is counted in token rows that went through the blocks. Δ is the default policy "
         f"(`{DEFAULT}`) minus the row's method on the same clips, so positive is good for the default. In brackets: "
         "clips whose ODE solution was computed, if not all. "
