@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 
 from ..errors import Cancelled, ConfigError, HeterostepError, Interrupted, RankFailure, RequestError, is_out_of_memory
@@ -30,7 +29,6 @@ from .features import Loras, Offload
 from .finished import open_job
 from .job import Job, Progress, StepEvents, Stop, dense_report, stopped
 from .loading import as_pipeline, load_pipeline, pick_device, pick_dtype
-from .media.audio import Audio
 from .memory import Room
 from .models import adapter_named
 from .models.base import check_finite
@@ -51,7 +49,6 @@ from .request import (
 )
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from PIL import Image
 
 __all__ = [
@@ -355,8 +352,10 @@ class Engine:
         denoised = self._clock()
 
         work.emit(Decoding(seconds=denoised - encoded))
-        frames = self._decode(latents, request)
-        audio = None if audio_latents is None else self._audio(audio_latents)
+        frames = decode_frames(self.pipeline, self._adapter, self.sharding, latents, request)
+        audio = None
+        if audio_latents is not None:
+            audio = self._decide(lambda: decode_audio(self.pipeline, self._adapter, audio_latents))
         decoded = self._clock()
         seconds = {"encode_text": encoded - start, "denoise": denoised - encoded, "decode": decoded - denoised}
         if job is not None:
@@ -441,14 +440,6 @@ class Engine:
             callback_on_step_end_tensor_inputs=list(carried),
         )
         return self._adapter.results(output)
-
-    def _decode(self, latents: torch.Tensor, request: ResolvedRequest) -> NDArray[np.uint8]:
-        """Latents [1, C, F, Y, X] -> uint8 [F, H, W, 3], on every rank."""
-        return decode_frames(self.pipeline, self._adapter, self.sharding, latents, request)
-
-    def _audio(self, latents: torch.Tensor) -> Audio:
-        """Latents of sound -> samples, on every rank."""
-        return self._decide(lambda: decode_audio(self.pipeline, self._adapter, latents))
 
     def _clock(self) -> float:
         """Seconds, with the device's queue empty: otherwise a GPU stage would be charged to a later one."""
