@@ -157,7 +157,7 @@ loss to the next step: {statistics.median(waits):.1f} s (median), {max(waits):.1
 |---|---:|---:|---|---:|---:|
 {rows}
 
-A difference of 0 is the same bits: as many ranks at every step.
+A difference of 0 is the same bits. With cfg on two ranks, one rank alone may give them too.
 """
     )
 
