@@ -183,6 +183,8 @@ def _parsed(name: str, text: Any) -> Any:
 def _check_request(request: dict[str, Any], finished: bool) -> None:
     """Of a finished job only what is shown of it: another version may have had other rules for the rest."""
     for name, kind in _REQUEST.items():
+        if name not in request and finished and (_is(None, kind) or _is((), kind)):
+            continue  # there was no such setting when the video was made
         if name not in request or not _is(request[name], kind):
             raise BadRow(f"{name} in the column request is missing or not of its type")
     if request["compute"] is None:
@@ -236,7 +238,7 @@ def _is(value: Any, kind: Any) -> bool:
     if get_origin(kind) is tuple:
         return isinstance(value, list | tuple) and all(_is(item, get_args(kind)[0]) for item in value)
     if isinstance(value, bool):
-        return kind is bool
+        return kind is bool or bool in get_args(kind)
     if isinstance(value, float) and not math.isfinite(value):
         return False
     if isinstance(value, int) and abs(value) >= _LARGEST * 2:  # SQLite has no such number

@@ -5,6 +5,8 @@ Its rows are those of launch/service/rows.py.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sqlite3
 import subprocess
 import sys
@@ -53,6 +55,25 @@ def test_a_job_from_queue_to_end(store, ended):
     assert done.created_at <= done.started_at <= done.completed_at and store.preview("a", -1) is None
     assert store.result_bytes() == 10 and store.counts() == {"completed": 1}
     assert ended == ["completed"]
+
+
+def test_every_setting_of_a_request_is_read_again(store):
+    # Beyond the demo model's length, so that the settings of windows are not left out.
+    asked = GenerateRequest(prompt="x", num_frames=33, compute=0.5, roll_windows=True, prompt_schedule="0-9: a", seed=3)
+    request = resolve(asked, read_facts("demo"))
+    store.create(id="long", owner="", model="demo", request=request, max_queue=9)
+    taken = store.claim("me", "demo")
+    assert taken.id == "long" and dict(taken.request) == json.loads(json.dumps(dataclasses.asdict(request)))
+
+
+def test_a_video_of_before_there_was_a_setting_is_no_damage(store, tmp_path):
+    add(store, "old")
+    store.finish(store.claim("me", "demo"), "completed", progress=100, hsa={}, timing={"total": 1.0}, bytes=1)
+    with sqlite3.connect(tmp_path / "jobs.sqlite3") as db:
+        for name in ("seconds", "lora", "window", "roll_windows", "prompt_schedule", "guidance_scale_2"):
+            db.execute("UPDATE jobs SET request = json_remove(request, ?)", (f"$.{name}",))
+    db.close()
+    assert store.get("old", "").status == "completed"
 
 
 def test_oldest_first_and_back_to_its_place(store):
