@@ -301,7 +301,8 @@ def test_a_job_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
             "--output", tmp_path / "v.mp4", "--job-dir", tmp_path / "job", *more,
         )  # fmt: skip
 
-    monkeypatch.setattr(Engine, "_decode", lambda *_: (_ for _ in ()).throw(MemoryError("mine")))
+    mine = MemoryError("mine")
+    monkeypatch.setattr("heterostep.engine.engine.decode_frames", lambda *_: (_ for _ in ()).throw(mine))
     assert make()[::2] == (1, f"heterostep: {TOO_LARGE}\n")
     monkeypatch.undo()
     status, out, err = make("--report", tmp_path / "r.json")
