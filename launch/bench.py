@@ -61,7 +61,7 @@ def bench_quality(settings: QualitySettings, command: Command, said: Sequence[st
     store.prepare()
     model = with_scheduler(facts, folder / "model", solver, shift)
     command = dataclasses.replace(command, engine=dataclasses.replace(command.engine, model=model), request=request)
-    with _maker(command, progress) as maker:
+    with _maker(command, bench.policies[0].hsa if bench.policies else None, progress) as maker:
         estimate = bench.estimate(maker)
         progress.say(str(estimate))
         if settings.estimate:
@@ -111,13 +111,13 @@ def _request(given: GenerateRequest, preset: Any) -> GenerateRequest:
 
 
 @contextlib.contextmanager
-def _maker(command: Command, progress: Progress) -> Iterator[Any]:
-    """Whatever makes the videos, as long as it is needed."""
+def _maker(command: Command, first: HSAConfig | None, progress: Progress) -> Iterator[Any]:
+    """Whatever makes the videos, as long as it is needed; `first` is the first policy's allocation."""
     if command.ranks.size == 1:
         progress.stage(f"loading model {command.engine.model}")
         yield OneRank(command.engine, lambda events, label: shown(events, label, progress))
         return
-    with contextlib.closing(Ranks(command, progress)) as ranks:
+    with contextlib.closing(Ranks(command, first, progress)) as ranks:
         yield ranks
 
 
@@ -130,9 +130,9 @@ class Ranks:
 
     pipeline = None
 
-    def __init__(self, command: Command, progress: Progress) -> None:
-        """Start nothing yet."""
-        self._command, self._progress = command, progress
+    def __init__(self, command: Command, first: HSAConfig | None, progress: Progress) -> None:
+        """Start nothing yet; the group of the allocation `first` makes the dense videos too, so that one is started."""
+        self._command, self._first, self._progress = command, first, progress
         self._group: WorkerGroup | None = None
         self._open_now = contextlib.ExitStack()
         self._hsa: HSAConfig | None = None
@@ -141,7 +141,9 @@ class Ranks:
     def make(self, request: GenerateRequest, hsa: HSAConfig | None, label: str) -> VideoOutput:
         """Make a video; see `Maker`."""
         # The share is the request's; the stock pipeline is a share of 1 where no other solver is asked for.
-        other = None if hsa is None else dataclasses.replace(hsa, compute=1.0)
+        first = self._first if self._first is not None and self._first.solver is None else None
+        other = hsa if hsa is not None else first
+        other = None if other is None else dataclasses.replace(other, compute=1.0)
         request = dataclasses.replace(request, compute=1.0 if hsa is None else hsa.compute)
         stock = hsa is None and (self._hsa is None or self._hsa.solver is None)
         if self._group is None or not (stock or other == self._hsa):
