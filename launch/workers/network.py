@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import io
 import ipaddress
 import logging
 import os
@@ -19,6 +20,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,6 +224,21 @@ def _exactly(stream: socket.socket, count: int) -> bytes:
     return data
 
 
+class _Listened(io.RawIOBase):
+    """What a connection receives; each part of a message is a sign of life, so that a long one may take its time."""
+
+    def __init__(self, stream: socket.socket, note: Callable[[], None]) -> None:
+        self._stream, self._note = stream, note
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._stream.recv_into(buffer)
+        self._note()
+        return count
+
+
 class Line:
     """A connection to another machine: pickled messages in both directions, and a sign of life where there are none.
 
@@ -293,13 +310,15 @@ class Line:
                 pickle.dump(message, stream)
                 stream.flush()
 
+    def _note(self) -> None:
+        self._heard = time.monotonic()
+
     def _read(self) -> None:
         try:
-            with self._socket.makefile("rb") as stream:
+            with io.BufferedReader(_Listened(self._socket, self._note)) as stream:
                 while True:
                     message = pickle.load(stream)
                     with self._arrived:
-                        self._heard = time.monotonic()
                         if message is not None:
                             self._received.append(message)
                             self._arrived.notify_all()

@@ -174,6 +174,7 @@ class SeveralMachines:
         self._here = ThisMachine(show=show, address=meeting.address, environment=environment_at(meeting.address))
         self._size = nproc
         self._members: list[Member] = []
+        self._end: tuple[str, str] | None = None
         self._remote: dict[int, RemoteWorker] = {}
         self._numbers, self._machine_numbers = itertools.count(), itertools.count(1)
         self._waited = False
@@ -196,7 +197,9 @@ class SeveralMachines:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that listens
         self._listener.close()
-        for member in self._members:
+        with self._here.arrived:  # a machine that is being admitted hears of the end too
+            self._end, members = (how, text), list(self._members)
+        for member in members:
             member.close(how, text, _FAREWELL_SECONDS)
 
     @property
@@ -285,8 +288,11 @@ class SeveralMachines:
         if refusal is not None:
             return member.close("refused", refusal, _FAREWELL_SECONDS)
         with self._here.arrived:
-            self._members.append(member)
+            if self._end is None:
+                self._members.append(member)
             self._here.arrived.notify_all()
+        if self._end is not None:
+            return member.close(*self._end, _FAREWELL_SECONDS)
         self._say(f"machine {hello.name} is here")
         return None
 

@@ -1,5 +1,6 @@
 """How machines find each other, prove that they belong together, and talk."""
 
+import pickle
 import socket
 import sys
 import threading
@@ -14,8 +15,18 @@ from heterostep.launch.options import Ranks
 from heterostep.launch.ranks import _several
 from heterostep.launch.workers import network
 from heterostep.launch.workers.member import MemberMachine
-from heterostep.launch.workers.network import Farewell, Line, Meeting, environment_at, interface_of, key_of, prove
+from heterostep.launch.workers.network import (
+    Farewell,
+    Hello,
+    Line,
+    Meeting,
+    environment_at,
+    interface_of,
+    key_of,
+    prove,
+)
 from heterostep.launch.workers.several import SeveralMachines
+from heterostep.version import __version__
 from waiting import until
 
 
@@ -129,6 +140,20 @@ def test_a_line_that_says_nothing_is_lost(pair, monkeypatch):
     line.close()
 
 
+def test_a_long_message_may_take_its_time(pair, monkeypatch):
+    monkeypatch.setattr(network, "SILENT_SECONDS", 0.4)
+    line, data = Line(pair[0], threading.Condition()), pickle.dumps(b"x" * 100)
+    begun = time.monotonic()
+    for i in range(len(data)):
+        pair[1].sendall(data[i : i + 1])
+        time.sleep(0.008)
+        assert not line.lost
+    assert time.monotonic() - begun > 2 * network.SILENT_SECONDS
+    until(lambda: line.waiting)
+    assert line.receive() == [b"x" * 100]
+    line.close()
+
+
 @pytest.fixture
 def meeting():
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -151,6 +176,17 @@ def test_a_machine_that_cannot_take_part_is_told_why(meeting, monkeypatch, nproc
         with pytest.raises(ConfigError, match=says):
             MemberMachine(meeting, nproc, b"a", say_nothing).serve()
         assert machines.complete and machines._members == []
+
+
+def test_a_machine_that_comes_at_the_end_hears_of_it(meeting):
+    with SeveralMachines(meeting, 1, 1, b"a", say_nothing, say_nothing) as machines:
+        stream = socket.create_connection((meeting.address, meeting.port), 5)
+        assert prove(stream, b"a", b"other", b"main")
+    line = Line(stream, threading.Condition())
+    line.send(Hello(__version__, "late", 1))
+    until(lambda: line.waiting)
+    assert line.receive() == [Farewell("done")] and machines._members == []
+    line.close()
 
 
 def test_a_port_that_is_taken_is_said(meeting):
