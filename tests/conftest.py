@@ -1,5 +1,6 @@
 """Makes the builders in this folder importable and keeps every test offline and single-threaded."""
 
+import gc
 import os
 import signal
 import sys
@@ -25,12 +26,20 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    gc.disable()
     config.addinivalue_line("markers", "feature(name): a row of the table of docs/models.md; needs a parameter family")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     feature_table.note_collected(config, items)
+
+
+def pytest_collection_finish():
+    # A million objects of libraries live as long as the tests: to search them for garbage took an eighth of the time.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -50,8 +50,10 @@ def steps_done(folder):
 def whole(folder, *flags, **settings):
     """The folder of a job that nothing broke off."""
     folder.mkdir()
+    (folder / "v.mp4").touch()
     done = run(GENERATE, *JOB, *flags, cwd=folder, **settings)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("v.mp4 will be replaced") == 1, "once, not once a rank"
     return folder
 
 

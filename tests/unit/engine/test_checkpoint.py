@@ -129,15 +129,15 @@ def cut(path, lengths):
     path.write_bytes(data)
 
 
-def test_every_byte_of_the_manifest(folder):
+def test_bytes_of_the_manifest(folder):
     manifest, _ = parts(folder)
     want, data = read_saved(folder, NAME, "checkpoint"), manifest.read_bytes()
     bits = random.Random(0)
-    everywhere = [(i, 1 << bits.randrange(8)) for i in range(len(data))]
-    letters = [(i, 0x20) for i in range(len(data)) if chr(data[i]).isalpha()]  # upper case to lower: still JSON
+    everywhere = [(i, 1 << bits.randrange(8)) for i in range(0, len(data), 2)]
+    letters = [(i, 0x20) for i in range(1, len(data), 2) if chr(data[i]).isalpha()]  # upper case to lower: still JSON
     for place in spoil_bytes(manifest, everywhere + letters):
         assert outcome(folder, want) == "refused", place
-    for length in cut(manifest, range(len(data))):
+    for length in cut(manifest, range(0, len(data), 3)):
         assert outcome(folder, want) == "refused", length
     for more in (b"\n", b" ", b"{}"):
         manifest.write_bytes(data + more)
@@ -150,8 +150,8 @@ def test_bytes_of_the_tensors(folder):
     _, tensors = parts(folder)
     want, data = read_saved(folder, NAME, "checkpoint"), tensors.read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
-    rest = (len(data) - header) // 300
-    places = [*range(header), *range(header, len(data), rest), len(data) - 1]
+    rest = (len(data) - header) // 100
+    places = [*range(64), *range(64, header, 5), *range(header, len(data), rest), len(data) - 1]
     bits = random.Random(0)
     for place in spoil_bytes(tensors, [(i, 1 << bits.randrange(8)) for i in places]):
         assert outcome(folder, want) == "refused", place

@@ -38,10 +38,10 @@ def follow(engine, preview, prompt="a red disc moves right", steps=12, **options
 
 def test_pictures_come_nearer_to_the_video_and_cost_next_to_nothing(engine):
     preview = Preview(engine.pipeline)
-    for seed, prompt in enumerate(("a blue square moves up", "a green triangle moves left", "a red disc moves down")):
-        _, video = follow(engine, preview, prompt, seed=seed)
+    for seed, prompt in enumerate(("a blue square moves up", "a red disc moves down")):
+        _, video = follow(engine, preview, prompt, seed=seed, steps=8)
         preview.learn(video.latents, video.frames)
-    pictures, video = follow(engine, preview, seed=9, steps=20, compute=1.0)
+    pictures, video = follow(engine, preview, seed=9, steps=12, compute=1.0)
     preview.remove()
     assert len(pictures) >= 10 and preview.seconds < 0.02 * video.seconds["denoise"]
     middle = video.frames[8]
@@ -52,9 +52,9 @@ def test_pictures_come_nearer_to_the_video_and_cost_next_to_nothing(engine):
 
 def test_without_a_video_to_learn_from_the_vae_is_asked(engine):
     preview = Preview(engine.pipeline, budget=10.0)
-    pictures, video = follow(engine, preview, seed=3, compute=1.0)
+    pictures, video = follow(engine, preview, seed=3, steps=8, compute=1.0)
     preview.remove()
-    assert len(pictures) >= 8 and pictures[-1][1].shape == (64, 64, 3)
+    assert len(pictures) >= 6 and pictures[-1][1].shape == (64, 64, 3)
     # One frame alone, without what the causal VAE remembers of the frames before it.
     assert psnr(pictures[-1][1][None], video.frames[8][None]) > 18
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from diffusers import LTX2Pipeline, TorchAoConfig, WanPipeline, WanTransformer3D
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from safetensors.torch import load_file, save_file
 
+import forked
 import heterostep as hs
 from folders import complete_pipeline
 from folders_ltx2 import complete_ltx2
@@ -270,7 +272,8 @@ def test_kernels_of_one_rank_are_refused_on_several(settings):
 
 
 @pytest.mark.parametrize("ranks", [(), ("--nproc", "2", "--ulysses", "2")])
-def test_the_command_has_them_too(models, loras, tmp_path, ranks):
+def test_the_command_has_them_too(models, loras, tmp_path, monkeypatch, ranks):
+    monkeypatch.setattr(subprocess, "Popen", forked.Popen)
     path, folder = loras("unipc", 1), models("unipc")
     asked = ["--prompt", SMALL["prompt"], "--size", "64x32", "--frames", "5", "--steps", "3", "--seed", "3"]
     flags = ["--lora", f"{path}:0.7", "--flow-shift", "9", "--negative-prompt", "fog", "--compute", "1", "--vae-tiling"]

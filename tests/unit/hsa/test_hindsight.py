@@ -89,18 +89,18 @@ def test_only_what_may_be_corrected_is_kept():
     assert hindsight.used == [] and hindsight.first == 4
 
 
-def at_random(forecast, device, dtype, seed=0):
-    """Moves of a run of 40 steps over 6 tokens that are evaluated at random."""
+def at_random(forecast, device, dtype, seed=0, steps=40):
+    """Moves of a run of some steps over 6 tokens that are evaluated at random."""
     g = torch.Generator().manual_seed(seed)
-    levels = [5 * s / (1 + 4 * s) for s in torch.linspace(1, 0, 41, dtype=torch.float64).tolist()]
+    levels = [5 * s / (1 + 4 * s) for s in torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()]
     evaluated = {
-        i: torch.arange(6)[torch.rand(6, generator=g) < 0.3].tolist() if i else list(range(6)) for i in range(40)
+        i: torch.arange(6)[torch.rand(6, generator=g) < 0.3].tolist() if i else list(range(6)) for i in range(steps)
     }
 
     def velocity(sigma: float) -> torch.Tensor:
         return torch.stack([torch.sin(4 * sigma * (n + 1) + torch.arange(2)) for n in range(6)])[None]
 
-    return moved_by(forecast, levels, evaluated, velocity, until=40, dtype=dtype, device=device)
+    return moved_by(forecast, levels, evaluated, velocity, until=steps, dtype=dtype, device=device)
 
 
 @pytest.mark.parametrize("forecast", ["hold", "taylor", "ab2"])
@@ -124,4 +124,4 @@ class NoFloat64(TorchDispatchMode):
 @pytest.mark.parametrize("forecast", ["hold", "taylor", "ab2"])
 def test_no_float64_is_needed_of_the_device(forecast):
     with NoFloat64():
-        assert all(v.device.type == "meta" for v in at_random(forecast, "meta", torch.float32))
+        assert all(v.device.type == "meta" for v in at_random(forecast, "meta", torch.float32, steps=12))

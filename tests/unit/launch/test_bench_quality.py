@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
 import torch
 
+import forked
 from folders import complete_pipeline
 from folders_ltx2 import complete_ltx2
 from heterostep.benchmarks.baselines import KINDS
@@ -160,7 +162,8 @@ def test_a_model_that_starts_from_an_image(capsys, image_models, tmp_path):
     assert rows_of(tmp_path / "b")[0]["joint", 0.5]["clips"] == 1
 
 
-def test_on_two_ranks(capsys, tiny_model, tmp_path):
+def test_on_two_ranks(capsys, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", forked.Popen)
     argv = ["--model", tiny_model, *SMALL, "--count", 1, "--computes", "0.5", "--output"]
     status, _, err = bench(capsys, *argv, tmp_path / "two", "--nproc", 2)
     assert (status, err) == (0, "")
@@ -300,7 +303,20 @@ def test_without_matplotlib_there_is_no_plot(tmp_path, monkeypatch):
 
 def test_the_demo_model(capsys, tmp_path):
     """From one command, as the docs have it; smaller in number, so that it takes seconds."""
-    argv = ["--model", "demo", "--count", 1, "--steps", 6, "--computes", "0.5", "--output", tmp_path / "b"]
+    argv = [
+        "--model",
+        "demo",
+        "--count",
+        1,
+        "--steps",
+        4,
+        "--frames",
+        9,
+        "--computes",
+        "0.5",
+        "--output",
+        tmp_path / "b",
+    ]
     status, out, err = bench(capsys, *argv)
     assert (status, err) == (0, "") and "wrote" in out
     assert DEMO_PROMPTS[0] in (tmp_path / "b" / "report.json").read_text()

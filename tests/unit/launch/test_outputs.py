@@ -39,9 +39,6 @@ def test_what_exists_is_replaced_with_a_word(command, tmp_path):
     assert (tmp_path / "video.mp4").stat().st_mtime_ns > old
     assert "will be replaced" not in command("--overwrite", "--report", "r.json")[1]
     assert command("--quiet")[1:] == ("", "")
-    (tmp_path / "r.json").unlink()
-    status, out, _ = command("--nproc", "2", "--report", "r.json")
-    assert status == 0 and out.count("will be replaced") == 1
 
 
 @pytest.mark.usefixtures("no_work")
