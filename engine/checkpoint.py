@@ -252,12 +252,14 @@ def identity_of(
     asked = dataclasses.asdict(request)
     del asked["compute"]  # the allocation has it
     asked["lora"] = lora_identity(request.lora)
+    allocated = dataclasses.asdict(hsa if hsa is not None else HSAConfig(compute=1.0))
+    del allocated["kv_host"]  # the values are the same
     absent = {"adapters": _NO_ADAPTERS if asked["lora"] is None else None}
     return {
         "heterostep": __version__,
         "diffusers": version("diffusers"),
         "request": asked,
-        "hsa": dataclasses.asdict(hsa if hsa is not None else HSAConfig(compute=1.0)),
+        "hsa": allocated,
         "dtype": str(dtype).removeprefix("torch."),
         "model": {"pipeline": facts.pipeline, "family": facts.family, "files": _files(facts.location)},
         "versions": {name: version(name) for name in ("torch", "transformers")},

@@ -102,6 +102,8 @@ class EngineConfig:
             raise ConfigError("model must be 'demo', a folder, or a hub id (owner/name), not an empty name")
         if self.hsa is not None and not isinstance(self.hsa, HSAConfig):
             raise ConfigError(f"hsa must be an HSAConfig such as HSAConfig(compute=0.5), or None, not {self.hsa!r}")
+        if self.compile and self.hsa is not None and self.hsa.kv_host:
+            raise ConfigError("compile does not work with kv_host, whose copies cannot be part of a graph; give one")
         if not self.device:
             raise ConfigError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', not {self.device!r}")
 

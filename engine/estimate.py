@@ -20,6 +20,7 @@ from .facts import Files, ModelFacts, read_facts
 from .published import sizes_of
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+KV_BYTES = {**ITEM_BYTES, "int8": 1, "fp8": 1}
 _FLOAT = 4
 TEXT_TOKENS = {"Wan": 512, "LTX": 1024}
 """Positions of the text that every token attends to."""
@@ -317,7 +318,7 @@ def kv_bytes(case: Case, config: ParallelConfig) -> int:
     sizes, video, hsa = case.sizes, case.video, case.hsa
     if not case.allotment.partial:
         return 0
-    item = ITEM_BYTES[hsa.kv_dtype] if hsa.kv_dtype else case.item_bytes
+    item = KV_BYTES.get(hsa.kv_dtype or "", case.item_bytes)
     whole = sizes.facts.cache_bytes(video.tokens, item) * (2 if hsa.kv_forecast else 1)
     shards = config.ulysses * (config.ring if config.ring_cache == "sharded" else 1)
     return whole * (video.branches // config.cfg) // shards

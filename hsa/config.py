@@ -15,7 +15,8 @@ from ..settings import check, setting
 POLICIES = ("joint", "tokens", "groups", "steps")
 SOLVERS = ("euler", "unipc", "dpm++")
 FORECASTS = ("hold", "taylor", "ab2", "none")
-KV_DTYPES = ("float32", "bfloat16", "float16")
+KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
+SMALL_KV = ("int8", "fp8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +76,19 @@ class HSAConfig:
     kv_dtype: str | None = setting(
         None,
         choices=KV_DTYPES,
-        help="data type of cached keys and values; left out, the type in which they are computed",
+        help="data type of cached keys and values; int8 and fp8 halve the memory of 16 bits; left out, the type in "
+        "which they are computed",
+    )
+    kv_host: bool = setting(
+        False, help="keep keys and values in host memory, and bring those of a layer while the layer before computes"
     )
 
     def __post_init__(self) -> None:
         check(self)
+        if self.kv_dtype in SMALL_KV and self.kv_forecast:
+            raise ConfigError(
+                f"kv_forecast does not work with kv_dtype={self.kv_dtype!r}: take 16 bits, or leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

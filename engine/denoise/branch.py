@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...hsa.cache import KVCache, fill_rows
+from ...hsa.kv_storage import make_caches
 from ...hsa.velocity import TokenClock, VelocityCache
 from ..models import Adapter
 from ..models.base import Grid, TextKV
@@ -35,20 +36,22 @@ class Branch:
         num_sites: int,
         *,
         forecast: str,
-        dtype: torch.dtype | None,
+        dtype: str | None,
         history: bool,
+        host: bool = False,
     ) -> None:
         """Allocate nothing yet.
 
         Args:
             num_sites: places with a K/V cache.
             forecast: of velocities.
-            dtype: of keys and values; None: as computed.
+            dtype: of keys and values, as `HSAConfig.kv_dtype`.
             history: whether the K/V before the last are kept too.
+            host: whether they are in host memory.
         """
         self.velocity = VelocityCache(forecast)
         self.layers: dict[int, list[KVCache]] = {}
-        self._caches = lambda: [KVCache(dtype, history=history) for _ in range(num_sites)]
+        self._caches = lambda: make_caches(num_sites, dtype, history=history, host=host)
         self.others: list[VelocityCache] = []
         self.begun = False
         self.text: dict[tuple[int, int | None], list[TextKV]] = {}

@@ -201,8 +201,9 @@ class Run:
             self.branches[name] = Branch(
                 num_sites,
                 forecast=self.forecast,
-                dtype=getattr(torch, self.config.kv_dtype) if self.config.kv_dtype else None,
+                dtype=self.config.kv_dtype,
                 history=self.kv_damping > 0.0,
+                host=self.config.kv_host,
             )
         return self.branches[name]
 
