@@ -341,9 +341,10 @@ class StepEvents:
             self._stop.save = self._vote(self._stop.save or pause)
         passed = self._session.passed(step, **tensors) if self._every and self._session is not None else None
         if passed is None:
-            self._tell(step, float(pipeline.scheduler.sigmas[step]), now)
+            sigmas = pipeline.scheduler.sigmas[-self._num_steps - 1 :]  # a given video is noised in part only
+            self._tell(step, float(sigmas[step]), now)
             if self._job is not None:
-                self._save(self._job, float(pipeline.scheduler.sigmas[step + 1]), tensors, stopping)
+                self._save(self._job, float(sigmas[step + 1]), tensors, stopping)
         else:
             self._start = now
         # An interrupted pipeline still skips through its loop, so that its hooks and offloading end in order.

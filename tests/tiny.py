@@ -14,6 +14,9 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
+    WanVideoToVideoPipeline,
 )
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
@@ -41,10 +44,13 @@ def tiny_transformer(
     head_dim: int = 24,
     in_channels: int = 16,
     image_dim: int | None = None,
+    pos_embed_seq_len: int | None = None,
+    vace: bool = False,
 ) -> Any:
-    """Build a Wan transformer whose modulation and biases matter."""
+    """Build a Wan transformer whose modulation and biases matter; `vace`: one that is led by a video."""
     torch.manual_seed(seed)
-    model = WanTransformer3DModel(
+    more = {"vace_layers": [0, 1], "vace_in_channels": 96} if vace else {}
+    model = (WanVACETransformer3DModel if vace else WanTransformer3DModel)(
         patch_size=(1, 2, 2),
         num_attention_heads=heads,
         attention_head_dim=head_dim,
@@ -59,6 +65,8 @@ def tiny_transformer(
         rope_max_seq_len=64,
         image_dim=image_dim,
         added_kv_proj_dim=heads * head_dim if image_dim is not None else None,
+        pos_embed_seq_len=pos_embed_seq_len,
+        **more,
     ).eval()
     for parameter in model.parameters():
         # Random weights of the usual size make all tokens alike: larger ones make attention and time matter.
@@ -141,6 +149,20 @@ def tiny_image_pipeline(kind: str = "wan22 i2v", seed: int = 0, **transformer: A
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_led_pipeline(kind: str, scheduler: str = "unipc") -> Any:
+    """Build a pipeline that starts from a video ("v2v"), or is led by one ("vace")."""
+    text = tiny_pipeline(scheduler, **({"vace": True} if kind == "vace" else {}))
+    parts = {name: part for name, part in text.components.items() if name != "transformer_2"}
+    pipe = (WanVACEPipeline if kind == "vace" else WanVideoToVideoPipeline)(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def film(frames: int = 9) -> list[Image.Image]:
+    """Build a video of coloured stripes, which change from frame to frame."""
+    return [picture(seed=seed) for seed in range(frames)]
 
 
 def build(kind: str, **transformer: Any) -> Any:

@@ -15,7 +15,7 @@ from ..models import Site
 from ..models import hook_registry as registry
 from ..models.base import AttentionCall, TextKV
 from .branch import Branch, Call, Step, fresh_weight, tiled
-from .inputs import calling_pipeline
+from .inputs import calling_pipeline, loop_values
 from .run import Run
 from .schedulers import kind_of, solver_of
 from .windows import Blend, Windows
@@ -87,16 +87,16 @@ class HSAHook(registry.LastingHook):
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Take and return what the transformer's forward does, without a context as the stock one does it."""
-        context = self.contexts.current
-        if context is None:  # not a denoising call of a pipeline
+        context, arguments = self.contexts.current, named(module, args, kwargs)
+        name = self._unsaid(arguments) if context is None else context.name
+        if name is None:  # not a denoising call of a pipeline
             return self.fn_ref.original_forward(*args, **kwargs)
         run, adapter = self.run, self.run.adapter
         expert = self._follow_caller(module)
-        arguments = named(module, args, kwargs)
         return_dict = arguments.pop("return_dict", True)
-        units, grid = adapter.units(run.pipe, context.name), adapter.grid(module, arguments)
-        call = Call(module=module, name=context.name, expert=expert, arguments=arguments, units=units, grid=grid)
-        index, first = run.index_of(context.step_index), call.unit(0)
+        units, grid = adapter.units(run.pipe, name), adapter.grid(module, arguments)
+        call = Call(module=module, name=name, expert=expert, arguments=arguments, units=units, grid=grid)
+        index, first = run.index_of(None if context is None else context.step_index), call.unit(0)
         latents, run.timestep = first["hidden_states"], first["timestep"]
         if run.passed(call, index, latents, len(self.processors)):
             out = adapter.nothing(module, arguments)
@@ -104,6 +104,18 @@ class HSAHook(registry.LastingHook):
             out = self._evaluate(run.enter(call, index, latents), call)
             run.leave()
         return adapter.output(*out) if return_dict else out
+
+    def _unsaid(self, arguments: Mapping[str, Any]) -> str | None:
+        """The branch of a call by a pipeline that names none, told by its prompt; None: it is not by such a one."""
+        adapter, caller = self.run.adapter, calling_pipeline()
+        if not any(kind.__name__ in adapter.silent for kind in type(caller).__mro__):
+            return None
+        text, step = arguments["encoder_hidden_states"].data_ptr(), self.run.step
+        own = zip(adapter.branches(caller), loop_values(caller, adapter.embeds), strict=False)
+        names = [name for name, value in own if value.data_ptr() == text] or adapter.branches(caller)
+        # One prompt may be given for several branches, which then come in their order.
+        entered = set() if step is None else step.entered
+        return next((name for name in names if name not in entered), names[0])
 
     def _follow_caller(self, module: Any) -> int:
         """Let the run follow the pipeline that calls, and return which expert `module` is there.

@@ -33,9 +33,15 @@ Fresh = Callable[[Step, Tensor], Tensor | None]
 class Around:
     """Stands around the `step` of one scheduler, from the first call of the transformer to the end of the run."""
 
-    def __init__(self, scheduler: Any, now: Callable[[], Step | None]) -> None:
-        """Stand around ``scheduler.step`` of a stock scheduler; `now` returns the step that the run is at."""
-        self.scheduler, self._now = scheduler, now
+    def __init__(self, scheduler: Any, now: Callable[[], Step | None], first: int) -> None:
+        """Stand around ``scheduler.step`` of a stock scheduler.
+
+        Args:
+            scheduler: it has its timesteps.
+            now: returns the step that the run is at.
+            first: step of the scheduler that is the run's step 0.
+        """
+        self.scheduler, self._now, self._first = scheduler, now, first
         self._seen: Step | None = None
         self._replaced = vars(scheduler).get("step")
         self._stock = scheduler.step
@@ -45,6 +51,7 @@ class Around:
         """Belong to no run: for a copy of the scheduler."""
         copied = object.__new__(type(self))
         copied._now, copied._stock = lambda: None, MethodType(type(self.scheduler).step, memo[id(self.scheduler)])
+        copied._first = self._first
         return copied
 
     def remove(self) -> None:
@@ -66,12 +73,8 @@ class Around:
         """Whether the run's step comes now. Others may use the scheduler, also after an error broke off the run."""
         # An error in the model leaves a branch that was entered, and never left.
         evaluated = step.left == len(step.entered)
-        return evaluated and step is not self._seen and step.reason != "passed" and step.index == self._index
-
-    @property
-    def _index(self) -> int:
-        """The scheduler's step; it has none before its first."""
-        return self.scheduler.step_index or 0
+        due = step.index == step_of(self.scheduler, self._first)
+        return evaluated and step is not self._seen and step.reason != "passed" and due
 
     def take(self, step: Step, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
         """Take a step of the run."""
@@ -92,9 +95,11 @@ class Around:
 class Replay(Around):
     """Takes skipped steps again in hindsight."""
 
-    def __init__(self, scheduler: Any, hindsight: Hindsight, now: Callable[[], Step | None], fresh: Fresh) -> None:
-        """Stand around the `step` of a scheduler that has its timesteps, with what will be known of velocities."""
-        super().__init__(scheduler, now)
+    def __init__(
+        self, scheduler: Any, hindsight: Hindsight, now: Callable[[], Step | None], fresh: Fresh, first: int
+    ) -> None:
+        """Stand around the `step` of a scheduler, with what will be known of velocities; the rest as in `Around`."""
+        super().__init__(scheduler, now, first)
         self.hindsight, self._fresh = hindsight, fresh
         # The scheduler and the latents before the oldest step that may be taken again.
         self._before: tuple[Mapping[str, Any], Tensor] | None = None
@@ -172,19 +177,21 @@ class Replay(Around):
 class Fewer(Around):
     """Leaves skipped steps out altogether: the solver takes fewer, longer steps between the evaluated ones."""
 
-    def __init__(self, scheduler: Any, evaluated: Sequence[int], now: Callable[[], Step | None]) -> None:
-        """Stand around the `step` of a scheduler that has its timesteps, of which `evaluated` ones are steps."""
+    def __init__(self, scheduler: Any, evaluated: Sequence[int], now: Callable[[], Step | None], first: int) -> None:
+        """Stand around the `step` of a scheduler, with the run's `evaluated` steps alone; the rest as in `Around`."""
+        places = [first + step for step in evaluated]
         self._solver = copy.deepcopy(scheduler)
         vars(self._solver).pop("step", None)  # one that somebody set would step the original
-        self._solver.sigmas = scheduler.sigmas[[*evaluated, -1]]
-        self._solver.timesteps = scheduler.timesteps[list(evaluated)]
+        self._solver.sigmas = scheduler.sigmas[[*places, -1]]
+        self._solver.timesteps = scheduler.timesteps[places]
         self._solver.num_inference_steps = len(evaluated)
         self._evaluated = frozenset(evaluated)
-        super().__init__(scheduler, now)
+        super().__init__(scheduler, now, first)
 
     def level(self, step: int) -> float:
         """Noise level of the latents before a step: that of the next evaluated one."""
-        return float(self.scheduler.sigmas[min((i for i in self._evaluated if i >= step), default=-1)])
+        ahead = [self._first + i for i in self._evaluated if i >= step]
+        return float(self.scheduler.sigmas[min(ahead, default=-1)])
 
     def take(self, step: Step, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
         """Move at evaluated steps, up to the next of them."""
@@ -218,6 +225,7 @@ class Replays:
         evaluated: Sequence[int],
         now: Callable[[], Step | None],
         fresh: Fresh,
+        first: int,
     ) -> None:
         """Correct in hindsight what the `schedulers` move, or leave out skipped steps if there is no forecast.
 
@@ -228,15 +236,16 @@ class Replays:
             evaluated: steps that are, where no step leaves out some tokens only.
             now: returns the step that the run is at.
             fresh: of the video.
+            first: step of the schedulers that is the run's step 0.
         """
         self.end()
         self._say(forecast, evaluated, len(sigmas) - 1, multistep=kind_of(schedulers[0]) != "euler")
         for number, scheduler in enumerate(schedulers):
             which = fresh if number == 0 else lambda step, velocity: None
             if forecast == "none":
-                self._replays.append(Fewer(scheduler, evaluated, now))
+                self._replays.append(Fewer(scheduler, evaluated, now, first))
             else:
-                self._replays.append(Replay(scheduler, Hindsight(sigmas, forecast), now, which))
+                self._replays.append(Replay(scheduler, Hindsight(sigmas, forecast), now, which, first))
 
     @staticmethod
     def _say(forecast: str, evaluated: Sequence[int], steps: int, *, multistep: bool) -> None:
@@ -278,7 +287,16 @@ def _edited(sample: Tensor, edit: Tensor | None) -> Tensor:
     return sample if edit is None else sample + edit
 
 
-def level_of(scheduler: Any, step: int) -> float:
-    """Noise level of the latents before a step of the scheduler, also where skipped steps are left out."""
+def step_of(scheduler: Any, first: int) -> int:
+    """The step of a run at which its scheduler is, whose step `first` is the run's first; it has none before that."""
+    index: int | None = scheduler.step_index
+    return 0 if index is None else index - first
+
+
+def level_of(scheduler: Any, step: int, first: int = 0) -> float:
+    """Noise level of the latents before a step of a run, also where skipped steps are left out.
+
+    `first` is the step of the scheduler that is the run's first.
+    """
     around = getattr(vars(scheduler).get("step"), "__self__", None)
-    return around.level(step) if isinstance(around, Fewer) else float(scheduler.sigmas[step])
+    return around.level(step) if isinstance(around, Fewer) else float(scheduler.sigmas[first + step])

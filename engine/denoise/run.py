@@ -22,7 +22,7 @@ from ..models.base import Grid
 from ..report import HSAReport, StepRecord
 from .branch import CHANGED, Branch, Call, Step, checked, fresh_elements, guided_velocity
 from .inputs import Change, Inputs, loop_values
-from .replay import Replays
+from .replay import Replays, step_of
 from .schedulers import check_levels, check_noise, correct_for, forecast_for
 from .windows import Windows
 from .work_split import Sharding, check_degrees, check_ranks
@@ -59,6 +59,7 @@ class Run:
         self.branches: dict[str, Branch] = {}
         self.records: list[StepRecord] = []
         self.sigmas, self.experts = list[float](), list[int]()
+        self.first = 0  # step of the scheduler that is the run's step 0
         self.forced: dict[int, str] = {}
         # Resuming: see save_every, resume and passed.
         self.every: int | None = None
@@ -84,7 +85,7 @@ class Run:
     def index_of(self, index: int | None) -> int:
         """Return the step of a call, from what its pipeline says, or None where it does not say it."""
         # Pipelines that do not pass it still step their scheduler, which counts from the first step on.
-        return index if index is not None else self.pipe.scheduler.step_index or 0
+        return index if index is not None else step_of(self.pipe.scheduler, self.first)
 
     def save_every(self, every: int) -> None:
         """Plan the next runs so that a run resumed after every `every`-th step takes the steps of an unbroken one.
@@ -219,14 +220,11 @@ class Run:
 
     def needs_kv(self, index: int) -> bool:
         """Whether K/V of step `index` will be read: is a partial step ahead, before the next full one?"""
-        for later in range(index + 1, self.num_steps):
-            count = self._count(later)
-            if count is None or 0 < count < self.grid.num_tokens:
-                return True
-            # With a forecast the values before the last full step matter too.
-            if count == self.grid.num_tokens and self.kv_damping == 0.0:
-                return False
-        return False
+        if self.kv_damping == 0.0:
+            return self.reads_kv(index + 1) is not None
+        # With a forecast the values before the last full step matter too.
+        counts = map(self._count, range(index + 1, self.num_steps))
+        return any(count is None or 0 < count < self.grid.num_tokens for count in counts)
 
     def reads_kv(self, index: int) -> int | None:
         """The first step from `index` on that reads K/V of before it: a partial one before any full one; or None."""
@@ -299,17 +297,19 @@ class Run:
         scheduler = self.pipe.scheduler
         if self.leaves_out:
             check_noise(scheduler)
-        self.forecast = forecast_for(self.config, scheduler, len(scheduler.timesteps) if self.own_planner else None)
+        self.first = first = self.adapter.first_step(self.pipe)
+        steps = len(scheduler.timesteps) - first if self.own_planner else None
+        self.forecast = forecast_for(self.config, scheduler, steps)
         self.correct = correct_for(self.config, self.forecast)
         if self.own_planner is not None:
             # Where steps are worth most depends on what is done with skipped ones, and the scheduler may be another.
             self.own_planner.config = replace(self.config, forecast=self.forecast, correct=self.correct)
-        self.sigmas = scheduler.sigmas.tolist()
+        self.sigmas = scheduler.sigmas.tolist()[first:]
         if not 0 <= start < self.num_steps:
             raise ConfigError(f"step {start} of {self.num_steps}: the scheduler's sigmas do not reach that step.")
         if self.leaves_out:
             check_levels(self.sigmas)
-        self.experts = self.adapter.experts(self.pipe)
+        self.experts = self.adapter.experts(self.pipe)[first:]
         self.grid, self.batch_size = grid, latents.shape[0]
         self.conditioned = None if self.timestep is None else self.adapter.conditioned(self.timestep)
         if self.sharding is not None:
@@ -337,8 +337,8 @@ class Run:
         if self.forecast == "none" or (self.correct and self.needs_velocity(0)):
             schedulers = scheduler, *loop_values(self.pipe, self.adapter.step_schedulers)
             elements = partial(fresh_elements, adapter=self.adapter, pipe=self.pipe, grid=self.grid)
-            steps = list(filter(self._count, range(self.num_steps)))
-            self.replays.begin(schedulers, self.sigmas, self.forecast, steps, lambda: self.step, elements)
+            evaluated = list(filter(self._count, range(self.num_steps)))
+            self.replays.begin(schedulers, self.sigmas, self.forecast, evaluated, lambda: self.step, elements, first)
 
     def _make_plan(self) -> None:
         """Fix the size of every step; one after a checkpoint that would read K/V of before it is full."""

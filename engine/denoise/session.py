@@ -286,8 +286,7 @@ def apply(
     A scheduler that is set later counts from the next run on: what is deduced, is deduced at the start of each.
 
     Args:
-        pipe: a supported pipeline (`WanPipeline`, `LTX2Pipeline` and those that begin with an image); a session it
-            already has is replaced.
+        pipe: a supported pipeline (docs/models.md lists them); a session it already has is replaced.
         config: how much to compute; half of the dense work by default.
         planner: an object of yours with ``plan(step, num_steps, sigma, num_tokens)`` that returns None for
             all tokens, an empty int64 tensor for none, or int64 indices [A] or [B, A]; instead of

@@ -7,11 +7,11 @@ from typing import Any
 from ...errors import ConfigError
 from .base import Adapter, Site
 from .ltx2 import LTX2Adapter
-from .wan import WanAdapter
+from .wan import WanAdapter, WanVACEAdapter
 
-__all__ = ["Adapter", "LTX2Adapter", "Site", "WanAdapter", "adapter_for", "adapter_named"]
+__all__ = ["Adapter", "LTX2Adapter", "Site", "WanAdapter", "WanVACEAdapter", "adapter_for", "adapter_named"]
 
-_ADAPTERS: tuple[type[Adapter], ...] = (WanAdapter, LTX2Adapter)
+_ADAPTERS: tuple[type[Adapter], ...] = (WanAdapter, WanVACEAdapter, LTX2Adapter)
 
 
 def adapter_for(pipe: Any) -> Adapter:

@@ -60,6 +60,9 @@ class Adapter(Protocol):
     """Variables of the pipeline's loop that hold the schedulers of the `step_tensors`, in their order."""
     output: ClassVar[Any]
     """What the transformer returns where it is not asked for a tuple."""
+    silent: ClassVar[tuple[str, ...]] = ()
+    """Pipelines that do not name their branches; what tells them apart are the prompts, which their loops keep in
+    variables called as `embeds`, in the order of `branches`."""
 
     @classmethod
     def recognises(cls, pipe: Any) -> bool:
@@ -108,6 +111,11 @@ class Adapter(Protocol):
     def experts(pipe: Any) -> list[int]:
         """Expert that the pipeline will call at each step."""
         return [0] * len(pipe.scheduler.timesteps)
+
+    @staticmethod
+    def first_step(pipe: Any) -> int:
+        """Step of the scheduler with which the loop of the running pipeline call begins."""
+        return 0
 
     @staticmethod
     def branches(pipe: Any) -> tuple[str, ...]:

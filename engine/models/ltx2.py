@@ -47,7 +47,7 @@ class LTX2Adapter(Adapter):
     ("uncond_modality") has branches of its own.
     """
 
-    pipelines: ClassVar[tuple[str, ...]] = ("LTX2Pipeline", "LTX2ImageToVideoPipeline")
+    pipelines: ClassVar[tuple[str, ...]] = ("LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline")
     stock_processors: ClassVar[tuple[type, ...]] = (LTX2AudioVideoAttnProcessor, LTX2PerturbedAttnProcessor)
     moving: ClassVar[tuple[str, ...]] = (
         "hidden_states",
@@ -133,8 +133,9 @@ class LTX2Adapter(Adapter):
 
     @staticmethod
     def grid(module: Any, arguments: Mapping[str, Any]) -> Grid:
-        size = (arguments[name] for name in ("num_frames", "height", "width"))
-        return Grid(*(n // p for n, p in zip(size, _patch(module), strict=True)))
+        """Frames that are given beside the video, to appear later in it, come after its own."""
+        rows, columns = (arguments[name] // module.config.patch_size for name in ("height", "width"))
+        return Grid(arguments["hidden_states"].shape[1] // (rows * columns), rows, columns)
 
     @staticmethod
     def video(module: Any, arguments: Mapping[str, Any]) -> Tensor:

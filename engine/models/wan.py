@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
@@ -158,12 +158,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class WanAdapter(Adapter):
-    """Wan text- and image-to-video: one or two experts, timesteps per video or (TI2V-5B) per token.
+    """Wan's videos from text, images or a video: one or two experts, timesteps per video or (TI2V-5B) per token.
 
     Active tokens are packed into a small video of their own; see `Adapter` for what the methods mean.
     """
 
-    pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline", "WanImageToVideoPipeline")
+    pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
+    transformer: ClassVar[type] = WanTransformer3DModel
+    silent: ClassVar[tuple[str, ...]] = ("WanVideoToVideoPipeline",)
     stock_processors: ClassVar[tuple[type, ...]] = (WanAttnProcessor,)
     moving: ClassVar[tuple[str, ...]] = ("hidden_states", "timestep")
     solvers: ClassVar[tuple[str, ...]] = ("euler", "unipc", "dpm++")
@@ -175,7 +177,7 @@ class WanAdapter(Adapter):
         if not any(c.__name__ in cls.pipelines for c in type(pipe).__mro__):
             return False
         found = cls.transformers(pipe)
-        return bool(found) and all(isinstance(t, WanTransformer3DModel) for _, t in found)
+        return bool(found) and all(isinstance(t, cls.transformer) for _, t in found)
 
     @staticmethod
     def transformers(pipe: Any) -> list[tuple[int, Any]]:
@@ -219,6 +221,11 @@ class WanAdapter(Adapter):
         # Compared as tensors, as the pipeline does it: a float of Python's is more precise than a timestep.
         high_noise = timesteps >= ratio * pipe.scheduler.config.num_train_timesteps
         return [0 if high else 1 for high in high_noise.tolist()]
+
+    @staticmethod
+    def first_step(pipe: Any) -> int:
+        """Not the first where a video is given, to which less noise than all is added."""
+        return len(pipe.scheduler.timesteps) - pipe.num_timesteps if hasattr(pipe, "get_timesteps") else 0
 
     @staticmethod
     def branches(pipe: Any) -> tuple[str, ...]:
@@ -323,6 +330,42 @@ class WanAdapter(Adapter):
     def decode(vae: Any, latents: Tensor) -> Tensor:
         video: Tensor = vae.decode(latents, return_dict=False)[0]
         return video
+
+
+class WanVACEAdapter(WanAdapter):
+    """Wan VACE, which is led by a video, a mask or images: layers beside the others read these, at all tokens alike."""
+
+    pipelines: ClassVar[tuple[str, ...]] = ("WanVACEPipeline",)
+    transformer: ClassVar[type] = WanVACETransformer3DModel
+    silent: ClassVar[tuple[str, ...]] = ()
+
+    @staticmethod
+    def blocks(transformer: Any) -> list[Any]:
+        return [*transformer.vace_blocks, *transformer.blocks]
+
+    @staticmethod
+    def sites(transformer: Any) -> list[Site]:
+        """Self-attention of each layer."""
+        return [Site(block.attn1) for block in WanVACEAdapter.blocks(transformer)]
+
+    @staticmethod
+    def text_attentions(transformer: Any) -> list[Any]:
+        """Cross-attention modules with the stock processor."""
+        found = [block.attn2 for block in WanVACEAdapter.blocks(transformer)]
+        return [attention for attention in found if type(attention.processor) is WanAttnProcessor]
+
+    @staticmethod
+    def subset(module: Any, arguments: Mapping[str, Any], active: Tensor) -> dict[str, Any]:
+        patch = _patch(module)
+        control = pack(gather_rows(patchify(arguments["control_hidden_states"], patch), active), patch)
+        return {**WanAdapter.subset(module, arguments, active), "control_hidden_states": control}
+
+    @staticmethod
+    def window(module: Any, arguments: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+        """See `Adapter`."""
+        frames = _patch(module).frames
+        control = arguments["control_hidden_states"][:, :, start * frames : stop * frames]
+        return {**WanAdapter.window(module, arguments, start, stop), "control_hidden_states": control}
 
 
 def _patch(transformer: Any) -> Patch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
-from diffusers.pipelines.ltx2 import LTX2ConditionPipeline, LTX2ImageToVideoPipeline
+from diffusers.pipelines.ltx2 import LTX2ImageToVideoPipeline, LTX2InContextPipeline
 
 import heterostep as hs
 import tiny_ltx2
@@ -169,11 +169,12 @@ def test_ltx2_image_pipeline_around_the_transformer_of_a_text_pipeline():
 
 def test_unsupported_caller_is_refused():
     pipe = tiny_ltx2.tiny_ltx2()
-    parts = {name: part for name, part in pipe.components.items() if name not in ("processor", "prompt_enhancer")}
-    condition = quiet(LTX2ConditionPipeline(**parts))
+    unknown = ("processor", "prompt_enhancer", "duration_head")
+    parts = {name: part for name, part in pipe.components.items() if name not in unknown}
+    other = quiet(LTX2InContextPipeline(**parts))
     hs.apply(pipe, hs.HSAConfig(compute=0.5))
-    with pytest.raises(hs.ConfigError, match="LTX2ConditionPipeline called the transformer of a pipeline with HSA"):
-        condition(
+    with pytest.raises(hs.ConfigError, match="LTX2InContextPipeline called the transformer of a pipeline with HSA"):
+        other(
             **tiny_ltx2.embeddings(), **tiny_ltx2.SIZE, num_inference_steps=4, guidance_scale=3.0, output_type="latent"
         )
     assert tiny_ltx2.generate(pipe)[0].isfinite().all()
