@@ -1,5 +1,7 @@
 """Score generated clips by what they show: `python benchmarks/demo_model/score.py --model DIR`.
 
+It needs scipy: `pip install -e .[training]`.
+
 Every pixel is given to the nearest of the four object colours or to the background; the subject's pixels are then
 tracked through the clip. The thresholds hold for drawn clips (`--real` scores those, a check of the scorer itself).
 """
