@@ -19,7 +19,6 @@ import time
 import numpy as np
 import scenes
 import torch
-from scipy import ndimage
 
 AREA = math.pi * (sum(r * r for r in scenes.RADIUS) / 2)
 NAMES = ("colour", "size", "direction", "single")
@@ -69,6 +68,8 @@ def score(frames: np.ndarray, scene: scenes.Scene) -> Score:
 
 def _pieces(mask: np.ndarray) -> list[tuple[float, float, float]]:
     """Connected pieces of a mask, largest first: area, x, y; specks of under 4 pixels are dropped."""
+    from scipy import ndimage
+
     labels, count = ndimage.label(mask)
     index = range(1, count + 1)
     areas = ndimage.sum_labels(mask, labels, index)

@@ -32,7 +32,7 @@ class Drive:
         self.replayed, self.now, self.known = replayed, None, []
         self.levels = self.scheduler.sigmas.tolist()
         if replayed:
-            self.replays.begin([self.scheduler], self.levels, "taylor", [], lambda: self.now, lambda *_: None)
+            self.replays.begin([self.scheduler], self.levels, "taylor", [], lambda: self.now, lambda *_: None, 0)
 
     def steps(self, sample: torch.Tensor, start: int = 0, stop: int = T) -> torch.Tensor:
         for i in range(start, stop):
@@ -152,7 +152,7 @@ def test_without_a_forecast_the_solver_takes_fewer_steps(kind):
     for i, t in enumerate(few.timesteps):
         want = few.step(velocity(float(few.sigmas[i])), t, want, return_dict=False)[0]
     drive = Drive(kind, replayed=False)
-    drive.replays.begin([drive.scheduler], drive.levels, "none", [0, 3, 6, 9], lambda: drive.now, lambda *_: None)
+    drive.replays.begin([drive.scheduler], drive.levels, "none", [0, 3, 6, 9], lambda: drive.now, lambda *_: None, 0)
     assert torch.equal(drive.steps(start()), want)
     if kind != "euler":  # whose last of 4 steps of their own ends elsewhere
         few.set_timesteps(4)
