@@ -60,9 +60,8 @@ serve-demo: $(VENV)/.serve
 	@$(THREADS) $(BIN)/heterostep serve --no-ray --policy tokens --data-dir out/service
 
 test: $(VENV)/.dev
-	@$(PYTEST) tests/unit
-	@# What starts processes and waits for them, the longest first.
-	@$(PYTEST) --no-loadscope-reorder tests/workers tests/e2e tests/service tests/cluster tests/distributed tests/gpu
+	@# First what starts processes and waits for them, so that the many short tests fill the end.
+	@$(PYTEST) --no-loadscope-reorder tests/workers tests/e2e tests/service tests/cluster tests/distributed tests/gpu tests/unit
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff check .
