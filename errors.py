@@ -15,6 +15,7 @@
     ├── Cancelled                            a run was stopped
     │   └── Interrupted                      a run was stopped and saved; its job can be resumed
     ├── OutputElsewhere                      a finished file lies elsewhere than it was asked to be
+    ├── Undecoded                            a video is denoised and kept, but could not be decoded
     └── RankFailure   (also a RuntimeError)  a process of the fleet died or froze; the fleet is rebuilt
         ├── RankLost                         a rank is gone, and why; its worker group can recover
         └── GroupClosed                      a worker group was closed while somebody waited for it
@@ -91,6 +92,10 @@ class Interrupted(Cancelled):
 
 class OutputElsewhere(HeterostepError):
     """What was made could not be written where it was asked to be; the message says why, and where it lies."""
+
+
+class Undecoded(HeterostepError):
+    """What was denoised could not be decoded; the message says why, and where it is kept."""
 
 
 class RankFailure(HeterostepError, RuntimeError):

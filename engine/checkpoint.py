@@ -31,18 +31,16 @@ from ..version import __version__
 from .config import EngineConfig
 from .facts import ModelFacts, first_line
 from .lora import lora_identity
-from .media.audio import Audio
 from .media.files import checkpoint_name, write_durably
-from .report import HSAReport, plain_step, step_from
-from .request import ResolvedRequest, VideoOutput
+from .request import ResolvedRequest
 
 FORMAT = "heterostep saved state"
-VERSION = 2
+VERSION = 3
 """Rises with every change of what a state holds: another version's files are not read."""
 
 # A tensor in a tree of plain data, and a number that JSON has no word for.
 _TENSOR, _NUMBER = "$tensor", "$number"
-_OURS = re.compile(r"\.?(checkpoint-\d+|result)(-[0-9a-f]+)?(\.[0-9a-f]+)?\.(json|safetensors)")
+_OURS = re.compile(r"\.?(checkpoint-\d+|latents|frames|result)(-[0-9a-f]+)?(\.[0-9a-f]+)?\.(json|safetensors)")
 # A manifest has some hundred bytes a step; reading more than this is reading something else.
 _MAX_MANIFEST = 1 << 26
 
@@ -52,7 +50,7 @@ class Saved:
     """What a manifest and its tensors hold.
 
     Attributes:
-        kind: `"checkpoint"` or `"result"`.
+        kind: `"checkpoint"`, `"latents"`, `"frames"` or `"result"`.
         step: number of steps done.
         sigma: noise level after them.
         job: identity of the job (`identity`).
@@ -77,6 +75,12 @@ def write_saved(folder: Path, name: str, saved: Saved) -> None:
     data = save(tensors)
     digest = hashlib.sha256(data).hexdigest()
     file = f"{name}-{digest[:8]}.safetensors"
+    write_durably(folder / file, data)
+    write_manifest(folder, name, saved, tree, {"name": file, "bytes": len(data), "sha256": digest})
+
+
+def write_manifest(folder: Path, name: str, saved: Saved, tree: Any, file: Mapping[str, Any]) -> None:
+    """Write the manifest of a state whose tensors are written: `file` is their file's name, bytes and SHA-256."""
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -84,10 +88,9 @@ def write_saved(folder: Path, name: str, saved: Saved) -> None:
         "step": saved.step,
         "sigma": saved.sigma,
         "job": saved.job,
-        "file": {"name": file, "bytes": len(data), "sha256": digest},
+        "file": file,
         "content": tree,
     }
-    write_durably(folder / file, data)
     write_durably(folder / f"{name}.json", _sealed(manifest))
 
 
@@ -97,7 +100,7 @@ def read_saved(folder: Path, name: str, kind: str) -> Saved:
     Raises:
         Damaged: it is not whole, was altered, or is of another kind or version.
     """
-    manifest = _read_manifest(folder / f"{name}.json")
+    manifest = read_manifest(folder / f"{name}.json")
     file = manifest["file"]
     path = folder / file["name"]
     data = _read(path, file["bytes"])
@@ -141,7 +144,12 @@ def _encoded(manifest: Mapping[str, Any]) -> bytes:
     return (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a manifest, whose tensors' file is not looked at.
+
+    Raises:
+        Damaged: it is not whole, was altered, or is of another version.
+    """
     data = _read(path)
     try:
         manifest = json.loads(data)
@@ -395,45 +403,3 @@ def _weights(parts: Iterable[torch.nn.Module]) -> str | None:
     if values:
         digest.update(torch.cat(values).numpy().tobytes())
     return digest.hexdigest()
-
-
-def output_content(output: VideoOutput) -> dict[str, Any]:
-    """A video as plain data."""
-    report = output.report
-    return {
-        "frames": torch.from_numpy(output.frames),
-        "latents": output.latents,
-        "audio": None if output.audio is None else torch.from_numpy(output.audio.samples),
-        "audio_rate": None if output.audio is None else output.audio.sample_rate,
-        "audio_latents": output.audio_latents,
-        "fps": output.fps,
-        "hsa": None if output.hsa is None else dataclasses.asdict(output.hsa),
-        "report": {
-            "steps": [plain_step(step) for step in report.steps],
-            "compute": report.compute,
-            "evaluations": report.evaluations,
-            "kv_bytes": report.kv_bytes,
-            "num_steps": report.num_steps,
-            "conditioned": report.conditioned,
-        },
-        "seconds": dict(output.seconds),
-        "request": dataclasses.asdict(output.request),
-    }
-
-
-def output_from(content: Mapping[str, Any]) -> VideoOutput:
-    """The inverse of `output_content`."""
-    report = dict(content["report"])
-    report["steps"] = [step_from(step) for step in report["steps"]]
-    audio = content.get("audio")
-    return VideoOutput(
-        frames=content["frames"].numpy(),
-        latents=content["latents"],
-        audio=None if audio is None else Audio(samples=audio.numpy(), sample_rate=content["audio_rate"]),
-        audio_latents=content.get("audio_latents"),
-        fps=content["fps"],
-        hsa=None if content["hsa"] is None else HSAConfig(**content["hsa"]),
-        report=HSAReport(**report),
-        seconds=content["seconds"],
-        request=ResolvedRequest(**content["request"]),
-    )

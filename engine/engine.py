@@ -18,7 +18,7 @@ from ..errors import Cancelled, ConfigError, HeterostepError, Interrupted, RankF
 from ..hsa.config import HSAConfig
 from .checkpoint import Saved, identity_of
 from .config import EngineConfig
-from .decoding import decode_audio, decode_frames
+from .decoding import deliver, finish, look_up
 from .denoise.inputs import encode_prompts, seen_image
 from .denoise.long_video import opening, worded_windows
 from .denoise.schedulers import shifted
@@ -26,27 +26,29 @@ from .denoise.session import apply, remove
 from .denoise.work_split import Sharding
 from .facts import first_line, read_facts
 from .features import Loras, Offload
-from .finished import open_job
-from .job import Job, Progress, StepEvents, Stop, dense_report, stopped
+from .job import Job
 from .loading import as_pipeline, load_pipeline, pick_device, pick_dtype
 from .memory import Room
 from .models import adapter_named
 from .models.base import check_finite
 from .progress import Progress as Shown
-from .record import run_record
 from .report import HSAReport
 from .request import (
     Decoding,
     Event,
+    FrameSink,
     GenerateRequest,
     JobConfig,
     ResolvedRequest,
     Started,
     StepDone,
     VideoOutput,
+    VideoResult,
     allocation,
     prepare,
 )
+from .steps import Progress, StepEvents, Stop, dense_report, started, stopped
+from .stored import source_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,6 +77,7 @@ class _Work(NamedTuple):
         job: where it is kept, on the rank that keeps it.
         every: steps between checkpoints; None for a video that is not kept.
         saved: the checkpoint that it resumes at.
+        sink: takes its frames; None: they are returned.
         emit: takes its events.
         stop: whether it shall stop.
         progress: how far it is, for messages.
@@ -85,6 +88,7 @@ class _Work(NamedTuple):
     job: Job | None
     every: int | None
     saved: Saved | None
+    sink: FrameSink | None
     emit: Callable[[Event], None]
     stop: Stop
     progress: Progress
@@ -177,13 +181,14 @@ class Engine:
         Returns:
             The video.
         """
-        shown = Shown(progress if self.leads else False)
-        for event in shown.follow(self.stream(request, job)):
+        for event in Shown(progress if self.leads else False).follow(self.stream(request, job)):
             if isinstance(event, VideoOutput):
                 return event
         raise AssertionError("a stream ends with a VideoOutput or an exception")
 
-    def stream(self, request: GenerateRequest, job: JobConfig | None = None) -> Iterator[Event]:
+    def stream(
+        self, request: GenerateRequest, job: JobConfig | None = None, sink: FrameSink | None = None
+    ) -> Iterator[Event]:
         """Make a video and tell how it goes.
 
         The stock pipeline runs in a thread of its own. Closing the iterator early (`break` out of the loop,
@@ -193,10 +198,12 @@ class Engine:
             request: checked here, before the iterator is returned.
             job: a folder in which the work survives this process: the run resumes where an earlier one of the same
                 job was saved, and one that is finished already gives its video without computing anything.
+            sink: takes the frames while later ones are decoded, so that they are never in memory together; None: they
+                come with the video. On many ranks each is given one, and that of rank 0 gets the frames.
 
         Returns:
             An iterator over one `Started`, a `StepDone` for each step, one `Decoding`, and last the
-            `VideoOutput`.
+            `VideoOutput`, or with a sink the `VideoResult`.
 
         Raises:
             RequestError: the request does not fit the model, or (at the first event) a video is being made
@@ -205,7 +212,7 @@ class Engine:
             Cancelled: from the iterator, after `cancel`.
             Interrupted: from the iterator, after `save_and_stop`.
         """
-        return self._events(*prepare(request, self.facts), job)
+        return self._events(*prepare(request, self.facts), job, sink)
 
     def cancel(self) -> None:
         """Stop the video being made after its current step; callable from any thread. No-op when idle."""
@@ -227,7 +234,9 @@ class Engine:
         """
         self._stop.saved = True
 
-    def _events(self, request: ResolvedRequest, image: Image.Image | None, job: JobConfig | None) -> Iterator[Event]:
+    def _events(
+        self, request: ResolvedRequest, image: Image.Image | None, job: JobConfig | None, sink: FrameSink | None
+    ) -> Iterator[Event]:
         if not self._busy.acquire(blocking=False):
             raise RequestError("this engine is already making a video; wait for it, cancel it, or use a second engine")
         self._stop = stop = Stop()
@@ -241,7 +250,7 @@ class Engine:
             try:
                 if current is not None:
                     torch.cuda.set_device(current)
-                outcome = self._run(request, image, job, events.put, stop)
+                outcome = self._run(request, image, job, sink, events.put, stop)
             except BaseException as error:  # it is raised again in the caller's thread
                 outcome = error
             self._busy.release()
@@ -260,7 +269,7 @@ class Engine:
                 if isinstance(event, BaseException):
                     raise event
                 yield event
-                if isinstance(event, VideoOutput):
+                if isinstance(event, VideoResult):
                     return
         finally:
             if not stop.asked:  # abandoned: what is done shall not be lost
@@ -272,7 +281,7 @@ class Engine:
 
     def _run(
         self, request: ResolvedRequest, image: Image.Image | None, config: JobConfig | None, *way: Any
-    ) -> VideoOutput:
+    ) -> VideoResult:
         """Make the video, once more with less on the device if its memory is used up. Runs in the worker thread."""
         try:
             return self._attempt(request, image, config, *way)
@@ -294,9 +303,10 @@ class Engine:
         request: ResolvedRequest,
         image: Image.Image | None,
         config: JobConfig | None,
+        sink: FrameSink | None,
         emit: Callable[[Event], None],
         stop: Stop,
-    ) -> VideoOutput:
+    ) -> VideoResult:
         """Make the video, or find it made.
 
         Raises:
@@ -308,19 +318,22 @@ class Engine:
                 self._offload.need(self._room.settle(self.config, self.facts, request))
             self._loras.put_on(request.lora)
             if config is None:
-                return self._make(_Work(request, image, None, None, None, emit, stop, step))
+                return self._make(_Work(request, image, None, None, None, sink, emit, stop, step))
             hsa = allocation(self.config, request)
             identity = identity_of(self.facts, request, hsa, self.dtype, self.pipeline, self.config)
             # All that is saved is alike on all ranks: one reads and writes it.
             job = Job(config, identity) if self.leads else None
             with contextlib.ExitStack() as held:
-                finished, saved = self._decide(lambda: open_job(job, held))
-                if finished is None:
-                    work = _Work(request, image, job, config.checkpoint_every, saved, emit, stop, step)
+                found = self._decide(lambda: look_up(job, held, arrays=sink is None))
+                work = _Work(request, image, job, config.checkpoint_every, found.saved, sink, emit, stop, step)
+                if found.video is None:
                     return self._make(work)
-                num_tokens = math.prod(self.facts.grid(request.width, request.height, request.num_frames))
-                emit(Started(request=request, num_tokens=num_tokens, resumed_at=request.num_inference_steps))
-                return finished.output
+                emit(started(self.facts, request, request.num_inference_steps))
+                if found.denoised:
+                    return finish(self, found.video, job, sink, emit)
+                if sink is not None and job is not None:
+                    deliver(job.frames(), sink, found.video)
+                return found.video
         except (HeterostepError, Cancelled):
             raise
         except Exception as error:
@@ -331,11 +344,10 @@ class Engine:
                 f"rank {axis.rank} of {axis.size} failed {step.where}: {type(error).__name__}: {first_line(error)}"
             ) from error
 
-    def _make(self, work: _Work) -> VideoOutput:
+    def _make(self, work: _Work) -> VideoResult:
         """The life of a request: text, denoising, VAE."""
         request, job, saved = work.request, work.job, work.saved
-        num_tokens = math.prod(self.facts.grid(request.width, request.height, request.num_frames))
-        work.emit(Started(request=request, num_tokens=num_tokens, resumed_at=None if saved is None else saved.step))
+        work.emit(started(self.facts, request, None if saved is None else saved.step))
         start = time.perf_counter()
         pipeline = as_pipeline(self.pipeline, self.facts.pipeline_for(work.image is not None))
         embeds = encode_prompts(self._adapter, pipeline, request, self.device, self.sharding)
@@ -349,34 +361,24 @@ class Engine:
             raise work.stopped(on_step.done)
         for values in (latents, *(() if audio_latents is None else (audio_latents,))):
             check_finite(values, "the transformer", self.dtype, "a lower --guidance")
-        denoised = self._clock()
-
-        work.emit(Decoding(seconds=denoised - encoded))
-        frames = decode_frames(self.pipeline, self._adapter, self.sharding, latents, request)
-        audio = None
-        if audio_latents is not None:
-            audio = self._decide(lambda: decode_audio(self.pipeline, self._adapter, audio_latents))
-        decoded = self._clock()
-        seconds = {"encode_text": encoded - start, "denoise": denoised - encoded, "decode": decoded - denoised}
+        seconds = {"encode_text": encoded - start, "denoise": self._clock() - encoded}
         if job is not None:
             seconds["checkpoint"] = job.seconds
             seconds["denoise"] -= job.seconds
             for stage, earlier in on_step.earlier.items():
                 seconds[stage] += earlier
-        output = VideoOutput(
-            frames=frames,
+        video = VideoResult(
             fps=request.fps,
             hsa=hsa,
             report=report,
-            seconds={**seconds, "total": sum(seconds.values())},
+            seconds=seconds,
             latents=latents.float().cpu(),
             request=request,
-            audio=audio,
             audio_latents=None if audio_latents is None else audio_latents.float().cpu(),
         )
-        if job is not None:
-            job.finish(output, run_record(self, output))
-        return output
+        if job is not None:  # the VAE may need more memory than there is
+            job.keep_latents(video, source_of(self.facts))
+        return finish(self, video, job, work.sink, work.emit)
 
     def _denoised(
         self, work: _Work, pipeline: Any, hsa: HSAConfig | None, embeds: dict[str, torch.Tensor | None]

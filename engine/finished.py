@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
-from .checkpoint import Saved, identity_of
+from .checkpoint import identity_of
 from .config import EngineConfig
 from .facts import read_facts
-from .job import Finished, Job, look
+from .job import Finished, look
 from .loading import pick_device, pick_dtype
 from .request import GenerateRequest, JobConfig, allocation, resolve
 
@@ -23,11 +21,3 @@ def find_finished(config: EngineConfig, request: GenerateRequest, job: JobConfig
     resolved = resolve(request, facts)
     dtype = pick_dtype(config.dtype, pick_device(config.device))
     return look(job, identity_of(facts, resolved, allocation(config, resolved), dtype, config=config))
-
-
-def open_job(job: Job | None, held: contextlib.ExitStack) -> tuple[Finished | None, Saved | None]:
-    """Lock a job; return its result, or the state from which it can resume."""
-    assert job is not None, "asked on the rank that keeps the job"
-    held.enter_context(job)
-    finished = job.finished()
-    return finished, None if finished is not None else job.newest()

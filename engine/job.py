@@ -1,4 +1,4 @@
-"""A job: one video whose making survives the process; and what happens between two steps of any run.
+"""A job: one video whose making survives the process.
 
 A job's folder holds checkpoints, progress, and the result. On many ranks only the first has a `Job`; what it loads it
 shares with the others, since all that is saved is alike on each of them.
@@ -15,31 +15,30 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-import torch
 from filelock import FileLock, Timeout
 
-from ..errors import Cancelled, ConfigError, Damaged, Interrupted, JobDiffers, JobInUse
-from .checkpoint import Saved, differences, output_content, output_from, read_saved, remove_others, write_saved
+from ..errors import ConfigError, Damaged, JobDiffers, JobInUse
+from .checkpoint import Saved, differences, read_saved, remove_others, write_saved
 from .facts import first_line
-from .media.files import RESULT_NAME, checkpoint_name, checkpoint_steps, has_result
-from .report import HSAReport, StepRecord
-from .request import Event, StepDone, VideoOutput
+from .media.feeding import Frames
+from .media.files import FRAMES_NAME, LATENTS_NAME, RESULT_NAME, checkpoint_name, checkpoint_steps, has_result
 from .request import JobConfig as JobConfig  # in 0.1.0 it was defined here
+from .request import StepDone, VideoResult
+from .stored import StoredFrames, video_content, video_from, write_frames
 
-if TYPE_CHECKING:
-    from .denoise.session import HSASession
-
+T = TypeVar("T")
 
 KEPT = 2
 """Checkpoints that are kept: the newest, and one to fall back to."""
 
 
 class Finished(NamedTuple):
-    """The stored result of a job: the video, and the record of its making (`record.run_record`)."""
+    """The stored result of a job: the video, its frames, and the record of its making (`record.run_record`)."""
 
-    output: VideoOutput
+    video: VideoResult
+    frames: StoredFrames
     record: dict[str, Any]
 
 
@@ -65,6 +64,7 @@ class Job:
         self.saved, self.seconds = 0, 0.0
         self._anew, self._identity, self._quiet = config.resume == "never", identity, quiet
         self._whole: list[int] = []
+        self._whole_video = False
         # `stream` may be closed by another thread than began it. A mere marker file would outlive a killed process.
         self._lock = FileLock(self.folder / ".lock", blocking=False, thread_local=False, fallback_to_soft=False)
         self._progress: BinaryIO | None = None
@@ -112,7 +112,30 @@ class Job:
         if saved is None:
             return None
         self._check(saved)
-        return Finished(output_from(saved.content["output"]), dict(saved.content["record"]))
+        frames = self._try(FRAMES_NAME, self.frames)
+        if frames is None or frames.job != saved.job:
+            return None
+        return Finished(video_from(saved.content["video"]), frames, dict(saved.content["record"]))
+
+    def frames(self) -> StoredFrames:
+        """The frames of a finished video; raises Damaged if there are none."""
+        return StoredFrames(self.folder, FRAMES_NAME)
+
+    def denoised(self) -> VideoResult | None:
+        """Return the video that is denoised, but not decoded yet; its `seconds` end there. None if there is none.
+
+        Raises:
+            ConfigError: it belongs to another job.
+        """
+        if self._anew:
+            return None
+        for name, kind in ((LATENTS_NAME, "latents"), (RESULT_NAME, "result")):  # a result may have lost its frames
+            if (self.folder / f"{name}.json").is_file():
+                saved = self._read(name, kind)
+                if saved is not None:
+                    self._check(saved, finished=False)
+                    return video_from(saved.content["video"])
+        return None
 
     def newest(self) -> Saved | None:
         """Return the newest whole checkpoint; what is torn or altered is skipped with a line in the log.
@@ -156,8 +179,7 @@ class Job:
             if not self._failing:  # once, not at every step until there is room
                 _warn("the checkpoint of step %d could not be written (%s); %s there", step, _reason(error), left)
             self._failing = True
-            with contextlib.suppress(OSError):  # what was written of it fills the disk
-                remove_others(self.folder, [checkpoint_name(whole) for whole in self._whole])
+            self._tidy()
         self.seconds += time.perf_counter() - start
         return self.saved == step
 
@@ -182,28 +204,60 @@ class Job:
                 _warn("progress.jsonl cannot be written from step %d on (%s)", event.step, _reason(error))
             self._progress_works = False
 
-    def finish(self, output: VideoOutput, record: Mapping[str, Any]) -> None:
-        """Store the result, and remove the checkpoints; should that fail, they stay, and the log says so."""
-        content = {"output": output_content(output), "record": record}
-        steps = output.request.num_inference_steps
-        saved = Saved(kind="result", step=steps, sigma=0.0, job=self._identity, content=content)
+    def keep_latents(self, video: VideoResult, model: str) -> None:
+        """Store a video that is denoised, so that nothing of this is lost while it is decoded; the log says if not."""
+        start = time.perf_counter()
         try:
-            write_saved(self.folder, RESULT_NAME, saved)
-            remove_others(self.folder, [RESULT_NAME])
+            write_saved(self.folder, LATENTS_NAME, self._saved("latents", video, {"model": model}))
+        except OSError as error:
+            _warn("the denoised video could not be kept in the job folder (%s)", _reason(error))
+            self._tidy()
+        self.seconds += time.perf_counter() - start
+
+    def keep_frames(self, video: VideoResult, frames: Frames) -> None:
+        """Store the frames; should that fail, the log says so, and the video stays one that is to be decoded."""
+        try:
+            write_frames(self.folder, FRAMES_NAME, self._saved("frames", video, None), video.shape, frames)
+            self._whole_video = True
+        except OSError as error:
+            _warn("the result could not be kept in the job folder (%s)", _reason(error))
+            self._tidy(LATENTS_NAME)
+
+    def finish(self, video: VideoResult, model: str, record: Mapping[str, Any]) -> None:
+        """Store what else there is of the result, and remove the checkpoints; should that fail, the log says so."""
+        if not self._whole_video:
+            return
+        try:
+            write_saved(self.folder, RESULT_NAME, self._saved("result", video, {"model": model, "record": record}))
+            remove_others(self.folder, [RESULT_NAME, FRAMES_NAME])
         except OSError as error:
             _warn("the result could not be kept in the job folder (%s)", _reason(error))
 
+    def _tidy(self, *names: str) -> None:
+        """Remove what was written of a state that the disk has no room for; checkpoints and some others stay."""
+        with contextlib.suppress(OSError):
+            remove_others(self.folder, [*names, *(checkpoint_name(whole) for whole in self._whole)])
+
+    def _saved(self, kind: str, video: VideoResult, more: Mapping[str, Any] | None) -> Saved:
+        """A state of after the last step; without `more` it holds the job's identity alone."""
+        content = {} if more is None else {"video": video_content(video), **more}
+        return Saved(kind=kind, step=video.request.num_inference_steps, sigma=0.0, job=self._identity, content=content)
+
     def _read(self, name: str, kind: str) -> Saved | None:
+        return self._try(name, lambda: read_saved(self.folder, name, kind))
+
+    def _try(self, name: str, read: Callable[[], T]) -> T | None:
         try:
-            return read_saved(self.folder, name, kind)
+            return read()
         except Damaged as error:
             if self._quiet:
                 return None
             _warn("%s in job folder %s is skipped: %s", name, str(self.folder), error)
             return None
 
-    def _check(self, saved: Saved) -> None:
-        found = differences(saved.job, self._identity, finished=saved.kind == "result")
+    def _check(self, saved: Saved, *, finished: bool | None = None) -> None:
+        finished = saved.kind == "result" if finished is None else finished
+        found = differences(saved.job, self._identity, finished=finished)
         if found:
             raise JobDiffers(
                 f"the job folder {str(self.folder)!r} holds another job, which differs in {', '.join(found)}: repeat "
@@ -219,7 +273,7 @@ def look(config: JobConfig, identity: Mapping[str, Any]) -> Finished | None:
     """
     with Job(config, identity, quiet=True) as job:
         finished = job.finished()
-        if finished is None and config.resume != "never":
+        if finished is None and config.resume != "never" and job.denoised() is None:
             job.newest()
         return finished
 
@@ -247,176 +301,3 @@ def _open_progress(path: Path, step: int) -> BinaryIO:
     file.truncate(end)
     file.seek(end)
     return file
-
-
-class Stop:
-    """Whether a run is to stop; plain attributes, which a signal handler may set at any moment.
-
-    Attributes:
-        asked: the run stops after its current step.
-        save: that step is saved, if the run has a job.
-        saved: the run stops after the next step that is saved anyway, so that its plan remains as it is.
-    """
-
-    def __init__(self) -> None:
-        self.asked = self.save = self.saved = False
-
-
-def stopped(done: int, num_steps: int, job: Job | None) -> Cancelled:
-    """What to raise for a run that stopped after `done` steps; `job` if it was to be saved."""
-    if job is None:
-        return Cancelled(f"cancelled after step {done} of {num_steps}")
-    where = f"step {job.saved} is saved" if job.saved else "no step is saved"
-    return Interrupted(
-        f"stopped after step {done} of {num_steps}; {where} in {str(job.folder)!r}, and the same request resumes there",
-        job.saved,
-    )
-
-
-class StepEvents:
-    """The pipeline's `callback_on_step_end`: sends a `StepDone`, saves checkpoints, stops the pipeline when asked.
-
-    Attributes:
-        events: of this process's steps.
-        done: number of steps done, also before a resume.
-        earlier: seconds by stage before a resume.
-        stopping: whether the run was told to stop.
-    """
-
-    def __init__(
-        self,
-        num_steps: int,
-        num_tokens: int,
-        work: float,
-        session: HSASession | None,
-        emit: Callable[[Event], None],
-        stop: Stop,
-        clock: Callable[[], float],
-        vote: Callable[[bool], bool] = bool,
-    ) -> None:
-        """Follow one run.
-
-        Args:
-            num_steps: T.
-            num_tokens: N.
-            work: evaluated tokens of the whole run, as far as is known.
-            session: of the run; None for a stock pipeline.
-            emit: gets the events.
-            stop: looked at after each step.
-            clock: seconds.
-            vote: on many ranks, whether any of them says yes: what stops one stops all.
-        """
-        self.events: list[StepDone] = []
-        self.stopping = False
-        self._vote = vote
-        self.done, self.earlier = 0, {"denoise": 0.0, "checkpoint": 0.0}
-        self._num_steps, self._num_tokens, self._work = num_steps, num_tokens, work
-        self._session, self._emit, self._stop, self._clock = session, emit, stop, clock
-        self._records: list[StepRecord] = []
-        if session is not None:
-            session.on_step.append(self._records.append)
-        self._start = self._last = clock()
-        self._work_done = 0
-        self._job: Job | None = None
-        self._every: int | None = None
-
-    def keep(self, job: Job | None, every: int, saved: Saved | None) -> None:
-        """Save every so many steps, and resume from `saved`; without a `job` another rank saves."""
-        assert self._session is not None, "only a run with a session can be saved"
-        self._job, self._every = job, every
-        self._session.save_every(every)
-        if saved is not None:
-            self._session.resume(saved.content["session"])
-            self.done, self.earlier = saved.step, dict(saved.content["seconds"])
-            self._work -= sum(record["active"] for record in saved.content["session"]["run"]["records"])
-
-    def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's `callback_on_step_end`; returns the tensors that are to replace the pipeline's own."""
-        now = self._clock()
-        new, self.done = step + 1 > self.done, max(self.done, step + 1)
-        # Looked at once: a step that is not saved does not end the run.
-        pause = self._stop.saved and new and self._on_schedule and self.done < self._num_steps
-        self.stopping = stopping = self._vote(self._stop.asked or pause)
-        if stopping:  # on all ranks or on none, so that each votes as often as the others
-            self._stop.save = self._vote(self._stop.save or pause)
-        passed = self._session.passed(step, **tensors) if self._every and self._session is not None else None
-        if passed is None:
-            sigmas = pipeline.scheduler.sigmas[-self._num_steps - 1 :]  # a given video is noised in part only
-            self._tell(step, float(sigmas[step]), now)
-            if self._job is not None:
-                self._save(self._job, float(sigmas[step + 1]), tensors, stopping)
-        else:
-            self._start = now
-        # An interrupted pipeline still skips through its loop, so that its hooks and offloading end in order.
-        if stopping:
-            pipeline._interrupt = True
-        self._last = self._clock()
-        return passed or {}
-
-    @property
-    def _on_schedule(self) -> bool:
-        """Whether a run that is not stopped saves here."""
-        return self._every is not None and self.done % self._every == 0
-
-    def _tell(self, step: int, sigma: float, now: float) -> None:
-        active = self._records[-1].active if self._session is not None else self._num_tokens
-        self._work_done += active
-        left = max(self._work - self._work_done, 0.0) if step + 1 < self._num_steps else 0.0
-        event = StepDone(
-            step=step + 1,
-            num_steps=self._num_steps,
-            sigma=sigma,
-            active=active,
-            total=self._num_tokens,
-            seconds=now - self._last,
-            eta_seconds=(now - self._start) * left / self._work_done if self._work_done else 0.0,
-        )
-        self.events.append(event)
-        self._emit(event)
-        if self._job is not None:
-            self._job.progress(event)
-
-    def _save(self, job: Job, sigma: float, tensors: dict[str, torch.Tensor], stopping: bool) -> None:
-        """Save where it is time to, or the run stops; and before the VAE, which may need more memory than there is."""
-        due = self._on_schedule or self.done == self._num_steps
-        if not due and not (stopping and self._stop.save):
-            return
-        assert self._session is not None
-        seconds = {
-            "denoise": self.earlier["denoise"] + sum(event.seconds for event in self.events),
-            "checkpoint": self.earlier["checkpoint"] + job.seconds,
-        }
-        job.save(self.done, sigma, {"session": self._session.state(**tensors), "seconds": seconds})
-
-
-class Progress:
-    """How far a run is, for messages."""
-
-    def __init__(self) -> None:
-        self._on_step: StepEvents | None = None
-
-    def follow(self, on_step: StepEvents) -> None:
-        """Look at a run's steps."""
-        self._on_step = on_step
-
-    @property
-    def where(self) -> str:
-        """How far the run is, as part of a sentence."""
-        return "before its first step" if self._on_step is None else f"after {self._on_step.done} steps"
-
-
-def dense_report(events: list[StepDone], grid: tuple[int, int, int]) -> HSAReport:
-    """The report of a run of the stock pipeline: every token at every step."""
-    records = [
-        StepRecord(
-            step=event.step - 1,
-            sigma=event.sigma,
-            active=event.active,
-            total=event.total,
-            reason="dense",
-            seconds=event.seconds,
-        )
-        for event in events
-    ]
-    evaluations = torch.full(grid, len(events), dtype=torch.int32)
-    return HSAReport(steps=records, compute=1.0, evaluations=evaluations, kv_bytes=0, num_steps=len(events))

@@ -54,6 +54,8 @@ _IMAGE = ("image_encoder", "image_processor")
 # Of 2.5: they write longer prompts, and choose a length.
 _UNUSED = ("processor", "prompt_enhancer", "duration_head")
 _AUDIO = ("connectors", "audio_vae", "vocoder")
+# What a pipeline that only decodes does without.
+_DENOISER = ("transformer", "transformer_2", "connectors", *_TEXT, *_IMAGE)
 # Small parts in which rounding shows, or is heard. LTX-2's VAE is not among them: its pipeline gives it images in the
 # transformer's type.
 _FLOAT32 = ("image_encoder", "audio_vae", "vocoder")
@@ -88,16 +90,36 @@ def load_pipeline(
     Raises:
         ConfigError: a part is missing, torn, or does not fit its config, or `config` asks for what is not here.
     """
+    check_features(config, facts, device)
+    pipeline = _assembled(facts, config, dtype, () if text else _TEXT)
+    adapter = adapter_for(pipeline)
+    if shards is not None:
+        for _, transformer in adapter.transformers(pipeline):
+            shard_weights(transformer, adapter.blocks(transformer), shards)
+    place(pipeline, adapter, device, offload)
+    put_on(config, pipeline, adapter)
+    return pipeline
+
+
+def load_decoder(facts: ModelFacts, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    """Load a model's stock pipeline without what makes latents: it can only decode them. As `load_pipeline` else."""
+    pipeline = _assembled(facts, config, dtype, _DENOISER)
+    if config.vae_tiling:
+        pipeline.vae.enable_tiling()
+    return pipeline.to(device)
+
+
+def _assembled(facts: ModelFacts, config: EngineConfig, dtype: torch.dtype, without: tuple[str, ...]) -> Any:
+    """A model's pipeline on the host, without some parts."""
     import diffusers
 
-    check_features(config, facts, device)
     cls = getattr(diffusers, facts.pipeline)
     try:
         folder = facts.location
         if not Path(folder).is_dir():
             folder = str(cls.download(folder, use_safetensors=True))
         parts = cls.load_config(folder)
-        left_out = (*_UNUSED, *(() if text else _TEXT))
+        left_out = (*_UNUSED, *without)
         index = {name: entry for name, entry in parts.items() if name not in left_out}
         with _without_bars():
             networks = _load_networks(facts, Path(folder), index, dtype, quantization(config))
@@ -110,21 +132,15 @@ def load_pipeline(
         if isinstance(error, ConfigError) or is_out_of_memory(error):
             raise
         raise ConfigError(f"model {facts.name!r} cannot be loaded ({first_line(error)})") from error
-    _check_parts(pipeline, facts, text)
+    _check_parts(pipeline, facts, without)
     pipeline.set_progress_bar_config(disable=True)
-    adapter = adapter_for(pipeline)
-    if shards is not None:
-        for _, transformer in adapter.transformers(pipeline):
-            shard_weights(transformer, adapter.blocks(transformer), shards)
-    place(pipeline, adapter, device, offload)
-    put_on(config, pipeline, adapter)
     return pipeline
 
 
-def _check_parts(pipeline: Any, facts: ModelFacts, text: bool) -> None:
-    """Refuse a pipeline that lacks what a video needs."""
-    more = (*(_TEXT if text else ()), *(_IMAGE if facts.sees_image else ()), *(_AUDIO if facts.audio_heads else ()))
-    for name in ("transformer", "vae", "scheduler", *more):
+def _check_parts(pipeline: Any, facts: ModelFacts, without: tuple[str, ...]) -> None:
+    """Refuse a pipeline that lacks what a video needs, but for parts that it does without."""
+    more = (*_TEXT, *(_IMAGE if facts.sees_image else ()), *(_AUDIO if facts.audio_heads else ()))
+    for name in [name for name in ("transformer", "vae", "scheduler", *more) if name not in without]:
         if getattr(pipeline, name, None) is None:
             raise ConfigError(f"model {facts.name!r} has no {name}, so it cannot make a video")
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
+import tempfile
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,9 +23,10 @@ from .config import EngineConfig
 from .denoise.schedulers import correct_for, forecast_for, kind_of, scheduler_for
 from .facts import ModelFacts
 from .lora import lora_label
+from .media.feeding import Frames, Reader
 from .models import adapter_named
 from .report import HSAReport, plain_step
-from .request import VideoOutput
+from .request import FrameSink, VideoResult
 
 _PACKAGES = ("heterostep", "torch", "diffusers", "transformers", "numpy", "av")
 # Of SSIM: the side of the window, and the width of its Gaussian.
@@ -59,8 +63,13 @@ def device_name(device: torch.device) -> str:
     return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def compare(output: VideoOutput, dense: VideoOutput) -> dict[str, Any]:
+def compare(output: VideoResult, dense: VideoResult, quality: Quality) -> dict[str, Any]:
     """What was saved against a dense run of the same request, and at what cost in quality.
+
+    Args:
+        output: the video.
+        dense: that of the dense run.
+        quality: of the frames of one against those of the other.
 
     Returns:
         Denoising seconds of both, their ratio `speedup`, and `psnr` (dB; None for equal videos), `ssim` (None
@@ -68,16 +77,16 @@ def compare(output: VideoOutput, dense: VideoOutput) -> dict[str, Any]:
         is not finite, since JSON has no word for it.
     """
     seconds, dense_seconds = output.seconds["denoise"], dense.seconds["denoise"]
-    quality = {
-        "psnr": psnr(output.frames, dense.frames),
-        "ssim": ssim(output.frames, dense.frames) if min(output.frames.shape[1:3]) >= 11 else None,
+    values = {
+        "psnr": quality.psnr,
+        "ssim": quality.ssim,
         "latents_relative_l2": relative_l2(output.latents, dense.latents),
     }
     return {
         "seconds_denoise": seconds,
         "seconds_denoise_dense": dense_seconds,
         "speedup": dense_seconds / seconds,
-        **{name: value if value is not None and np.isfinite(value) else None for name, value in quality.items()},
+        **{name: value if value is not None and np.isfinite(value) else None for name, value in values.items()},
     }
 
 
@@ -90,10 +99,41 @@ def _unit(frames: NDArray[Any]) -> NDArray[np.float64]:
     return frames.astype(np.float64)
 
 
-def _pair(frames: NDArray[Any], reference: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+class Quality:
+    """How close two videos are, measured frame by frame: neither has to be in memory."""
+
+    def __init__(self) -> None:
+        """Begin without frames."""
+        self._error, self._values = 0.0, 0
+        self._similarities: list[float] | None = []
+
+    def add(self, frame: NDArray[Any], reference: NDArray[Any]) -> None:
+        """Take the next frame [H, W, C] of each, uint8, or float in [0, 1]."""
+        a, b = _unit(frame), _unit(reference)
+        self._error += float(np.sum((a - b) ** 2))
+        self._values += a.size
+        if min(a.shape[:2]) < _WINDOW:
+            self._similarities = None
+        elif self._similarities is not None:
+            self._similarities.append(_similarity(a, b))
+
+    @property
+    def psnr(self) -> float:
+        """As `psnr`."""
+        error = self._error / self._values
+        return math.inf if error == 0.0 else -10.0 * math.log10(error)
+
+    @property
+    def ssim(self) -> float | None:
+        """As `ssim`; None for frames that are too small."""
+        return None if self._similarities is None else float(np.mean(self._similarities))
+
+
+def _pairs(frames: NDArray[Any], reference: NDArray[Any]) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Frame by frame: a whole 720p video in float64 would need gigabytes."""
     if frames.shape != reference.shape:
         raise ValueError(f"videos must have one shape, got {frames.shape} and {reference.shape}")
-    return _unit(frames), _unit(reference)
+    return ((_unit(frame), _unit(other)) for frame, other in zip(frames, reference, strict=True))
 
 
 def psnr(frames: NDArray[Any], reference: NDArray[Any]) -> float:
@@ -106,8 +146,7 @@ def psnr(frames: NDArray[Any], reference: NDArray[Any]) -> float:
         frames: [F, H, W, C], uint8, or float in [0, 1].
         reference: the same shape.
     """
-    a, b = _pair(frames, reference)
-    error = float(np.mean((a - b) ** 2))
+    error = sum(float(np.sum((a - b) ** 2)) for a, b in _pairs(frames, reference)) / frames.size
     return math.inf if error == 0.0 else -10.0 * math.log10(error)
 
 
@@ -124,9 +163,13 @@ def ssim(frames: NDArray[Any], reference: NDArray[Any]) -> float:
     Returns:
         1.0 for equal videos, near 0 for unrelated ones.
     """
-    a, b = _pair(frames, reference)
-    if min(a.shape[1:3]) < _WINDOW:
-        raise ValueError(f"SSIM needs frames of at least {_WINDOW} x {_WINDOW} pixels, got {a.shape[1:3]}")
+    if frames.shape == reference.shape and min(frames.shape[1:3]) < _WINDOW:
+        raise ValueError(f"SSIM needs frames of at least {_WINDOW} x {_WINDOW} pixels, got {frames.shape[1:3]}")
+    return float(np.mean([_similarity(a, b) for a, b in _pairs(frames, reference)]))
+
+
+def _similarity(frame: NDArray[np.float64], reference: NDArray[np.float64]) -> float:
+    """SSIM of two frames [H, W, C]."""
     offsets = torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2
     weights = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
     weights = weights / weights.sum()
@@ -135,21 +178,17 @@ def ssim(frames: NDArray[Any], reference: NDArray[Any]) -> float:
         x = F.conv2d(x, weights.view(1, 1, -1, 1))
         return F.conv2d(x, weights.view(1, 1, 1, -1))
 
-    # Frame by frame: a whole 720p video in float64 would need gigabytes.
-    values = []
-    for frame, other in zip(a, b, strict=True):
-        x = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1)))[:, None]
-        y = torch.from_numpy(np.ascontiguousarray(other.transpose(2, 0, 1)))[:, None]
-        mean_x, mean_y = blur(x), blur(y)
-        var_x = blur(x * x) - mean_x**2
-        var_y = blur(y * y) - mean_y**2
-        covariance = blur(x * y) - mean_x * mean_y
-        c1, c2 = 0.01**2, 0.03**2
-        similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
-            (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
-        )
-        values.append(float(similarity.mean()))
-    return float(np.mean(values))
+    x = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1)))[:, None]
+    y = torch.from_numpy(np.ascontiguousarray(reference.transpose(2, 0, 1)))[:, None]
+    mean_x, mean_y = blur(x), blur(y)
+    var_x = blur(x * x) - mean_x**2
+    var_y = blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
+        (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
+    )
+    return float(similarity.mean())
 
 
 def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -160,26 +199,25 @@ def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float(difference / torch.linalg.vector_norm(reference.double()))
 
 
-def run_record(maker: Maker, output: VideoOutput, dense: VideoOutput | None = None) -> dict[str, Any]:
+def run_record(maker: Maker, output: VideoResult) -> dict[str, Any]:
     """Everything about one run, ready for JSON.
 
     Args:
         maker: the engine that made the video.
         output: the video.
-        dense: the dense run of the same request, if one was made to compare.
 
     Returns:
         `model`, `family`, `device`, `dtype`, `versions`, `request` and `hsa` (with the values that acted where some
         were left out), `acting` (what else acted: scheduler, guidance, kernel, degrees, types), `compute` (achieved),
         `seconds` by stage, `parallel` (degrees) and `ranks` (traffic and memory of each), `steps`, `kv_bytes`,
-        `conditioned` (tokens that were given), `audio` (None without sound), `evaluations` (a summary and the histogram
-        over tokens), and perhaps `against_dense`.
+        `conditioned` (tokens that were given), `audio` (None without sound), and `evaluations` (a summary and the
+        histogram over tokens). What compares it with a dense run adds `against_dense` (`compare`).
     """
     report = output.report
     assert report.evaluations is not None, "a finished run has evaluations"
     evaluations = report.evaluations.cpu().numpy()
     counts, tokens = np.unique(evaluations, return_counts=True)
-    record: dict[str, Any] = {
+    return {
         "model": maker.config.model,
         "family": maker.facts.family,
         "device": device_name(maker.device),
@@ -210,12 +248,9 @@ def run_record(maker: Maker, output: VideoOutput, dense: VideoOutput | None = No
             "histogram": {str(count): int(number) for count, number in zip(counts, tokens, strict=True)},
         },
     }
-    if dense is not None:
-        record["against_dense"] = compare(output, dense)
-    return record
 
 
-def acting_request(output: VideoOutput, experts: int) -> dict[str, Any]:
+def acting_request(output: VideoResult, experts: int) -> dict[str, Any]:
     """The request with the share and the guidance of each expert that acted; of files, the names alone."""
     request = dataclasses.asdict(output.request)
     request["lora"] = [lora_label(text) for text in output.request.lora]
@@ -226,7 +261,7 @@ def acting_request(output: VideoOutput, experts: int) -> dict[str, Any]:
     return request
 
 
-def acting_hsa(maker: Maker, output: VideoOutput) -> dict[str, Any] | None:
+def acting_hsa(maker: Maker, output: VideoResult) -> dict[str, Any] | None:
     """The allocation with its deduced values; None where the stock pipeline ran alone.
 
     What a policy does not have stays None: a profile, a limit of age, a type of keys and values.
@@ -252,7 +287,7 @@ def acting_hsa(maker: Maker, output: VideoOutput) -> dict[str, Any] | None:
     return {name: values.get(name) if value is None else value for name, value in given.items()}
 
 
-def acting(maker: Maker, output: VideoOutput) -> dict[str, Any]:
+def acting(maker: Maker, output: VideoResult) -> dict[str, Any]:
     """What else acted: scheduler, guidance of each expert, attention kernel, degrees, and the types of all parts."""
     request, facts = output.request, maker.facts
     guidance = facts.guidance_for(request.guidance_scale)
@@ -295,3 +330,64 @@ def _leading(full: list[bool]) -> int:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+class Comparison(FrameSink):
+    """Takes the second video, after `first` gave a sink for the first one; a context manager.
+
+    The frames of the first are kept in a temporary file meanwhile.
+
+    Attributes:
+        quality: of the first video against the second, once that is decoded.
+    """
+
+    def __init__(self) -> None:
+        """Begin without frames."""
+        self.quality = Quality()
+        self._file = tempfile.TemporaryFile(prefix="heterostep-frames-")  # noqa: SIM115 - closed at the end
+        self._kept = self._compared = False
+
+    def __enter__(self) -> Comparison:
+        """Nothing more is done."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove the file."""
+        self._file.close()
+
+    def first(self, sink: FrameSink | None = None) -> FrameSink:
+        """A sink for the first video, which goes to another sink too."""
+        return _First(self, sink or FrameSink())
+
+    def pending(self, video: VideoResult) -> Sequence[Reader]:
+        """Compare, once."""
+        return () if self._compared else (self._compare,)
+
+    def keep(self) -> Sequence[Reader]:
+        """Keep the first video, once."""
+        return () if self._kept else (self._keep,)
+
+    def _keep(self, frames: Frames) -> None:
+        self._file.seek(0)
+        for frame in frames:
+            self._file.write(np.ascontiguousarray(frame).data)
+        self._file.flush()
+        self._kept = True
+
+    def _compare(self, frames: Frames) -> None:
+        self._file.seek(0)
+        self.quality = Quality()
+        for frame in frames:
+            kept = np.frombuffer(self._file.read(frame.nbytes), np.uint8).reshape(frame.shape)
+            self.quality.add(kept, frame)
+        self._compared = True
+
+
+class _First(FrameSink):
+    def __init__(self, comparison: Comparison, sink: FrameSink) -> None:
+        self._comparison, self._sink = comparison, sink
+
+    def pending(self, video: VideoResult) -> Sequence[Reader]:
+        return (*self._comparison.keep(), *self._sink.pending(video))

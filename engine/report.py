@@ -115,5 +115,13 @@ def step_from(plain: Mapping[str, Any]) -> StepRecord:
     shared = plain.get("parallel")
     if shared is None:
         return StepRecord(**plain)
-    sent = {name: Sent(**count) for name, count in shared["sent"].items()}
-    return StepRecord(**{**plain, "parallel": ParallelRecord(**{**shared, "sent": sent})})
+    return StepRecord(**{**plain, "parallel": ParallelRecord(**{**shared, "sent": _sent(shared["sent"])})})
+
+
+def rank_from(plain: Mapping[str, Any]) -> RankReport:
+    """The inverse of `dataclasses.asdict` for a rank."""
+    return RankReport(**{**plain, "sent": _sent(plain["sent"])})
+
+
+def _sent(plain: Mapping[str, Any]) -> dict[str, Sent]:
+    return {name: Sent(**count) for name, count in plain.items()}

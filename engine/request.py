@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .media.audio import Audio
+    from .media.feeding import Reader
     from .report import HSAReport
 
 RESUME = ("auto", "never")
@@ -345,23 +346,22 @@ class Decoding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoOutput:
-    """A finished video.
+class VideoResult:
+    """A finished video but for its frames, which go elsewhere.
 
     Attributes:
-        frames: uint8 [F, H, W, 3].
         fps: frames per second.
         hsa: the allocation used; None where the stock pipeline ran alone (compute 1).
         report: what was computed, step by step and token by token.
         seconds: by stage: `encode_text`, `denoise`, `decode`, `total`; of a job also `checkpoint`. Denoising and
-            checkpoints before a resume are counted, steps that a break lost are not.
+            checkpoints before a resume are counted, steps that a break lost are not. `decode` includes the time of
+            files that are written meanwhile.
         latents: final latents, float32 [1, C, F, Y, X] on the CPU, as the pipeline gives them.
         request: with all defaults filled in.
         audio: the sound that goes with it; None for models without.
         audio_latents: its final latents, float32 [1, C, M, bins] on the CPU.
     """
 
-    frames: NDArray[np.uint8]
     fps: int
     hsa: HSAConfig | None
     report: HSAReport
@@ -371,5 +371,41 @@ class VideoOutput:
     audio: Audio | None = None
     audio_latents: torch.Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the frames: F, H, W, 3."""
+        return self.request.num_frames, self.request.height, self.request.width, 3
 
-Event = Started | StepDone | Decoding | VideoOutput
+
+@dataclass(frozen=True, kw_only=True)
+class VideoOutput(VideoResult):
+    """A finished video.
+
+    Attributes:
+        frames: uint8 [F, H, W, 3].
+    """
+
+    frames: NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, video: VideoResult, frames: NDArray[np.uint8]) -> VideoOutput:
+        """A video with its frames."""
+        values = {item.name: getattr(video, item.name) for item in dataclasses.fields(VideoResult)}
+        return cls(**values, frames=frames)
+
+
+class FrameSink:
+    """Where the frames of a video go while it is decoded; this one has no use for them."""
+
+    def pending(self, video: VideoResult) -> Sequence[Reader]:
+        """Say what takes the frames next.
+
+        It is asked again after all frames were given, for files that could not be written; no readers: it is content.
+
+        Args:
+            video: finished but for its frames, whose `seconds` do not count decoding yet.
+        """
+        return ()
+
+
+Event = Started | StepDone | Decoding | VideoResult

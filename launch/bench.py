@@ -18,7 +18,7 @@ from ..engine.facts import read_facts, read_scheduler
 from ..engine.loading import pick_device
 from ..engine.progress import Progress
 from ..engine.record import device_name, versions
-from ..engine.request import GenerateRequest, VideoOutput
+from ..engine.request import GenerateRequest, VideoOutput, VideoResult
 from ..errors import RankLost
 from ..hsa.config import HSAConfig
 from .generate import shown
@@ -115,7 +115,7 @@ def _maker(command: Command, first: HSAConfig | None, progress: Progress) -> Ite
     """Whatever makes the videos, as long as it is needed; `first` is the first policy's allocation."""
     if command.ranks.size == 1:
         progress.stage(f"loading model {command.engine.model}")
-        yield OneRank(command.engine, lambda events, label: shown(events, label, progress))
+        yield OneRank(command.engine, lambda events, label: _with_frames(shown(events, label, progress)))
         return
     with contextlib.closing(Ranks(command, first, progress)) as ranks:
         yield ranks
@@ -150,7 +150,7 @@ class Ranks:
             self._open(other)
         assert self._group is not None
         show = lambda events, text: shown(events, text, self._progress)  # noqa: E731
-        return once(self._group, Work(request=request), None, show, self._on_loss, label)[0]
+        return _with_frames(once(self._group, Work(request=request), None, show, self._on_loss, label)[0])
 
     def _open(self, hsa: HSAConfig | None) -> None:
         self.close()
@@ -165,3 +165,9 @@ class Ranks:
         """End the ranks."""
         self._open_now.close()
         self._group = None
+
+
+def _with_frames(video: VideoResult) -> VideoOutput:
+    """A video that was made without a sink for its frames, and so has them."""
+    assert isinstance(video, VideoOutput)
+    return video

@@ -25,7 +25,17 @@ from ..errors import (
 from ..hsa.config import HSAConfig
 from ..parallel.config import ParallelConfig
 from ..version import __version__
-from .options import Batch, Outputs, Ranks, Serving, add_flags, commands_of, given, service_settings, size_of
+from .options import (
+    Batch,
+    Outputs,
+    Ranks,
+    Serving,
+    add_flags,
+    commands_of,
+    given,
+    service_settings,
+    size_of,
+)
 from .plan import PlanSettings, plan
 from .serve import serve
 from .service.settings import ServiceSettings
@@ -68,6 +78,16 @@ examples:
     heterostep generate --prompt "a red disc moves right" --job-dir disc --output disc.mp4
 
 Flags that are left out take the model's defaults; `heterostep info --model M` shows them.
+"""
+
+
+_DECODE_EPILOG = """\
+examples:
+  heterostep generate --prompt "a red disc moves right" --latents disc.safetensors
+  heterostep decode disc.safetensors --output disc.mp4
+  heterostep decode ./job-of-an-hour --output video.mp4 --scale 2
+
+Only the VAE is loaded. Model, type and frame rate are those of the run that made the latents, unless flags name others.
 """
 
 
@@ -142,6 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_generate(commands)
+    _add_decode(commands)
     _add_info(commands)
     _add_plan(commands)
     _add_serve(commands)
@@ -188,6 +209,15 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def _add_size(parser: argparse._ActionsContainer, purpose: str) -> None:
     parser.add_argument("--size", type=size_of, default=argparse.SUPPRESS, metavar="WxH", help=purpose)
+
+
+def _add_decode(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _add_command(commands, "decode", "make the file of a video from its final latents", _DECODE_EPILOG)
+    command.add_argument("source", metavar="LATENTS_OR_JOB", help="file of --latents, or folder of --job-dir")
+    add_flags(command, GenerateRequest, only=["fps"])
+    add_flags(command, EngineConfig, defaults=False, only=["model", "dtype", "device", "vae_tiling"])
+    add_flags(command, Outputs, only=["output", "overwrite", "no_clobber", "scale", "quiet"])
+    command.set_defaults(run=_decode)
 
 
 def _add_info(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -263,6 +293,16 @@ def progress_for(outputs: Outputs, leads: bool = True) -> Progress:
     if outputs.json and leads:
         return JsonProgress()
     return Progress(leads and not outputs.quiet and not outputs.json)
+
+
+def _decode(arguments: argparse.Namespace) -> int:
+    given_flags = vars(arguments)
+    outputs = Outputs(**given(Outputs, given_flags))
+    with Progress(not outputs.quiet) as progress:
+        progress.stage("loading PyTorch")
+        from .decode import decode
+
+        return decode(given_flags, outputs, progress)
 
 
 def _info(arguments: argparse.Namespace) -> int:

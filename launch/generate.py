@@ -4,37 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import logging
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import functools
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save
-
 from ..engine.config import EngineConfig
+from ..engine.decoding import deliver
 from ..engine.denoise.checks import rehearse
 from ..engine.denoise.long_video import windows_of
 from ..engine.engine import Engine
 from ..engine.facts import ModelFacts, read_facts
 from ..engine.features import check_features
 from ..engine.finished import find_finished
-from ..engine.loading import pick_device
+from ..engine.loading import pick_device, pick_dtype
 from ..engine.lora import locate_lora, parse_lora
-from ..engine.media.files import Placed, check_writable, place, write_json
-from ..engine.media.video import check_mp4, heatmap_frames, heatmap_size, write_mp4
 from ..engine.memory import Room
 from ..engine.progress import Progress
-from ..engine.record import run_record
-from ..engine.request import Event, JobConfig, ResolvedRequest, Started, VideoOutput, allocation, resolve
-from ..errors import ConfigError, Interrupted, JobStopped, OutputElsewhere
+from ..engine.record import Comparison, compare, run_record
+from ..engine.request import Event, FrameSink, JobConfig, ResolvedRequest, Started, VideoResult, allocation, resolve
+from ..engine.stored import source_of
+from ..errors import ConfigError, Interrupted, JobStopped
 from .logs import silence_libraries
-from .ranks import Made, degrees_for, generate_on_ranks, help_elsewhere, saving_signals
+from .outputs import OutputFiles, elsewhere, saving_signals
+from .ranks import Made, Show, degrees_for, generate_on_ranks, help_elsewhere
 
 if TYPE_CHECKING:
     from ..engine.job import Finished
-    from .options import Command, Outputs
+    from .options import Command
     from .workers.rendezvous import TorchrunRank
 
 
@@ -61,11 +58,10 @@ def generate(commands: Sequence[Command], progress: Progress, rank: TorchrunRank
     if on_ray and rank is not None:
         raise ConfigError("--ray works only with `heterostep generate`: torchrun has already started the ranks")
     if on_ray or first.ranks.size > 1:
-        made: Generator[Made | None] = generate_on_ranks(
-            commands, lambda events, label: shown(events, label, progress), progress
-        )
+        show: Show = functools.partial(shown, progress=progress)
+        made: Generator[Made | None] = generate_on_ranks(commands, files, show, progress)
     else:
-        made = _made_here(commands, progress, rank)
+        made = _made_here(commands, files, progress, rank)
     for each in files:
         each.announce(progress.say)
     moved: list[str] = []
@@ -86,12 +82,14 @@ def _checked(commands: Sequence[Command], progress: Progress) -> tuple[list[Comm
         HeterostepError: what is wrong with one of them.
     """
     first, files = commands[0], []
+    facts = read_facts(first.engine.model)
+    dtype = str(pick_dtype(first.engine.dtype, pick_device(first.engine.device))).removeprefix("torch.")
     for command in commands:
-        files.append(OutputFiles(command.outputs, None if command.job is None else Path(command.job.folder)))
+        folder = None if command.job is None else Path(command.job.folder)
+        files.append(OutputFiles(command.outputs, folder, source_of(facts), dtype))
     paths = [path.resolve() for each in files for path in each.paths.values()]
     if len(set(paths)) < len(paths):
         raise ConfigError("two outputs have the same name; give each its own, those of several videos with {index}")
-    facts = read_facts(first.engine.model)
     resolved = [resolve(command.request, facts) for command in commands]
     for each, request in zip(files, resolved, strict=True):
         each.check(request)
@@ -129,20 +127,26 @@ def _fitting(
     return [dataclasses.replace(command, engine=engine) for command in commands]
 
 
-def _made_here(commands: Sequence[Command], progress: Progress, rank: TorchrunRank | None) -> Generator[Made | None]:
+def _made_here(
+    commands: Sequence[Command], files: Sequence[OutputFiles], progress: Progress, rank: TorchrunRank | None
+) -> Generator[Made | None]:
     """The videos, made by an engine of this process; None on a rank that does not lead."""
     first = commands[0]
     size, decide = (1, None) if rank is None else (rank.world_size, rank.decide)
     parallel, _ = degrees_for(first, size, pick_device(first.engine.device), decide)
     here = _Here(dataclasses.replace(first.engine, parallel=parallel, shard_weights=first.shard_weights), progress)
-    for command in commands:
+    leads = rank is None or rank.leads
+    for command, its_files in zip(commands, files, strict=True):
         done, found = _finished(here.config, command, rank)
         if found is not None and command.job is not None:
             progress.say(f"the job in {command.job.folder} is finished; nothing was computed")
-            made: Made | None = (found.output, found.record)
+            deliver(found.frames, its_files, found.video)
+            made: Made | None = (found.video, found.record)
         elif not done:
-            made = _compute(here, command) if command.job is None else _work(here, command, command.job)
-        yield made if rank is None or rank.leads else None
+            with its_files.rescuing():
+                sink = its_files if leads else FrameSink()
+                made = _compute(here, command, sink) if command.job is None else _work(here, command, command.job, sink)
+        yield made if leads else None
 
 
 def _finished(config: EngineConfig, command: Command, rank: TorchrunRank | None) -> tuple[bool, Finished | None]:
@@ -172,12 +176,11 @@ class _Here:
 
 
 def _write(
-    output: VideoOutput, record: dict[str, Any], command: Command, files: OutputFiles, progress: Progress
+    video: VideoResult, record: dict[str, Any], command: Command, files: OutputFiles, progress: Progress
 ) -> list[str]:
-    """Write the files of a video and say what they are; returns a sentence for each that lies elsewhere."""
-    progress.stage(f"writing {', '.join(map(str, files.paths.values()))}")
-    moved = files.write(output, record)
-    for line in _summary(output, record, files.paths):
+    """Write the files of a video that are left, and say what all are; a sentence for each that lies elsewhere."""
+    moved = files.write(record)
+    for line in _summary(video, record, files.paths):
         progress.say(line)
     progress.tell(
         "done",
@@ -185,29 +188,36 @@ def _write(
         prompt=command.request.prompt,
         seed=command.request.seed,
         compute=record["compute"],
-        seconds=dict(output.seconds),
+        seconds=dict(video.seconds),
         files={name: str(path) for name, path in files.paths.items()},
     )
     return moved
 
 
-def _compute(here: _Here, command: Command) -> Made:
+def _compute(here: _Here, command: Command, sink: FrameSink) -> Made:
     """Load the model and make the video, and a dense one after it where that is asked for."""
     request, progress = command.request, here.progress
     engine = here.load()
-    if command.outputs.compare_dense and command.place[0] == 1:
+    if not command.outputs.compare_dense:
+        video = shown(engine.stream(request, sink=sink), command.label, progress)
+        return video, run_record(engine, video)
+    if command.place[0] == 1:
         progress.stage("warming up")
         # The first steps of a process pay for allocations and kernel choices; neither side should.
-        engine.generate(dataclasses.replace(request, compute=1.0, num_inference_steps=2), progress=False)
-    # Before the dense run, which can take an hour: the plan may be one that cannot be met.
-    output = shown(engine.stream(request), command.label, progress)
-    dense = None
-    if command.outputs.compare_dense:
-        dense = shown(engine.stream(dataclasses.replace(request, compute=1.0)), "dense", progress)
-    return output, run_record(engine, output, dense)
+        for _ in engine.stream(dataclasses.replace(request, compute=1.0, num_inference_steps=2), sink=FrameSink()):
+            pass
+    with Comparison() as comparison:
+        # Before the dense run, which can take an hour: the plan may be one that cannot be met.
+        video = shown(engine.stream(request, sink=comparison.first(sink)), command.label, progress)
+        dense = dataclasses.replace(request, compute=1.0)
+        other = shown(engine.stream(dense, sink=comparison), "dense", progress)
+        record = run_record(engine, video)
+        if engine.leads:
+            record["against_dense"] = compare(video, other, comparison.quality)
+        return video, record
 
 
-def _work(here: _Here, command: Command, job: JobConfig) -> Made:
+def _work(here: _Here, command: Command, job: JobConfig, sink: FrameSink) -> Made:
     """Load the model and resume a job.
 
     Raises:
@@ -228,37 +238,37 @@ def _work(here: _Here, command: Command, job: JobConfig) -> Made:
             engine = here.load()
 
             def events() -> Iterator[Event]:
-                for event in engine.stream(command.request, job):
+                for event in engine.stream(command.request, job, sink):
                     if asked:  # perhaps before there was a run that could be told
                         engine.save_and_stop()
                     yield event
 
-            output = shown(events(), command.label, here.progress)
+            video = shown(events(), command.label, here.progress)
     except Interrupted as interrupted:
         raise JobStopped(str(interrupted)) from interrupted
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"; the same command resumes the job in {job.folder}") from interrupt
-    return output, run_record(engine, output)
+    return video, run_record(engine, video)
 
 
-def shown(events: Iterator[Event], label: str, progress: Progress) -> VideoOutput:
+def shown(events: Iterator[Event], label: str, progress: Progress) -> VideoResult:
     """Show the events of a run; its video."""
-    output = None
+    video = None
     for event in progress.follow(events, label):
         if isinstance(event, Started) and event.resumed_at is not None:
             progress.say(f"resuming after step {event.resumed_at} of {event.request.num_inference_steps}")
-        elif isinstance(event, VideoOutput):
-            output = event
-    assert output is not None
-    return output
+        elif isinstance(event, VideoResult):
+            video = event
+    assert video is not None
+    return video
 
 
-def _summary(output: VideoOutput, record: dict[str, object], paths: dict[str, Path]) -> list[str]:
-    frames, height, width = output.frames.shape[:3]
-    seconds = output.seconds
+def _summary(video: VideoResult, record: dict[str, object], paths: dict[str, Path]) -> list[str]:
+    frames, height, width = video.shape[:3]
+    seconds = video.seconds
     lines = [
-        f"{paths['output']}: {frames} frames of {width}x{height}, {output.fps} per second"
-        + ("" if output.audio is None else f", with {output.audio.seconds:.1f} s of sound"),
+        f"{paths['output']}: {frames} frames of {width}x{height}, {video.fps} per second"
+        + ("" if video.audio is None else f", with {video.audio.seconds:.1f} s of sound"),
         f"compute {record['compute']:.3f} of dense; seconds: text {seconds['encode_text']:.1f}, "
         f"denoising {seconds['denoise']:.1f}, decoding {seconds['decode']:.1f}",
     ]
@@ -273,146 +283,3 @@ def _summary(output: VideoOutput, record: dict[str, object], paths: dict[str, Pa
         lines.append(f"against the dense video of the same seed: {quality}")
     lines += [f"{path}: {name}" for name, path in paths.items() if name != "output"]
     return lines
-
-
-_SUFFIXES = {"output": ".mp4", "heatmap": ".mp4", "latents": ".safetensors", "report": ".json"}
-_OWN = "outputs.json"
-"""In a job's folder: the files that it has written, with sizes and times, so that it may replace them."""
-
-
-class OutputFiles:
-    """Where the files of one video go.
-
-    Attributes:
-        paths: by the name of the flag; a path changes if its file had to be written elsewhere.
-        existing: of these, the files that are there already, without those of this job.
-    """
-
-    def __init__(self, outputs: Outputs, job_folder: Path | None) -> None:
-        """Check that all can be written.
-
-        Args:
-            outputs: what was asked for.
-            job_folder: of the job, if it is one.
-
-        Raises:
-            ConfigError: a file cannot be written, or one exists that is not to be replaced.
-        """
-        given = {name: getattr(outputs, name) for name in _SUFFIXES if getattr(outputs, name) is not None}
-        self.paths = {name: check_writable(path, _SUFFIXES[name]) for name, path in given.items()}
-        self._outputs, self._folder = outputs, job_folder
-        own = _own_files(job_folder)
-        present = {name: path for name, path in self.paths.items() if path.exists()}
-        self._own = {name for name, path in present.items() if own.get(_key(path)) == _stamp(path)}
-        self.existing = [path for name, path in present.items() if name not in self._own]
-        if outputs.no_clobber and self.existing:
-            raise ConfigError(
-                f"{_listed(self.existing)} already exist{'s' * (len(self.existing) == 1)}, and --no-clobber "
-                "forbids replacing files; choose another name, or leave out --no-clobber"
-            )
-
-    def check(self, request: ResolvedRequest) -> None:
-        """Check that the videos can be written in their size, by opening them as `write` does.
-
-        Raises:
-            ConfigError: they cannot.
-        """
-        scale = self._outputs.scale
-        check_mp4(self.paths["output"], request.height * scale, request.width * scale, request.fps)
-        if "heatmap" in self.paths:
-            check_mp4(self.paths["heatmap"], *heatmap_size(request.height, request.width), request.fps)
-
-    def announce(self, say: Callable[[str], None]) -> None:
-        """Say which files will be replaced."""
-        if self.existing and not self._outputs.overwrite:
-            say(
-                f"{_listed(self.existing)} will be replaced (--no-clobber refuses this, --overwrite hides this message)"
-            )
-
-    def write(self, output: VideoOutput, record: Mapping[str, Any]) -> list[str]:
-        """Write all of them; what cannot be written where it was asked to be is written elsewhere.
-
-        Returns:
-            A sentence for each that lies elsewhere.
-
-        Raises:
-            OSError: a file could be written nowhere; the others are written.
-        """
-        writers = _writers(output, record, self._outputs.scale)
-        wanted, replaced = self.paths, not self._outputs.no_clobber
-        with ThreadPoolExecutor() as pool:  # all at once: drawing and encoding leave the interpreter to each other
-            placed = {
-                name: pool.submit(place, path, writers[name], overwrite=replaced or name in self._own)
-                for name, path in wanted.items()
-            }
-        self.paths = wanted | {name: done.result().path for name, done in placed.items() if done.exception() is None}
-        self._remember()
-        for done in placed.values():
-            done.result()  # raises, now that the others are written
-        return [_elsewhere(wanted[name], done.result()) for name, done in placed.items() if done.result().reason]
-
-    def _remember(self) -> None:
-        """Note in the job's folder what it has written."""
-        if self._folder is None or not self._folder.is_dir():
-            return
-        stamps = {_key(path): _stamp(path) for path in self.paths.values() if path.exists()}
-        try:
-            write_json(self._folder / _OWN, {**_own_files(self._folder), **stamps})
-        except OSError as error:  # the files themselves are there
-            logging.getLogger("heterostep").warning(
-                "heterostep: the job folder could not note which files are its own (%s)", error.strerror
-            )
-
-
-def elsewhere(sentences: list[str], job_folder: Path | None) -> OutputElsewhere:
-    """The error that says where files lie, and what to do about it."""
-    again = "" if job_folder is None else f"; the same command with another --output writes it again from {job_folder}"
-    return OutputElsewhere("; ".join(sentences) + again)
-
-
-def _writers(output: VideoOutput, record: Mapping[str, Any], scale: int) -> dict[str, Callable[[Path], object]]:
-    """What writes each file, by the name of its flag."""
-    frames, fps, report = output.frames, output.fps, output.report
-
-    def heatmap(path: Path) -> None:
-        assert report.evaluations is not None, "a finished run has evaluations"
-        shares = [step.active / step.total for step in report.steps]
-        write_mp4(path, heatmap_frames(frames, report.evaluations.cpu().numpy(), shares), fps)
-
-    def latents(path: Path) -> None:
-        # Not save_file: that makes a file for its owner alone, and hides a full disk in an error of its own.
-        tensors = {"latents": output.latents, "audio_latents": output.audio_latents}
-        path.write_bytes(save({name: t.contiguous() for name, t in tensors.items() if t is not None}))
-
-    return {
-        "output": lambda path: write_mp4(path, frames, fps, scale=scale, audio=output.audio),
-        "heatmap": heatmap,
-        "latents": latents,
-        "report": lambda path: write_json(path, record),
-    }
-
-
-def _elsewhere(wanted: Path, placed: Placed) -> str:
-    return f"{wanted} could not be written ({placed.reason}); the finished file is {placed.path}"
-
-
-def _own_files(folder: Path | None) -> dict[str, Any]:
-    """What a job has written; nothing where that is not known."""
-    try:
-        found = json.loads((folder / _OWN).read_text(encoding="utf-8")) if folder is not None else {}
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _key(path: Path) -> str:
-    return str(path.absolute())
-
-
-def _stamp(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
-
-
-def _listed(paths: list[Path]) -> str:
-    return ", ".join(str(path) for path in paths)

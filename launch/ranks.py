@@ -9,22 +9,20 @@ import collections
 import contextlib
 import dataclasses
 import logging
-import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from ..engine.checkpoint import remove_others
 from ..engine.config import EngineConfig
+from ..engine.decoding import deliver
 from ..engine.denoise.long_video import windows_of
 from ..engine.facts import read_facts
 from ..engine.finished import find_finished
@@ -32,35 +30,40 @@ from ..engine.loading import pick_device, pick_dtype
 from ..engine.media.image import read_image
 from ..engine.progress import Progress
 from ..engine.record import compare
-from ..engine.request import Event, GenerateRequest, JobConfig, VideoOutput, resolve
+from ..engine.request import Event, GenerateRequest, JobConfig, VideoResult, resolve
+from ..engine.stored import denoised
 from ..errors import Cancelled, ConfigError, JobStopped, RankLost
 from ..parallel.config import ParallelConfig
 from .options import Command, Ranks
+from .outputs import OutputFiles, saving_signals
 from .workers.group import WorkerGroup
 from .workers.machines import Machines
 from .workers.member import MemberMachine
-from .workers.messages import GroupConfig, Work, threads_asked
+from .workers.messages import GroupConfig, Outcome, Work, threads_asked
 from .workers.network import WAIT_SECONDS, Meeting, key_of
 from .workers.process import ThisMachine
 from .workers.rendezvous import parallel_from
 from .workers.several import SeveralMachines
 from .workers.video import make_video
 
-Show = Callable[[Iterator[Event], str], VideoOutput]
+Show = Callable[[Iterator[Event], str], VideoResult]
 """Shows a run's events under a label, and returns its video."""
-Made = tuple[VideoOutput, dict[str, Any]]
+Made = tuple[VideoResult, dict[str, Any]]
 """A video and the record of its making."""
 Started = tuple[WorkerGroup, Callable[[RankLost], None]]
 """A group, and what is told of its losses."""
 _TAIL = 12
 
 
-def generate_on_ranks(commands: Sequence[Command], show: Show, progress: Progress) -> Generator[Made]:
+def generate_on_ranks(
+    commands: Sequence[Command], files: Sequence[OutputFiles], show: Show, progress: Progress
+) -> Generator[Made]:
     """Make the videos that the flags ask for, one after the other, on ranks of this machine or others, or of Ray.
 
     Args:
         commands: their requests are valid for the model. Without a job, a video's steps are saved in a temporary folder
             as long as this process lives.
+        files: of each; those that show the frames are written.
         show: shows the events.
         progress: shows what else is done.
 
@@ -73,14 +76,15 @@ def generate_on_ranks(commands: Sequence[Command], show: Show, progress: Progres
     """
     first = commands[0]
     if first.ranks.ray or first.ranks.ray_address is not None:
-        yield from _on_ray(commands, show, progress)
+        yield from _on_ray(commands, files, show, progress)
         return
     config, reason = settled_here(first)
-    yield from _each(commands, config, lambda: group_here(first, config, reason, progress), show, progress)
+    yield from _each(commands, files, config, lambda: group_here(first, config, reason, progress), show, progress)
 
 
 def _each(
     commands: Sequence[Command],
+    files: Sequence[OutputFiles],
     config: EngineConfig,
     start: Callable[[], AbstractContextManager[Started]],
     show: Show,
@@ -89,13 +93,13 @@ def _each(
     """The videos one after the other, by one group, which is started when one is to be computed."""
     with contextlib.ExitStack() as held:
         started: Started | None = None
-        for command in commands:
-            found = _finished(config, command, progress)
+        for command, its_files in zip(commands, files, strict=True):
+            found = _finished(config, command, its_files, progress)
             if found is None:
                 if started is None:
                     started = held.enter_context(start())
                     held.enter_context(contextlib.closing(started[0]))
-                found = _make(started[0], command, show, started[1])
+                found = _make(started[0], command, its_files, show, started[1])
             yield found
 
 
@@ -168,7 +172,9 @@ def _with_image(request: GenerateRequest) -> GenerateRequest:
     return request if request.image is None else replace(request, image=read_image(request.image))
 
 
-def _on_ray(commands: Sequence[Command], show: Show, progress: Progress) -> Generator[Made]:
+def _on_ray(
+    commands: Sequence[Command], files: Sequence[OutputFiles], show: Show, progress: Progress
+) -> Generator[Made]:
     if find_spec("ray") is None:
         raise ConfigError("ray is not installed; pip install '.[ray]' in heterostep's folder, or leave out --ray")
     from .workers.ray_cluster import RayCluster, check_room, cluster_address, connected, has_gpus
@@ -180,9 +186,9 @@ def _on_ray(commands: Sequence[Command], show: Show, progress: Progress) -> Gene
     address = cluster_address(first.ranks.ray_address)
     # What is wrong with a run on this machine is said before Ray starts, which takes seconds.
     here = _settled(first, pick_device(config.device).type == "cuda") if address is None else None
-    while here is not None and commands and (found := _finished(here[0], commands[0], progress)) is not None:
+    while here is not None and commands and (found := _finished(here[0], commands[0], files[0], progress)) is not None:
         yield found
-        commands = commands[1:]
+        commands, files = commands[1:], files[1:]
     if not commands:
         return
     progress.stage("starting Ray")
@@ -203,7 +209,7 @@ def _on_ray(commands: Sequence[Command], show: Show, progress: Progress) -> Gene
             standby = not gpus and size > 1 and not config.shard_weights
             yield WorkerGroup(_group_config(first, config, standby), _alone(config), RayCluster(gpus)), _resuming
 
-        yield from _each(commands, config, start, show, progress)
+        yield from _each(commands, files, config, start, show, progress)
 
 
 def _group_config(command: Command, config: EngineConfig, standby: bool = False) -> GroupConfig:
@@ -249,14 +255,15 @@ def _settled(command: Command, gpus: bool) -> tuple[EngineConfig, str]:
     return replace(config, parallel=parallel, shard_weights=command.shard_weights), reason
 
 
-def _finished(config: EngineConfig, command: Command, progress: Progress) -> Made | None:
-    """The result of a job that is done."""
+def _finished(config: EngineConfig, command: Command, files: OutputFiles, progress: Progress) -> Made | None:
+    """The result of a job that is done, its files written."""
     job = command.job
     found = find_finished(replace(config, device="cpu"), command.request, job) if job is not None else None
     if job is None or found is None:
         return None
     progress.say(f"the job in {job.folder} is finished; nothing was computed")
-    return found.output, dict(found.record)
+    deliver(found.frames, files, found.video)
+    return found.video, dict(found.record)
 
 
 def degrees_for(
@@ -296,23 +303,36 @@ def _elsewhere(command: Command) -> Command:
     return replace(command, degrees=degrees)
 
 
-def _make(group: WorkerGroup, command: Command, show: Show, on_loss: Callable[[RankLost], None]) -> Made:
+def _make(
+    group: WorkerGroup, command: Command, files: OutputFiles, show: Show, on_loss: Callable[[RankLost], None]
+) -> Made:
     """The video that is asked for, kept as a job, beside a dense one, or neither.
 
     Args:
         group: that makes it.
         command: what is asked for.
+        files: those that show the frames are written.
         show: shows the events.
         on_loss: told of each loss.
     """
-    with tempfile.TemporaryDirectory(prefix="heterostep-job-") as kept:
+    wanted = [name for name in ("output", "heatmap") if name in files.paths]
+    with files.rescuing(), tempfile.TemporaryDirectory(prefix="heterostep-job-") as kept:
         job = command.job or JobConfig(folder=kept)
-        work = Work(request=_with_image(command.request), checkpoint_every=job.checkpoint_every)
+        work = Work(
+            request=_with_image(command.request),
+            checkpoint_every=job.checkpoint_every,
+            wanted=wanted,
+            scale=command.outputs.scale,
+        )
         if command.job is not None:
-            return _keep(group, work, job, show, on_loss, command.label)
+            return _keep(group, work, job, files, show, on_loss, command.label)
         if command.outputs.compare_dense:
-            return _compare(group, work, show, on_loss, warm=command.place[0] > 1)
-        return once(group, work, Path(kept), show, on_loss, command.label)
+            return _compare(group, work, files, show, on_loss, command.place[0] > 1)
+        try:
+            return once(group, work, Path(kept), show, on_loss, command.label, files=files)
+        except Exception:
+            files.video = files.video or denoised(Path(kept))  # so that it can be rescued
+            raise
 
 
 def once(
@@ -322,8 +342,10 @@ def once(
     show: Show,
     on_loss: Callable[[RankLost], None],
     label: str = "denoising",
+    *,
+    files: OutputFiles | None = None,
 ) -> Made:
-    """One video through the group, and its record.
+    """One video through the group, and its record; of a comparison with the quality.
 
     Args:
         group: makes it.
@@ -332,34 +354,49 @@ def once(
         show: shows the events.
         on_loss: told of each loss.
         label: of the steps.
+        files: those that show the frames are written, if `work` wants them.
     """
-    records: list[dict[str, Any]] = []
+    made: list[Outcome] = []
 
     def events() -> Iterator[Event]:
         outcome = yield from make_video(group, work, folder, on_loss)
         assert outcome.output is not None and outcome.record is not None, "rank 0 has the video"
-        records.append(dict(outcome.record))
+        made.append(outcome)
         yield outcome.output
 
-    output = show(events(), label)
-    return output, records[0]
+    video = show(events(), label)
+    record = dict(made[0].record or {})
+    if files is not None:
+        files.take(video, {Path(name).stem: content for name, content in (made[0].files or {}).items()})
+    if made[0].quality is not None:
+        record["quality"] = made[0].quality
+    return video, record
 
 
-def _compare(group: WorkerGroup, work: Work, show: Show, on_loss: Callable[[RankLost], None], *, warm: bool) -> Made:
+def _compare(
+    group: WorkerGroup, work: Work, files: OutputFiles, show: Show, on_loss: Callable[[RankLost], None], warm: bool
+) -> Made:
     """The video and a dense one after it, by ranks that are `warm` or not; no step of either is saved."""
     dense = replace(work.request, compute=1.0)
     # The first steps of a process pay for allocations and kernel choices; neither side should.
-    first = replace(work, request=replace(dense, num_inference_steps=2))
+    first = replace(work, request=replace(dense, num_inference_steps=2), wanted=())
     for _ in make_video(group, first, None, on_loss) if not warm else ():
         pass
-    output, record = once(group, work, None, show, on_loss)
-    other, _ = once(group, replace(work, request=dense), None, show, on_loss, "dense")
-    record["against_dense"] = compare(output, other)
-    return output, record
+    video, record = once(group, replace(work, compare="first"), None, show, on_loss, files=files)
+    second = replace(work, request=dense, wanted=(), compare="second")
+    other, against = once(group, second, None, show, on_loss, "dense")
+    record["against_dense"] = compare(video, other, against["quality"])
+    return video, record
 
 
 def _keep(
-    group: WorkerGroup, work: Work, job: JobConfig, show: Show, on_loss: Callable[[RankLost], None], label: str
+    group: WorkerGroup,
+    work: Work,
+    job: JobConfig,
+    files: OutputFiles,
+    show: Show,
+    on_loss: Callable[[RankLost], None],
+    label: str,
 ) -> Made:
     """The video of a job that outlives this process."""
     if job.resume == "never":  # once: after a loss it is resumed
@@ -372,7 +409,7 @@ def _keep(
 
     try:
         with saving_signals(stop):
-            return once(group, work, Path(job.folder), show, on_loss, label)
+            return once(group, work, Path(job.folder), show, on_loss, label, files=files)
     except Cancelled as stopped:
         raise JobStopped(str(stopped)) from stopped
     except KeyboardInterrupt as interrupt:
@@ -409,26 +446,3 @@ class _Output:
             for line in tail:
                 print(f"  rank {seat}: {line}", file=sys.stderr)
             tail.clear()
-
-
-@contextlib.contextmanager
-def saving_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` on SIGTERM and SIGUSR1 while the context lasts; in the main thread, between two of its instructions.
-
-    What was done on these signals before is done again afterwards. Elsewhere than in the main thread, where Python
-    takes no signals, nothing changes.
-    """
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop()
-
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..media.feeding import Frames
 from ..models import adapter_for
 from ..models.base import is_finite
 from .hook import named
@@ -46,24 +48,28 @@ class LinearDecoder:
         return self._weights is not None
 
     @torch.no_grad()
-    def learn(self, latents: Tensor, frames: NDArray[np.uint8]) -> None:
+    def learn(self, latents: Tensor, frames: Frames, shape: tuple[int, ...] | None = None) -> None:
         """Take a finished video into account.
 
         Args:
             latents: final latents [1, C, F, Y, X].
-            frames: their video, uint8 [f, H, W, 3], where the VAE makes the first frame of the first latent frame and a
-                run of frames of each later one.
+            frames: their video, where the VAE makes the first frame of the first latent frame and a run of frames of
+                each later one: uint8 [f, H, W, 3], or anything that gives frames [H, W, 3] one after the other.
+            shape: [f, H, W, 3]; None: that of the array `frames`.
         """
+        shape = frames.shape if shape is None else shape  # type: ignore[attr-defined]
         channels, num_latent, rows = latents.shape[1:4]
-        spatial = frames.shape[1] // rows
+        spatial = shape[1] // rows
         scale = max(s for s in range(1, _MAX_SCALE + 1) if spatial % s == 0)
-        run = (len(frames) - 1) // max(num_latent - 1, 1)
-        pixels = torch.from_numpy(np.ascontiguousarray(frames[:: max(run, 1)][:num_latent])).float() / 255.0
-        pixels = torch.nn.functional.avg_pool2d(pixels.permute(0, 3, 1, 2), spatial // scale)
-        # [F, 3, Y * s, X * s] -> [F * Y * X, s * s * 3]
-        targets = torch.nn.functional.pixel_unshuffle(pixels, scale).permute(0, 2, 3, 1).flatten(0, 2)
-        known = _with_one(latents[0].float().cpu().permute(1, 2, 3, 0).reshape(-1, channels))
-        gram, cross = (known.T @ known).double(), (known.T @ targets).double()
+        run = max((shape[0] - 1) // max(num_latent - 1, 1), 1)
+        gram: Tensor | float = 0.0
+        cross: Tensor | float = 0.0
+        seen = itertools.islice(frames, 0, num_latent * run, run)
+        for values, frame in zip(latents[0].float().cpu().unbind(1), seen, strict=False):
+            known = _with_one(values.permute(1, 2, 0).reshape(-1, channels))
+            target = _targets(frame, spatial, scale)
+            gram, cross = gram + (known.T @ known).double(), cross + (known.T @ target).double()
+        assert isinstance(gram, Tensor) and isinstance(cross, Tensor), "a video has frames"
         if self._moments is not None and self._moments[1].shape == cross.shape:
             gram, cross = gram + self._moments[0], cross + self._moments[1]
         self._moments, self._scale = (gram, cross), scale
@@ -76,6 +82,13 @@ class LinearDecoder:
         self._weights = self._weights.to(latents.device)
         values = _with_one(latents[0].permute(1, 2, 0)) @ self._weights
         return torch.nn.functional.pixel_shuffle(values.permute(2, 0, 1), self._scale)
+
+
+def _targets(frame: NDArray[np.uint8], spatial: int, scale: int) -> Tensor:
+    """RGB that belongs to each latent pixel of a frame [H, W, 3]: [Y * X, 3 * scale * scale], 0 to 1."""
+    pixels = torch.from_numpy(np.ascontiguousarray(frame)).float().permute(2, 0, 1) / 255.0
+    pixels = torch.nn.functional.avg_pool2d(pixels[None], spatial // scale)
+    return torch.nn.functional.pixel_unshuffle(pixels, scale).permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _with_one(values: Tensor) -> Tensor:
@@ -122,11 +135,11 @@ class Preview:
         picture, self._picture = self._picture, None
         return picture
 
-    def learn(self, latents: Tensor, frames: NDArray[np.uint8]) -> None:
-        """Learn from a finished video: latents [1, C, F, Y, X] and frames uint8 [f, H, W, 3]."""
+    def learn(self, latents: Tensor, frames: Frames, shape: tuple[int, ...] | None = None) -> None:
+        """Learn from a finished video, as `LinearDecoder.learn`."""
         if not self._linear.ready:
             self._cost = None  # that of the VAE
-        self._linear.learn(latents, frames)
+        self._linear.learn(latents, frames, shape)
 
     def remove(self) -> None:
         """Detach from the pipeline."""

@@ -100,30 +100,71 @@ class Placed(NamedTuple):
     reason: str | None
 
 
-def place(path: str | os.PathLike[str], write: Callable[[Path], object], *, overwrite: bool = True) -> Placed:
-    """Write the outcome of finished work, elsewhere if it cannot be written where it was meant to be.
+class Placing:
+    """The outcome of finished work on its way into a file, elsewhere if it cannot be written where it was meant to be.
 
-    Args:
-        path: where it was meant to be; then come another name in the same folder, the current folder, and the system's
-            folder for temporary files.
-        write: writes the file of a path that it is given; may be called again after it failed.
-        overwrite: whether an older file at `path` is replaced.
+    Attributes:
+        placed: where it lies; None until it is written.
+        reason: why it could not be written where it was meant to be; None while it was not tried, or if it could.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
+        """Begin; nothing is written yet.
+
+        Args:
+            path: where it was meant to be; then come another name in the same folder, the current folder, and the
+                system's folder for temporary files.
+            overwrite: whether an older file at `path` is replaced.
+        """
+        self.placed: Placed | None = None
+        self.reason: str | None = None
+        self._target, self._overwrite = Path(path), overwrite
+        name = f"heterostep-{secrets.token_hex(6)}{self._target.suffix}"
+        folders = (self._target.parent, Path(), Path(tempfile.gettempdir()))
+        self._places = [self._target, *(folder / name for folder in folders)]
+
+    @property
+    def open(self) -> bool:
+        """Whether it is not written, and there is a place where it could be."""
+        return self.placed is None and bool(self._places)
+
+    def attempt(self, write: Callable[[Path], object]) -> None:
+        """Write it in the next place; should that fail, the place after it is next.
+
+        Args:
+            write: writes the file of a path that it is given.
+        """
+        place = self._places[0]
+        try:
+            with replacing(place, overwrite=self._overwrite) as temporary:
+                write(temporary)
+        except Exception as error:  # what encoders raise has many types, and no kind of error may cost the work
+            self.reason = self.reason or _reason(error)
+            del self._places[0]
+        else:
+            self.placed = Placed(place, self.reason)
+
+    def outcome(self) -> Placed:
+        """Where it lies.
+
+        Raises:
+            OSError: no place would take it; the message says why the first did not.
+        """
+        if self.placed is None:
+            raise OSError(f"{str(self._target)!r} could not be written anywhere ({self.reason})")
+        return self.placed
+
+
+def place(path: str | os.PathLike[str], write: Callable[[Path], object], *, overwrite: bool = True) -> Placed:
+    """Write the outcome of finished work as `Placing` says; `write` may be called again after it failed.
 
     Raises:
         OSError: no place would take it; the message says why the first did not.
     """
-    target, reason = Path(path), None
-    name = f"heterostep-{secrets.token_hex(6)}{target.suffix}"
-    for folder in (None, target.parent, Path(), Path(tempfile.gettempdir())):
-        place = target if folder is None else folder / name
-        try:
-            with replacing(place, overwrite=overwrite) as temporary:
-                write(temporary)
-        except Exception as error:  # what encoders raise has many types, and no kind of error may cost the work
-            reason = reason or _reason(error)
-        else:
-            return Placed(place, reason)
-    raise OSError(f"{str(target)!r} could not be written anywhere ({reason})")
+    placing = Placing(path, overwrite=overwrite)
+    while placing.open:
+        placing.attempt(write)
+    return placing.outcome()
 
 
 def _reason(error: BaseException) -> str:
@@ -169,12 +210,21 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
 
 
 RESULT_NAME = "result"
-"""Name of the finished video that a job's folder holds."""
+"""Name of the finished video that a job's folder holds, but for its frames."""
+FRAMES_NAME = "frames"
+"""Name of the frames of that video."""
+LATENTS_NAME = "latents"
+"""Name of the video that is denoised, but not decoded yet."""
 
 
 def has_result(folder: Path) -> bool:
     """Whether a job's folder holds the finished video, by the names in it."""
     return (folder / f"{RESULT_NAME}.json").is_file()
+
+
+def has_latents(folder: Path) -> bool:
+    """Whether a job's folder holds a video that is denoised, but not decoded yet, by the names in it."""
+    return (folder / f"{LATENTS_NAME}.json").is_file()
 
 
 def checkpoint_name(step: int) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, tee
 from pathlib import Path
 from typing import Any
 
@@ -227,24 +227,35 @@ def count_range(evaluations: NDArray[np.integer[Any]]) -> tuple[int, int]:
     return (low if high > low else 0), high
 
 
-def overlay_frames(frames: NDArray[np.uint8], evaluations: NDArray[np.integer[Any]]) -> Iterator[NDArray[np.uint8]]:
+def overlay_frames(
+    frames: Iterable[NDArray[np.uint8]],
+    evaluations: NDArray[np.integer[Any]],
+    shape: tuple[int, ...] | None = None,
+) -> Iterator[NDArray[np.uint8]]:
     """Draw a map of how often each token was evaluated over a grey copy of the video.
 
     Args:
-        frames: uint8 [F, H, W, 3].
+        frames: uint8 [F, H, W, 3], or anything that gives frames [H, W, 3] one after the other.
         evaluations: [f, y, x], how many of the steps each token went through the transformer.
+        shape: [F, H, W, 3]; None: that of the array `frames`.
 
     Returns:
         An iterator over F frames, uint8 [H, W, 3].
     """
     floor, high = count_range(evaluations)
-    counts, height, width = np.asarray(evaluations), *frames.shape[1:3]
+    count, height, width = _shape(frames, shape)[:3]
+    counts = np.asarray(evaluations)
     colours = _colours((counts - floor) / max(high - floor, 1))
-    blended, latents = _blended(), latent_frames(len(counts), len(frames))
+    blended, latents = _blended(), latent_frames(len(counts), count)
     for pixels, latent, before in zip(frames, latents, (-1, *latents[:-1]), strict=True):
         if latent != before:  # the map stays as it is for a whole latent frame
             drawn = _spread(colours[latent][None], height, width)[0] << 8
         yield blended[drawn + _grey(pixels)]
+
+
+def _shape(frames: Any, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    found: tuple[int, ...] = frames.shape if shape is None else shape
+    return found
 
 
 def _colours(heat: NDArray[np.floating[Any]]) -> NDArray[np.integer[Any]]:
@@ -266,26 +277,33 @@ def _grey(pixels: NDArray[np.uint8]) -> NDArray[np.integer[Any]]:
 
 
 def heatmap_frames(
-    frames: NDArray[np.uint8], evaluations: NDArray[np.integer[Any]], shares: Sequence[float]
+    frames: Iterable[NDArray[np.uint8]],
+    evaluations: NDArray[np.integer[Any]],
+    shares: Sequence[float],
+    shape: tuple[int, ...] | None = None,
 ) -> Iterator[NDArray[np.uint8]]:
     """Draw a video beside the same video under a map of how often each token was evaluated.
 
     Args:
-        frames: uint8 [F, H, W, 3].
+        frames: as in `overlay_frames`.
         evaluations: [f, y, x], how many of the steps each token went through the transformer.
         shares: share of the tokens that each of the T steps evaluated, 0 to 1.
+        shape: as in `overlay_frames`.
 
     Returns:
         An iterator over F frames, uint8 [H', W', 3]: title, original left and heat map right; below them the steps
         and a legend.
     """
-    height, width = frames.shape[1:3]
+    shape = _shape(frames, shape)
+    height, width = shape[1:3]
     scale = scale_for(height, width)
     panel_height, panel_width = height * scale, width * scale
     canvas = _canvas(panel_width, panel_height, *count_range(evaluations), shares)
     empty, rows = np.asarray(canvas.image), slice(canvas.top, canvas.top + panel_height)
     first, second = canvas.margin, 2 * canvas.margin + panel_width
-    for pixels, overlay in zip(frames, overlay_frames(frames, evaluations), strict=True):
+    # Each frame is needed twice, but can be taken once.
+    originals, again = tee(frames)
+    for pixels, overlay in zip(originals, overlay_frames(again, evaluations, shape), strict=True):
         page = empty.copy()
         page[rows, first : first + panel_width] = enlarge(pixels, scale)
         page[rows, second : second + panel_width] = enlarge(overlay, scale)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import RequestError
 from ...hsa.cache import KVCache, gather_rows, write_rows
+from ..vae.pieces import Pieces
 from .hook_registry import OwnHook
 
 if TYPE_CHECKING:
@@ -231,6 +232,11 @@ class Adapter(Protocol):
     @staticmethod
     def decode(vae: Any, latents: Tensor) -> Tensor:
         """Decode `decodable` latents: [1, 3, F, H, W], nominally from -1 to 1."""
+
+    @classmethod
+    def pieces(cls, vae: Any) -> Pieces:
+        """How a VAE decodes a few frames at a time, or whole videos if it cannot."""
+        return Pieces(vae, cls.decode)
 
     @staticmethod
     def audio(pipeline: Any, latents: Tensor) -> Audio:

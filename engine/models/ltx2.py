@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..media.audio import Audio
+from ..vae.ltx2 import LTX2Pieces, suits_ltx2
+from ..vae.pieces import Pieces
 from .base import (
     Adapter,
     AttentionCall,
@@ -315,6 +317,11 @@ class LTX2Adapter(Adapter):
         noise = latents.new_zeros(len(latents)) if vae.config.timestep_conditioning else None
         video: Tensor = vae.decode(latents, noise, return_dict=False)[0]
         return video
+
+    @classmethod
+    def pieces(cls, vae: Any) -> Pieces:
+        """See `Adapter`."""
+        return LTX2Pieces(vae, cls.decode) if suits_ltx2(vae) else Pieces(vae, cls.decode)
 
     @staticmethod
     @torch.no_grad()

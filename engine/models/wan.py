@@ -11,6 +11,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
+from ..vae.pieces import Pieces
+from ..vae.wan import WanPieces, suits_wan
 from .base import (
     Adapter,
     AttentionCall,
@@ -330,6 +332,11 @@ class WanAdapter(Adapter):
     def decode(vae: Any, latents: Tensor) -> Tensor:
         video: Tensor = vae.decode(latents, return_dict=False)[0]
         return video
+
+    @classmethod
+    def pieces(cls, vae: Any) -> Pieces:
+        """See `Adapter`."""
+        return WanPieces(vae, cls.decode) if suits_wan(vae) else Pieces(vae, cls.decode)
 
 
 class WanVACEAdapter(WanAdapter):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...engine.media.files import flush_to_disk, has_result, place, write_durably
+from ...engine.media.files import flush_to_disk, has_latents, has_result, place, write_durably
 from ...errors import RequestError
 from ..logs import say
 from ..workers.messages import FILES
@@ -221,10 +221,11 @@ def remove_state(settings: ServiceSettings, id: str, status: str) -> Path | None
         status: how it ended.
 
     Returns:
-        The folder if it stays, until the job is removed: the job failed, and this is the only place of its video.
+        The folder if it stays, until the job is removed: the job failed, and this is the only place of its video, or of
+        what was denoised but could not be decoded.
     """
     state = settings.state / id
-    if status == "failed" and has_result(state):
+    if status == "failed" and (has_result(state) or has_latents(state)):
         return state
     shutil.rmtree(state, ignore_errors=True)
     return None

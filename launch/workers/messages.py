@@ -13,11 +13,14 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...engine.media.files import checkpoint_steps, write_durably
-from ...engine.request import Decoding, GenerateRequest, Started, StepDone, VideoOutput
+from ...engine.media.files import FRAMES_NAME, checkpoint_steps, has_latents, write_durably
+from ...engine.request import Decoding, GenerateRequest, Started, StepDone, VideoResult
 from ...errors import ConfigError
+
+if TYPE_CHECKING:
+    from ...engine.record import Quality
 
 CAUSES = ("died", "frozen", "node", "memory", "timeout", "error")
 """Why a rank was lost, the likelier root of the trouble first."""
@@ -78,6 +81,10 @@ class Work:
             what it saves.
         checkpoint_every: steps from one checkpoint to the next.
         files: whether the files of a service's result are wanted, instead of the video itself.
+        wanted: which files of `generate` that show the frames are wanted, by the names of their flags, instead of the
+            frames themselves; None: the frames are.
+        scale: of these files, how much the pixels of the video are enlarged.
+        compare: whether the frames are kept ("first"), compared with those that were kept ("second"), or neither ("").
         previews: whether pictures are wanted on the way.
     """
 
@@ -86,6 +93,9 @@ class Work:
     copies: Mapping[str, bytes] | None = None
     checkpoint_every: int = 5
     files: bool = False
+    wanted: Sequence[str] | None = None
+    scale: int = 1
+    compare: str = ""
     previews: bool = False
 
 
@@ -150,9 +160,10 @@ class Outcome:
         port: of the store, after `open_store`.
         device: on which the model is, after `join`.
         link: between machines, after `join`, from rank 0; see `rendezvous.measure_link`.
-        output: the video, from rank 0.
+        output: the video, from rank 0; without its frames where files are wanted of it.
         record: of its making, from rank 0 (`engine.record`).
-        files: of a service's result, by name, from rank 0.
+        files: that were wanted, by name, from rank 0.
+        quality: of the first video against the second, from rank 0, of a comparison.
         hsa: the response's block of that name.
         seconds: by stage: `encode_text`, `denoise`, `checkpoint`, `decode`, `write`, `total`.
         imbalances: of the evaluated steps on several ranks: the most tokens of a rank over their mean.
@@ -165,9 +176,10 @@ class Outcome:
     port: int = 0
     device: str = ""
     link: tuple[float, float] | None = None
-    output: VideoOutput | None = None
+    output: VideoResult | None = None
     record: Mapping[str, Any] | None = None
     files: Mapping[str, bytes] | None = None
+    quality: Quality | None = None
     hsa: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     imbalances: Sequence[float] = ()
@@ -245,7 +257,7 @@ FILES: Mapping[str, tuple[str, str]] = {
 }
 """What can be downloaded of a finished video, by variant: file name and media type."""
 
-_STATE = re.compile(r"(?:checkpoint-\d+|result)(?:-[0-9a-f]+)?\.(?:json|safetensors)")
+_STATE = re.compile(r"(?:checkpoint-\d+|latents|frames|result)(?:-[0-9a-f]+)?\.(?:json|safetensors)")
 _PROGRESS = "progress.jsonl"
 
 
@@ -291,11 +303,16 @@ def write_copies(folder: Path, files: Mapping[str, bytes], before: Collection[st
     if not states:
         return list(before)
     finished = any(name.startswith("result") for name in states)  # its checkpoints are gone
-    kept = {*states, *(() if finished else before)}
+    # Its frames may have come before, with an attempt that did not end.
+    kept = {*states, *(_frames_in(folder) if finished else before)}
     for path in sorted(folder.iterdir(), key=lambda path: path.suffix != ".json"):
         if _STATE.fullmatch(path.name) and path.name not in kept:
             path.unlink(missing_ok=True)
     return states
+
+
+def _frames_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(FRAMES_NAME)]
 
 
 class Copier:
@@ -306,7 +323,7 @@ class Copier:
         self._kept = tempfile.TemporaryDirectory(prefix="heterostep-job-", ignore_cleanup_errors=True)
         self.folder = Path(self._kept.name)
         self._report, self._known = report, set(files)
-        self._newest: int | None = None
+        self._newest: tuple[int | None, bool] = (None, False)
         try:
             write_copies(self.folder, files, ())
         except BaseException:
@@ -314,8 +331,8 @@ class Copier:
             raise
 
     def copy(self) -> None:
-        """Send what is new since the last time, if a step was saved."""
-        newest = next(iter(checkpoint_steps(self.folder)), None)
+        """Send what is new since the last time, if a step was saved, or all are done."""
+        newest = (next(iter(checkpoint_steps(self.folder)), None), has_latents(self.folder))
         if newest != self._newest:
             self._newest = newest
             self._send()

@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
-import io
 import logging
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
-from PIL import Image
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ...engine.config import EngineConfig
 from ...engine.denoise.long_video import windows_of
 from ...engine.denoise.preview import Preview
-from ...engine.denoise.work_split import Sharding, peak_bytes
+from ...engine.denoise.work_split import Sharding
 from ...engine.engine import Engine
 from ...engine.facts import first_line, read_facts
-from ...engine.media.files import when_there_is_room, write_json
-from ...engine.media.video import overlay_frames, scale_for, write_mp4
-from ...engine.record import run_record
-from ...engine.request import Event, GenerateRequest, JobConfig, StepDone, VideoOutput, resolve
+from ...engine.record import Comparison, run_record
+from ...engine.request import Event, FrameSink, GenerateRequest, JobConfig, StepDone, VideoResult, resolve
 from ...errors import (
     TOO_LARGE,
     Cancelled,
@@ -46,6 +39,7 @@ from ...parallel.config import ParallelConfig
 from ...parallel.mesh import ParallelMesh
 from ..logs import silence_libraries
 from .messages import FILES, PEER, Copier, GroupConfig, Outcome, Place, Progress, Work
+from .render import Rendering, Writers, frame_writers, service_writers, summary, webp, write_report
 from .rendezvous import JOIN_SECONDS, join_group, measure_link, refit
 
 _PREVIEW_SIDE, _PREVIEW_QUALITY = 320, 60
@@ -55,7 +49,9 @@ _TRIES, _PAUSE_SECONDS = 80, 0.25
 _ROOM_SECONDS = 600.0
 
 
-def resume_job(engine: Engine, request: GenerateRequest, job: JobConfig, *, anew: bool) -> Iterator[Event]:
+def resume_job(
+    engine: Engine, request: GenerateRequest, job: JobConfig, sink: FrameSink | None = None, *, anew: bool
+) -> Iterator[Event]:
     """Make a video, or resume it where it was saved, as `Engine.stream` does.
 
     An earlier process may have begun the job, and may not have let go of it yet. Every rank calls this, and all come to
@@ -65,12 +61,13 @@ def resume_job(engine: Engine, request: GenerateRequest, job: JobConfig, *, anew
         engine: idle.
         request: what to make.
         job: where it is kept.
+        sink: as for `Engine.stream`.
         anew: whether to start over, instead of raising ConfigError, where the folder holds what other settings or
             another version of heterostep saved.
     """
     for left in reversed(range(_TRIES)):  # counted, not timed: every rank must count alike
         try:
-            yield from engine.stream(request, job)
+            yield from engine.stream(request, job, sink)
             return
         except JobInUse:
             if not left:
@@ -132,6 +129,7 @@ class Rank:
         self._place: Place | None = None
         self._group: GroupConfig | None = None
         self._link: tuple[float, float] | None = None
+        self._comparison: Comparison | None = None
         # Process groups by degrees, for this rendezvous: creating them for every request leaks sockets.
         self._shardings: dict[ParallelConfig, Sharding] = {}
 
@@ -216,40 +214,59 @@ class Rank:
         assert engine is not None and self._place is not None, "join comes before make"
         self._regroup(engine, self._degrees(engine.config, work))
         preview = self._previewer(engine) if work.previews and self._leads else None
-        output = None
-        for event in self._events(engine, work):
-            verb = self._stop_request()
-            if verb is not None:  # perhaps before there was a run that could be told
-                self.stop(verb)
-            if isinstance(event, VideoOutput):
-                output = event
-            elif self._leads:
-                if isinstance(event, StepDone):
-                    event = dataclasses.replace(event, preview=_picture(preview))
-                self._report(Progress(event=event))
-                if copier is not None:
-                    copier.copy()
-        assert output is not None, "a stream ends with a VideoOutput or an exception"
-        return self._result(engine, preview, work, output) if self._leads else Outcome()
+        with Rendering(functools.partial(_writers, work, preview), RoomWait(self._stop_request)) as rendering:
+            output = None
+            for event in self._events(engine, work, self._sink(work, rendering)):
+                verb = self._stop_request()
+                if verb is not None:  # perhaps before there was a run that could be told
+                    self.stop(verb)
+                if isinstance(event, VideoResult):
+                    output = event
+                elif self._leads:
+                    if isinstance(event, StepDone):
+                        event = dataclasses.replace(event, preview=_picture(preview))
+                    self._report(Progress(event=event))
+                    if copier is not None:
+                        copier.copy()
+            assert output is not None, "a stream ends with a video or an exception"
+            return self._result(engine, rendering, work, output) if self._leads else Outcome()
 
-    def _events(self, engine: Engine, work: Work) -> Iterator[Event]:
+    def _events(self, engine: Engine, work: Work, sink: FrameSink | None) -> Iterator[Event]:
         if work.folder is None and work.copies is None:
-            return engine.stream(work.request)
+            return engine.stream(work.request, sink=sink)
         # Of the other ranks none looks into the folder, but all must know that there is one.
         job = JobConfig(folder=work.folder or "of rank 0", checkpoint_every=work.checkpoint_every)
-        return resume_job(engine, work.request, job, anew=work.files)
+        return resume_job(engine, work.request, job, sink, anew=work.files)
 
-    def _result(self, engine: Engine, preview: Preview | None, work: Work, output: VideoOutput) -> Outcome:
+    def _sink(self, work: Work, rendering: Rendering) -> FrameSink | None:
+        """Where the frames go; None: to the driver, with the video."""
+        if not work.files and work.wanted is None:
+            return None
+        if work.compare == "first":
+            self._comparison = Comparison()
+            return self._comparison.first(rendering)
+        if work.compare == "second":
+            assert self._comparison is not None, "the first video comes before the second"
+            return self._comparison
+        return rendering
+
+    def _result(self, engine: Engine, rendering: Rendering, work: Work, output: VideoResult) -> Outcome:
         imbalances = [step.parallel.imbalance for step in output.report.steps if step.active and step.parallel]
         if not work.files:
             record = run_record(engine, output)
             if self._link is not None:
                 record["link"] = {"message_seconds": self._link[0], "bytes_per_second": self._link[1]}
-            return Outcome(output=output, record=record, seconds=output.seconds, imbalances=imbalances)
+            return Outcome(
+                output=output,
+                record=record,
+                files=rendering.read() if work.wanted else None,
+                quality=self._comparison.quality if work.compare == "second" and self._comparison else None,
+                seconds=output.seconds,
+                imbalances=imbalances,
+            )
         start = time.perf_counter()
-        hsa, files = when_there_is_room(lambda: _files(engine, output), RoomWait(self._stop_request))
-        if preview is not None:
-            preview.learn(output.latents, output.frames)
+        rendering.write(FILES["report"][0], lambda path: write_report(path, engine, output))
+        files, hsa = rendering.read(), summary(output, engine.device)
         seconds = time.perf_counter() - start
         timing = {**output.seconds, "write": seconds, "total": output.seconds["total"] + seconds}
         return Outcome(files=files, hsa=hsa, seconds=timing, imbalances=imbalances)
@@ -349,90 +366,17 @@ def _cause(error: BaseException) -> str:
     return PEER if isinstance(error, dist.DistError) or "gloo" in text or "onnection" in text else "error"
 
 
-def _files(engine: Engine, output: VideoOutput) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The response's block `hsa`, and the files of a service's result by name; OSError if the disk is full."""
-    with tempfile.TemporaryDirectory(prefix="heterostep-result-") as folder:
-        hsa = write_files(Path(folder), engine, output)
-        return hsa, {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+def _writers(work: Work, preview: Preview | None, video: VideoResult) -> Writers:
+    """What writes the files that some work wants of a video."""
+    if work.files:
+        learn = None if preview is None else lambda frames: preview.learn(video.latents, frames, video.shape)
+        return service_writers(video, learn)
+    writers = frame_writers(video, work.scale)
+    return {f"{name}.mp4": writers[name] for name in work.wanted or ()}
 
 
 def _picture(preview: Preview | None) -> bytes | None:
     picture = preview.take() if preview is not None else None
     if picture is None:
         return None
-
     return webp(picture, _PREVIEW_SIDE, _PREVIEW_QUALITY)
-
-
-_THUMBNAIL_SIDE = 512
-_SPRITE_SIDE = 192
-_SPRITE_COLUMNS = 4
-_SPRITE_COUNT = 16
-
-
-def write_files(folder: Path, engine: Engine, output: VideoOutput) -> dict[str, Any]:
-    """Write every file of `files.FILES`.
-
-    Args:
-        folder: exists and is empty.
-        engine: that made the video.
-        output: the video.
-
-    Returns:
-        The response's block `hsa`.
-
-    Raises:
-        OSError: the disk is full or failing.
-    """
-    frames, report = output.frames, output.report
-    assert report.evaluations is not None, "a finished run has evaluations"
-    evaluations = report.evaluations.cpu().numpy()
-    paths = {variant: folder / name for variant, (name, _) in FILES.items()}
-    write_mp4(paths["video"], frames, output.fps, audio=output.audio)
-    # Tokens of small videos would be smeared by 4:2:0 chroma.
-    write_mp4(paths["heatmap"], overlay_frames(frames, evaluations), output.fps, scale=scale_for(*frames.shape[1:3]))
-    paths["thumbnail"].write_bytes(webp(frames[len(frames) // 2], _THUMBNAIL_SIDE, quality=85))
-    paths["spritesheet"].write_bytes(webp(_spritesheet(frames), _SPRITE_SIDE * _SPRITE_COLUMNS, quality=80))
-    write_json(paths["report"], run_record(engine, output))
-    return _summary(output, engine.device)
-
-
-def _summary(output: VideoOutput, device: torch.device) -> dict[str, Any]:
-    """The response's block `hsa`."""
-    hsa, report = output.hsa, output.report
-    assert report.evaluations is not None, "a finished run has evaluations"
-    evaluations = report.evaluations
-    return {
-        "compute": output.request.compute,
-        "achieved": report.compute,
-        "policy": hsa.policy if hsa is not None else "dense",
-        "evaluations": {
-            "grid": list(evaluations.shape),
-            "min": int(evaluations.min()),
-            "max": int(evaluations.max()),
-            "mean": float(evaluations.float().mean()),
-        },
-        "steps": [round(step.active / step.total, 4) for step in report.steps],
-        "peak_bytes": max(rank.peak_bytes for rank in report.ranks) if report.ranks else peak_bytes(device),
-    }
-
-
-def webp(pixels: NDArray[np.uint8], side: int, quality: int) -> bytes:
-    """Encode uint8 [H, W, 3] as WebP, made smaller if a side is longer than `side`."""
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((side, side))
-    stream = io.BytesIO()
-    # Method 0: a fifth of the time, some more bytes.
-    picture.save(stream, "WEBP", quality=quality, method=0)
-    return stream.getvalue()
-
-
-def _spritesheet(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Up to 16 evenly spaced frames in rows of four."""
-    chosen = frames[np.unique(np.linspace(0, len(frames) - 1, _SPRITE_COUNT).round().astype(int))]
-    rows = -(-len(chosen) // _SPRITE_COLUMNS)
-    padded = np.zeros((rows * _SPRITE_COLUMNS, *chosen.shape[1:]), np.uint8)
-    padded[: len(chosen)] = chosen
-    height, width = chosen.shape[1:3]
-    sheet = padded.reshape(rows, _SPRITE_COLUMNS, height, width, 3).swapaxes(1, 2)
-    return np.ascontiguousarray(sheet.reshape(rows * height, _SPRITE_COLUMNS * width, 3))

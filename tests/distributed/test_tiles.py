@@ -1,5 +1,6 @@
 """Ranks that share the tiles of a VAE make the video of one rank that decodes all of them."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan
@@ -8,13 +9,15 @@ import ranks
 import tiny
 import tiny_ltx2
 from heterostep import Engine, EngineConfig, GenerateRequest, ParallelConfig, RequestError
-from heterostep.engine.denoise.work_split import Sharding, can_share, decode_shared
+from heterostep.engine.decoding import VideoDecoder
+from heterostep.engine.denoise.work_split import Sharding
 from heterostep.engine.models.ltx2 import LTX2Adapter
 from heterostep.engine.models.wan import WanAdapter
+from heterostep.engine.vae.pieces import cuts, decode_pieces, is_large
 from heterostep.parallel.mesh import ParallelMesh
 
 TILE, STRIDE = 64, 48
-DECODE = {"wan21": WanAdapter.decode, "wan22": WanAdapter.decode, "ltx2": LTX2Adapter.decode}
+ADAPTERS = {"wan21": WanAdapter, "wan22": WanAdapter, "ltx2": LTX2Adapter}
 CHUNKS = {"wan21": 3, "wan22": 3, "ltx2": 1}  # of each tile of three latent frames
 
 
@@ -53,8 +56,16 @@ def latents_of(vae, height, width):
     return torch.randn(1, channels, 3, height // ratio, width // ratio, generator=generator)
 
 
+def decoded(vae, adapter, latents, agreement=None, shared=False):
+    """All pieces as the engine decodes them, [1, 3, F, H, W]; on other ranks than rank 0 how many there were."""
+    pieces = adapter.pieces(vae)
+    cut = cuts(pieces, latents, shared)[0]
+    found = list(decode_pieces(pieces, latents, cut, agreement, lambda video: video))
+    return len(found) if found[0] is None else torch.cat(found, dim=2)
+
+
 def share(kind, height, width):
-    """What this rank gets, how many chunks of frames its decoder decoded, and whether the VAE is as before."""
+    """What this rank gets, and how many chunks of frames its decoder decoded."""
     vae = build_vae(kind)
     size = torch.distributed.get_world_size()
     config = ParallelConfig(ring=size)
@@ -67,13 +78,11 @@ def share(kind, height, width):
 
     vae.decoder.conv_in.register_forward_pre_hook(count)
     latents = latents_of(vae, height, width)
-    assert can_share(vae, latents)
-    with torch.no_grad():
-        video = decode_shared(vae, latents, agreement, DECODE[kind])
-    return video, calls, not vae.use_tiling and "forward" not in vars(vae.decoder)
+    assert is_large(ADAPTERS[kind].pieces(vae), latents)
+    return decoded(vae, ADAPTERS[kind], latents, agreement, shared=True), calls
 
 
-@pytest.mark.parametrize("kind", DECODE)
+@pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize(
     ("size", "height", "width", "tiles"),
     [(2, 128, 128, 9), (3, 96, 160, 8), (3, 64, 96, 4), (2, 256, 64, 12)],
@@ -82,12 +91,11 @@ def share(kind, height, width):
 def test_shared_tiles_make_the_same_video(kind, size, height, width, tiles):
     vae = build_vae(kind)
     vae.use_tiling = True
-    want = DECODE[kind](vae, latents_of(vae, height, width))
+    want = ADAPTERS[kind].decode(vae, latents_of(vae, height, width))
     results = ranks.run_ranks(size, share, kind, height, width)
     assert torch.equal(results[0][0], want)
-    assert [video for video, _, _ in results[1:]] == [None] * (size - 1)
-    assert [calls for _, calls, _ in results] == [CHUNKS[kind] * len(range(rank, tiles, size)) for rank in range(size)]
-    assert all(restored for _, _, restored in results)
+    assert [pieces for pieces, _ in results[1:]] == [CHUNKS[kind]] * (size - 1)
+    assert [calls for _, calls in results] == [CHUNKS[kind] * len(range(rank, tiles, size)) for rank in range(size)]
 
 
 @torch.no_grad()
@@ -97,30 +105,58 @@ def test_more_ranks_than_tiles():
     want = vae.decode(latents_of(vae, 48, 96)).sample  # two tiles
     results = ranks.run_ranks(3, share, "wan21", 48, 96)
     assert torch.equal(results[0][0], want)
-    assert [calls for _, calls, _ in results] == [3, 3, 0]
+    assert [calls for _, calls in results] == [3, 3, 0]
+
+
+def without_memory(height, width):
+    """What rank 0 gets where rank 1 has no memory for its first tile until tiles are smaller."""
+    vae = build_vae("wan21")
+    config = ParallelConfig(ring=2)
+    sharding = Sharding(ParallelMesh.create(config), config)
+    pipe = tiny.tiny_pipeline()
+    pipe.register_modules(vae=vae)
+    stock = vae.decoder.forward
+
+    def forward(hidden, *args, **options):
+        if not sharding.agreement.leads and max(hidden.shape[-2:]) > 4:
+            raise MemoryError
+        return stock(hidden, *args, **options)
+
+    vae.decoder.forward = forward
+    taken = []
+    VideoDecoder(pipe, WanAdapter(), sharding, latents_of(vae, height, width)).decode(
+        lambda runs: taken.append(np.concatenate(list(runs)))
+    )
+    return taken
+
+
+def test_a_rank_without_memory_makes_all_take_smaller_tiles():
+    first, second = ranks.run_ranks(2, without_memory, 96, 96)
+    assert len(first) == 1 and second == []
+    vae = build_vae("wan21")
+    pipe = tiny.tiny_pipeline()
+    pipe.register_modules(vae=vae)
+    vae.use_tiling, vae.tile_sample_min_height, vae.tile_sample_min_width = True, 32, 32
+    vae.tile_sample_stride_height = vae.tile_sample_stride_width = 24
+    taken = []
+    VideoDecoder(pipe, WanAdapter(), None, latents_of(vae, 96, 96)).decode(
+        lambda runs: taken.append(np.concatenate(list(runs)))
+    )
+    assert (first[0] == taken[0]).all()
 
 
 def test_what_is_not_shared():
-    vae = build_vae("wan21")
-    assert not can_share(vae, latents_of(vae, TILE, TILE))  # one tile
-    assert can_share(vae, latents_of(vae, TILE + 16, TILE))
-    assert not can_share(torch.nn.Identity(), latents_of(vae, 256, 256))
-    vae = build_vae("ltx2")
-    assert can_share(vae, latents_of(vae, TILE, TILE + 16))
-    assert not can_share(vae, latents_of(vae, TILE, TILE))
-    vae.register_to_config(decoder_inject_noise=(True, False))  # each rank would draw its own
-    assert not can_share(vae, latents_of(vae, TILE, TILE + 16))
+    def large(kind, height, width, **settings):
+        vae = build_vae(kind)
+        vae.register_to_config(**settings)
+        return is_large(ADAPTERS[kind].pieces(vae), latents_of(vae, height, width))
 
-
-@torch.no_grad()
-def test_the_decoder_is_restored_after_an_error():
-    vae = build_vae("wan21")
-    vae.decoder.conv_in = torch.nn.Identity()  # takes no cache
-    config = ParallelConfig()
-    agreement = Sharding(ParallelMesh.create(config), config).agreement
-    with pytest.raises(TypeError):
-        decode_shared(vae, latents_of(vae, 96, 96), agreement, WanAdapter.decode)
-    assert not vae.use_tiling and "forward" not in vars(vae.decoder)
+    assert not large("wan21", TILE, TILE)  # one tile
+    assert large("wan21", TILE + 16, TILE)
+    assert large("ltx2", TILE, TILE + 16)
+    assert not large("ltx2", TILE, TILE)
+    # Each rank would draw its own noise.
+    assert not large("ltx2", TILE, TILE + 16, decoder_inject_noise=(True, False))
 
 
 def frames_of(layout):
@@ -140,6 +176,7 @@ def refusal_of_the_vae(layout):
     engine = Engine(EngineConfig(model="demo", parallel=ParallelConfig(**layout)))
     vae = engine.pipeline.vae
     vae.tile_sample_min_height = vae.tile_sample_min_width = 32
+    vae.tile_sample_stride_height = vae.tile_sample_stride_width = 24
     kept = vae.decoder.conv_in.bias.data.clone()
     vae.decoder.conv_in.bias.data.fill_(float("nan"))
     request = GenerateRequest(prompt="a red disc moves right", num_inference_steps=2, num_frames=5)

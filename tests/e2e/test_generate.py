@@ -125,7 +125,6 @@ def test_a_log_file_gets_lines_while_the_command_runs(tiny_model, tmp_path):
         f"loading model {tiny_model} ...\n",
         "encoding the prompt, then denoising in 20 steps ...\n",
         "decoding ...\n",
-        "writing v.mp4 ...\n",
     ]
 
 

@@ -1,7 +1,8 @@
-"""Jobs as a person or a cluster runs them: killed, told to go, and given again."""
+"""Jobs as a person or a cluster runs them: killed, told to go, and given again (`signals.py`)."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -51,25 +52,32 @@ def after_step(process, folder, step):
         time.sleep(0.02)
 
 
+def while_decoding(process, folder):
+    """Wait until a run has saved its final latents."""
+    while not (folder / "job" / "latents.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
 def finish(process, timeout=120):
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
 
 
 @needs_demo
-def test_killed_twice_gives_the_same_bits_and_is_found_again(tmp_path):
+def test_killed_at_a_step_and_while_decoding_gives_the_same_bits_and_is_found_again(tmp_path):
     files = ["--output", "v.mp4", "--latents", "l.safetensors", "--report", "r.json"]
     whole = tmp_path / "whole"
     whole.mkdir()
     assert finish(start(whole, *files))[0] == 0
-    for step in (7, 16):
+    for wait in (functools.partial(after_step, step=7), while_decoding):
         process = start(tmp_path, *files)
-        after_step(process, tmp_path, step)
+        wait(process, tmp_path)
         process.kill()
         assert finish(process)[0] == -signal.SIGKILL
-    assert not (tmp_path / "v.mp4").exists()
+    assert not (tmp_path / "v.mp4").exists() and not (tmp_path / "job" / "result.json").exists()
     status, out, err = finish(start(tmp_path, *files))
-    assert (status, errors(err)) == (0, "") and "resuming after step" in out
+    assert (status, errors(err)) == (0, "") and f"resuming after step {STEPS} of {STEPS}" in out
     for name in ("l.safetensors", "v.mp4"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
     assert [json.loads(line)["step"] for line in progress(tmp_path)] == list(range(1, STEPS + 1))

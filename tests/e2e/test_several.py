@@ -136,7 +136,7 @@ def test_programs_read_progress_line_by_line(command, monkeypatch, tmp_path):
     assert [event["seed"] for event in done] == [0, 1] and done[0]["seconds"]["total"] > 0
     step = next(event for event in events if event["event"] == "step")
     assert (step["step"], step["steps"], step["active"]) == (1, 3, step["tokens"])
-    monkeypatch.setattr(Engine, "stream", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
+    monkeypatch.setattr(Engine, "stream", lambda *_, **__: (_ for _ in ()).throw(OSError("the disk is gone")))
     status, out, err = command("--prompt", "a disc", "--json")
     last = json.loads(out.splitlines()[-1])
     assert status == 1 and last == {"event": "error", "text": "the disk is gone", "exit_code": 1} and "the disk" in err

@@ -228,7 +228,7 @@ def test_a_folder_that_rank_0_cannot_reach(group, unbroken, tmp_path, monkeypatc
     run = Run(group, tmp_path, at=[12], do=killing(group, 0))
     assert run.begun == [0, 10] and torch.equal(run.latents, unbroken.latents)
     names = {path.name.partition("-")[0] for path in tmp_path.iterdir()}
-    assert names == {"result", "result.json", "progress.jsonl"}
+    assert names == {"result", "result.json", "frames", "frames.json", "progress.jsonl"}
     again = Run(group, tmp_path)
     assert again.steps == [] and torch.equal(again.latents, unbroken.latents)
 

@@ -195,7 +195,7 @@ def reseal(manifest, **changes):
         (lambda m, t: m.write_text('{"format": "heterostep saved state"}'), "not a manifest of heterostep"),
         (lambda m, t: m.write_text('{"format": "heterostep saved state", "version": NaN}'), "altered"),
         (lambda m, t: m.write_text(m.read_text().replace("\n", "")), "altered"),
-        (lambda m, t: reseal(m, version=1), "version 1, and this program reads version 2"),
+        (lambda m, t: reseal(m, version=1), f"version 1, and this program reads version {VERSION}"),
         (lambda m, t: reseal(m, step=9), "checkpoint of step 9, under another name"),
         (lambda m, t: reseal(m, kind="result"), "result of step 4, under another name"),
         (lambda m, t: m.write_bytes(bytes(1 << 27)), "too large"),

@@ -24,7 +24,7 @@ from heterostep.engine.denoise.preview import Preview
 from heterostep.engine.engine import Decoding, Started, StepDone
 from heterostep.engine.facts import read_facts
 from heterostep.engine.models.base import check_finite
-from heterostep.engine.record import compare, run_record
+from heterostep.engine.record import Quality, compare, psnr, run_record, ssim
 from heterostep.engine.request import allocation, resolve
 from heterostep.errors import Cancelled
 from heterostep.launch.cli import main
@@ -224,7 +224,11 @@ def test_dtypes(tiny_model):
 def test_record_and_comparison(engine):
     dense = engine.generate(request(num_inference_steps=20, compute=1.0))
     output = engine.generate(request(num_inference_steps=20, compute=0.5))
-    record = json.loads(json.dumps(run_record(engine, output, dense), allow_nan=False))
+    quality = Quality()
+    for pair in zip(output.frames, dense.frames, strict=True):
+        quality.add(*pair)
+    record = {**run_record(engine, output), "against_dense": compare(output, dense, quality)}
+    record = json.loads(json.dumps(record, allow_nan=False))
     assert record["compute"] == pytest.approx(0.5, abs=0.02)
     assert {"load", "encode_text", "denoise", "decode", "total"} <= record["seconds"].keys()
     assert len(record["steps"]) == 20 and {"sigma", "active", "reason", "seconds"} <= record["steps"][3].keys()
@@ -234,9 +238,13 @@ def test_record_and_comparison(engine):
     assert record["request"]["compute"] == 0.5 and run_record(engine, dense)["hsa"] is None
     against = record["against_dense"]
     assert against["psnr"] > 10 and 0 < against["ssim"] <= 1 and against["speedup"] > 0
-    assert compare(dense, dense)["psnr"] is None
+    assert quality.psnr == pytest.approx(psnr(output.frames, dense.frames))
+    assert quality.ssim == pytest.approx(ssim(output.frames, dense.frames))
+    same = Quality()
+    same.add(dense.frames[0], dense.frames[0])
+    assert compare(dense, dense, same)["psnr"] is None
     broken = dataclasses.replace(output, latents=output.latents * math.nan)
-    assert compare(broken, dense)["latents_relative_l2"] is None
+    assert compare(broken, dense, quality)["latents_relative_l2"] is None
 
 
 @pytest.mark.parametrize(

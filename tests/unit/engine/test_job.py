@@ -22,7 +22,7 @@ from heterostep.engine.denoise import inputs
 from heterostep.engine.engine import Decoding, Started, StepDone
 from heterostep.engine.finished import find_finished
 from heterostep.engine.record import run_record
-from heterostep.engine.request import resolve
+from heterostep.engine.request import VideoOutput, resolve
 from heterostep.errors import Cancelled, Interrupted
 
 STEPS = 12
@@ -119,7 +119,13 @@ def test_a_job_that_is_not_broken_off(engine, unbroken, tmp_path):
     seconds = output.seconds
     assert seconds["checkpoint"] > 0
     assert seconds["total"] == pytest.approx(sum(value for stage, value in seconds.items() if stage != "total"))
-    assert names(tmp_path / "made" / "for it") == ["progress.jsonl", "result.json", "result.safetensors"]
+    assert names(tmp_path / "made" / "for it") == [
+        "frames.json",
+        "frames.safetensors",
+        "progress.jsonl",
+        "result.json",
+        "result.safetensors",
+    ]
 
 
 def test_a_crash_costs_the_steps_since_the_checkpoint(engine, unbroken, tmp_path):
@@ -227,14 +233,14 @@ def test_a_finished_job_is_found_not_made(engine, tiny_model, tmp_path, monkeypa
     assert output.seconds == want.seconds
     monkeypatch.setattr("heterostep.engine.engine.load_pipeline", refuse)  # found without the model, too
     found = find_finished(config, asked, job(tmp_path))
-    same(found.output, want)
+    same(VideoOutput.of(found.video, found.frames.array()), want)
     assert found.record == json.loads(json.dumps(record))
     assert find_finished(config, asked, job(tmp_path, resume="never")) is None
 
 
 def test_a_video_lost_in_decoding_is_not_denoised_again(engine, unbroken, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(engine.pipeline.vae, "decode", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+        patched.setattr(engine.pipeline.vae.decoder, "forward", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
         with pytest.raises(MemoryError):
             events_of(engine, tmp_path)
     calls = []
@@ -312,6 +318,19 @@ def test_a_damaged_result_is_made_again(engine, unbroken, tmp_path, caplog):
     started, *_, output = events_of(engine, tmp_path)
     assert started.resumed_at is None and "result in job folder" in caplog.messages[0]
     same(output, unbroken)
+
+
+def test_a_result_without_its_frames_is_decoded_again(engine, unbroken, tmp_path, caplog):
+    events_of(engine, tmp_path)
+    (frames,) = tmp_path.glob("frames-*.safetensors")
+    content = bytearray(frames.read_bytes())
+    content[-1] ^= 1
+    frames.write_bytes(content)
+    started, decoding, output = events_of(engine, tmp_path)
+    assert started.resumed_at == STEPS and isinstance(decoding, Decoding)
+    assert "frames in job folder" in caplog.messages[0] and "altered" in caplog.messages[0]
+    same(output, unbroken)
+    assert len(events_of(engine, tmp_path)) == 2  # found again
 
 
 @pytest.mark.parametrize("state", ["broken off", "finished"])

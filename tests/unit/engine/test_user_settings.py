@@ -139,7 +139,7 @@ def test_a_lora_belongs_to_the_job(models, loras, tmp_path):
     asked = request(lora=(f"{path}:0.7",))
     made = own.generate(asked, job)
     found = find_finished(own.config, asked, job)
-    assert torch.equal(found.output.latents, made.latents)
+    assert torch.equal(found.video.latents, made.latents)
     assert found.record["request"]["lora"] == ["style:0.7"]  # without folders
     # The same weights in another place are the same job; other weights, or another strength, are not.
     moved = shutil.copy(path, tmp_path / "moved.safetensors")

@@ -65,7 +65,7 @@ def test_a_full_job_folder_hides_nothing_of_the_files(command, tmp_path, monkeyp
     def full(path, record):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("heterostep.launch.generate.write_json", full)
+    monkeypatch.setattr("heterostep.launch.outputs.write_json", full)
     status, out, _ = command("--job-dir", "job")
     assert status == 0 and "video.mp4" in out and (tmp_path / "video.mp4").stat().st_size > 0
     assert "could not note which files are its own (No space left" in caplog.text

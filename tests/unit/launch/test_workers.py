@@ -10,17 +10,19 @@ import sys
 import tempfile
 import threading
 import time
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from heterostep.engine.decoding import deliver
 from heterostep.engine.engine import Engine, EngineConfig
 from heterostep.engine.request import GenerateRequest, JobConfig
 from heterostep.errors import Cancelled, ConfigError, Interrupted, JobDiffers, JobInUse, RequestError
 from heterostep.launch.workers import rank
-from heterostep.launch.workers.messages import Copier, Identity, Work, read_copies, write_copies
+from heterostep.launch.workers.messages import Copier, Identity, read_copies, write_copies
 from heterostep.launch.workers.process import Outbox, WorkerLoop, _read_stderr
-from heterostep.launch.workers.rank import resume_job
+from heterostep.launch.workers.rank import RoomWait, resume_job
+from heterostep.launch.workers.render import Rendering
 from heterostep.launch.workers.rendezvous import refit
 from heterostep.parallel.config import ParallelConfig
 
@@ -136,7 +138,7 @@ class Busy:
     def __init__(self, error, times):
         self.error, self.times, self.asked = error, times, []
 
-    def stream(self, request, job):
+    def stream(self, request, job, sink):
         self.asked.append(job.resume)
         if len(self.asked) <= self.times:
             raise self.error("no")
@@ -180,12 +182,13 @@ def test_a_rank_that_refuses_to_join_lets_the_others_go(monkeypatch, what, left)
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-def made(worker):
-    """What becomes of a video whose files are wanted."""
-    work = Work(request=GenerateRequest(prompt="x"), files=True)
-    report = SimpleNamespace(steps=[])
-    output = SimpleNamespace(report=report, seconds={"total": 1.0}, latents=None, frames=None)
-    return worker._result(None, None, work, output)
+def made(verbs, write):
+    """The files of a video, each attempt at which calls `write`."""
+    wait = RoomWait(lambda: verbs[-1])
+    with Rendering(lambda video: {"part": write}, wait) as rendering:
+        deliver([np.zeros((2, 2, 3), np.uint8)], rendering, None)
+        rendering.write("report.json", lambda path: path.write_text("{}"))
+        return rendering.read()
 
 
 def test_a_result_waits_for_room_says_so_once_and_not_for_ever(tmp_path, monkeypatch, caplog):
@@ -193,29 +196,38 @@ def test_a_result_waits_for_room_says_so_once_and_not_for_ever(tmp_path, monkeyp
     monkeypatch.setattr(rank, "_PAUSE_SECONDS", 0.0)
     tries = []
 
-    def write_files(folder, engine, output):
-        (folder / "part").write_bytes(b"p" * (len(tries) + 1))
-        tries.append(names(folder))
+    def write(path, frames):
+        path.write_bytes(b"p" * (len(tries) + 1))
+        tries.append(len(list(frames)))
         if len(tries) < 4:
             raise FULL
-        return {"compute": 1.0}
 
-    monkeypatch.setattr("heterostep.launch.workers.rank.write_files", write_files)
-    verbs = [None]
-    worker = rank.Rank(print, lambda: verbs[-1])
-    outcome = made(worker)
-    assert outcome.files == {"part": b"pppp"} and outcome.hsa == {"compute": 1.0}
+    def full(path, frames):
+        raise FULL
+
+    assert made([None], write) == {"part": b"pppp", "report.json": b"{}"} and tries == [1] * 4
     assert caplog.text.count("is full; the result waits up to 10 minutes") == 1 and names(tmp_path) == []
     assert caplog.records[0].levelno == logging.WARNING
-    monkeypatch.setattr("heterostep.launch.workers.rank.write_files", lambda *_: (_ for _ in ()).throw(FULL))
     monkeypatch.setattr(rank, "_ROOM_SECONDS", 0.1)
     with pytest.raises(RequestError, match=r"the video is made, but .* was full for 0 minutes; free some"):
-        made(worker)
+        made([None], full)
     assert names(tmp_path) == []
     for verb, error in (("cancel", Cancelled), ("stop", Interrupted)):
-        verbs.append(verb)
         with pytest.raises(error, match="ended while the disk was full"):
-            made(worker)
+            made([verb], full)
+
+
+def test_files_that_are_written_at_once_lie_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    together = threading.Barrier(4)
+
+    def write(path, frames):
+        together.wait(30)
+        path.write_bytes(bytes(len(list(frames))))
+
+    with Rendering(lambda video: dict.fromkeys("abcd", write), pytest.fail) as rendering:
+        deliver([np.zeros((2, 2, 3), np.uint8)] * 3, rendering, None)
+        assert rendering.read() == dict.fromkeys("abcd", bytes(3)) and len(names(tmp_path)) == 1
 
 
 def test_a_full_disk_lets_no_folder_for_results_be_made_either(monkeypatch):
@@ -226,4 +238,4 @@ def test_a_full_disk_lets_no_folder_for_results_be_made_either(monkeypatch):
 
     monkeypatch.setattr(tempfile, "TemporaryDirectory", full)
     with pytest.raises(RequestError, match="the video is made"):
-        made(rank.Rank(print, lambda: None))
+        made([None], lambda path, frames: None)
