@@ -245,8 +245,8 @@ def test_head_ends_where_events_would_begin(server):
 
 
 def test_logs_are_json_with_the_job(server, made):
-    for event in ("job begun", "job completed"):
-        assert made["id"] in [record["job"] for record in server.logged(event)]
+    for event in ("job begun", "job completed"):  # the line comes after the row
+        until(lambda event=event: made["id"] in [record["job"] for record in server.logged(event)], 10)
     for line in server.log.read_text().splitlines():
         record = json.loads(line)
         assert {"time", "level", "event"} <= record.keys()

@@ -109,6 +109,9 @@ def test_by_keyboard_alone(page):
     page.run("document.querySelector('#waiting').open = true; document.querySelector('#history li a').focus()")
     outline = "return getComputedStyle(document.activeElement).outlineStyle"
     assert page.run(outline) != "none"
+    # The focus follows the video from one list to the next.
+    page.until("return document.querySelector('#list li') !== null")
+    assert page.run("return document.activeElement.closest('#list li') !== null")
 
 
 def test_what_the_service_refuses_is_shown(page):

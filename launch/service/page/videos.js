@@ -74,9 +74,14 @@ export class Videos {
   render() {
     const live = [...this.live.values()];
     const waiting = live.filter((video) => video.status === "queued");
+    const focused = document.activeElement?.closest("#history li")?.dataset.id;
     this.show("#running", live.filter((video) => video.status !== "queued"), newRow, updateRow);
     this.show("#waiting ol", waiting, newRow, updateRow);
     this.show("#list", [...this.finished.values()], newCard, (link, video) => this.updateCard(link, video));
+    // A video that goes from one list to the next takes the focus with it.
+    if (focused && !this.place.contains(document.activeElement)) {
+      this.place.querySelector(`li[data-id="${focused}"] a`)?.focus({ preventScroll: true });
+    }
     this.place.querySelector("#waiting").hidden = waiting.length === 0;
     this.place.querySelector("summary").textContent = `${this.uncounted ? "More than " : ""}${plural(waiting.length, "video")} waiting`;
     this.place.querySelector("#history-empty").hidden = live.length + this.finished.size > 0;
