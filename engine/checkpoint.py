@@ -32,6 +32,7 @@ from .config import EngineConfig
 from .facts import ModelFacts, first_line
 from .lora import lora_identity
 from .media.files import checkpoint_name, write_durably
+from .noise import noise_identity
 from .request import ResolvedRequest
 
 FORMAT = "heterostep saved state"
@@ -215,6 +216,7 @@ _VALUES = 8
 _WORDS = {
     "request.image": "the image it starts from",
     "request.lora": "its LoRA weights, or their strength",
+    "request.noise": "its file of initial noise",
     "model.files": "the model's files",
     "pipeline.scheduler": "the pipeline's scheduler",
     "pipeline.weights": "the weights in memory (LoRA?)",
@@ -262,6 +264,7 @@ def identity_of(
     asked["lora"] = lora_identity(request.lora)
     allocated = dataclasses.asdict(hsa if hsa is not None else HSAConfig(compute=1.0))
     del allocated["kv_host"]  # the values are the same
+    asked["noise"] = noise_identity(request.noise)
     absent = {"adapters": _NO_ADAPTERS if asked["lora"] is None else None}
     return {
         "heterostep": __version__,

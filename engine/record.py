@@ -8,6 +8,7 @@ import platform
 import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -254,6 +255,7 @@ def acting_request(output: VideoResult, experts: int) -> dict[str, Any]:
     """The request with the share and the guidance of each expert that acted; of files, the names alone."""
     request = dataclasses.asdict(output.request)
     request["lora"] = [lora_label(text) for text in output.request.lora]
+    request["noise"] = None if output.request.noise is None else Path(output.request.noise).name
     if request["compute"] is None:
         request["compute"] = 1.0 if output.hsa is None else output.hsa.compute
     if experts > 1 and request["guidance_scale_2"] is None:

@@ -17,6 +17,7 @@ from .config import EngineConfig
 from .facts import ModelFacts
 from .lora import check_loras, parse_lora
 from .media.image import MAX_SIDE, fingerprint, fit_image, read_image, size_for
+from .noise import check_noise
 from .windows import fill, frames_in
 
 if TYPE_CHECKING:
@@ -129,6 +130,12 @@ class GenerateRequest:
         "HTTP a name that GET /v1/models lists; the expert is high or low, for models with two; may be repeated",
     )
     seed: int = setting(0, least=0, most=2**63 - 1, help="seed of the initial noise, which is the same on every device")
+    noise: str | None = setting(
+        None,
+        metavar="FILE",
+        help="file with the initial noise in place of that of the seed, for Wan: one tensor, safetensors or .pt, on "
+        "the machine of each rank",
+    )
     compute: float | None = like(HSAConfig, "compute", default=None, flag="")
     image: str | os.PathLike[str] | Image.Image | None = setting(
         None, metavar="FILE", help="PNG, JPEG or WebP image that the video starts from, for models that take one"
@@ -233,6 +240,9 @@ def prepare(request: GenerateRequest, facts: ModelFacts) -> tuple[ResolvedReques
     filled["negative_prompt"] = filled["negative_prompt"].strip()
     resolved = ResolvedRequest(**fill(filled, facts, image=image is not None))
     _check_grid(resolved, facts)
+    if resolved.noise is not None:
+        size = (resolved.width, resolved.height, resolved.num_frames)
+        resolved = dataclasses.replace(resolved, noise=check_noise(resolved.noise, facts, *size))
     if image is None:
         return resolved, None
     image = fit_image(image, resolved.width, resolved.height)
@@ -297,11 +307,14 @@ class Started:
         num_tokens: N, tokens of the video.
         resumed_at: steps that were done before, of a job that resumes; all of them for a finished one, whose video
             follows at once; None for a run from the start.
+        eta_seconds: estimate of the time for denoising, as `heterostep plan` makes it; None on a device that it does
+            not know.
     """
 
     request: ResolvedRequest
     num_tokens: int
     resumed_at: int | None = None
+    eta_seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from ...errors import RequestError
 from ..facts import ModelFacts
 from ..models import Adapter
+from ..noise import read_noise
 from ..request import ResolvedRequest
 from ..windows import read_scenes
 from .inputs import encode_prompts
@@ -63,9 +65,21 @@ def windows_of(facts: ModelFacts, request: ResolvedRequest) -> tuple[int, int]:
 
 
 def opening(adapter: Adapter, pipeline: Any, facts: ModelFacts, request: ResolvedRequest) -> dict[str, Any]:
-    """Arguments of the pipeline's call about its random numbers: a generator, and the initial noise of a long video."""
+    """Arguments of the pipeline's call about its random numbers: a generator, and initial noise that it does not draw.
+
+    Raises:
+        RequestError: the file of noise does not fit the model.
+    """
     generator = torch.Generator("cpu").manual_seed(request.seed)
     windows, noise = windows_for(facts, request), None
+    if request.noise is not None:
+        noise = read_noise(request.noise)
+        channels = pipeline.vae.config.z_dim
+        if noise.shape[1] != channels:
+            raise RequestError(
+                f"noise has {noise.shape[1]} channels, but the latents of {facts.name!r} have {channels}"
+            )
+        return {"generator": generator, **adapter.long(pipeline, facts, request, noise)}
     if windows is None:
         return {"generator": generator}
     if request.shared_noise:

@@ -84,7 +84,11 @@ _KINDS: dict[str, Any] = {
     "tuple[str, ...]": Annotated[list[str], BeforeValidator(_listed)],
 }
 # An image comes as a file; OpenAI's clients send seconds as a text.
-SETTINGS = {item.name: item for item in settings_of(GenerateRequest) if item.kind in _KINDS and item.name != "seconds"}
+# Files are the operator's.
+_OTHERWISE = ("seconds", "noise")
+SETTINGS = {
+    item.name: item for item in settings_of(GenerateRequest) if item.kind in _KINDS and item.name not in _OTHERWISE
+}
 """The settings of a request that are fields of its body."""
 _Asked = create_model("_Asked", **{name: _asked(item) for name, item in SETTINGS.items()})  # type: ignore[call-overload]
 
@@ -136,6 +140,9 @@ class Generation(CreateVideo):
 
     ignored: ClassVar[tuple[str, ...]] = tuple(name for name in IGNORED if name != "response_format")
 
+    latent_path: str | None = Field(
+        None, description="A file of initial noise in the operator's folder (`--noise-dir`); only its name counts."
+    )
     output_format: Literal["mp4", "auto"] | None = Field(None, description="The file is always an MP4.")
     response_format: Literal["video_bytes", "video_path"] | None = Field(
         None, description="Whether the answer holds the file in base64 (default) or the path of its URL."

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import pydantic
@@ -204,6 +205,7 @@ def to_request(
     engine: EngineConfig,
     every: int,
     loras: Collection[str] = (),
+    noises: Mapping[str, Path] | None = None,
 ) -> tuple[ResolvedRequest, bytes | None]:
     """Turn what a client asked into a request that the model can serve, with every default filled in.
 
@@ -216,6 +218,7 @@ def to_request(
         engine: how the service computes.
         every: steps between checkpoints.
         loras: names of the LoRA weights that there are.
+        noises: files of initial noise by their names.
 
     Returns:
         The request, and the image that it starts from, as PNG of the video's size.
@@ -234,7 +237,7 @@ def to_request(
     # Drawn here, so that every attempt at the job makes the same video.
     given.setdefault("seed", secrets.randbelow(2**31))
     given.setdefault("compute", compute)
-    wanted = GenerateRequest(**given)
+    wanted = GenerateRequest(**given, noise=_noise(getattr(body, "latent_path", None), noises))
     _check_loras(wanted.lora, loras)
     # Without the image first: it is not scaled to a size that is then refused.
     request = resolve(wanted, replace(facts, image="none"))
@@ -324,6 +327,21 @@ def _check_texts(body: CreateVideo, limits: Limits) -> None:
             raise BadField(name, f"{name} has {len(text)} characters, and at most {limits.prompt} are taken")
         if _UNPRINTABLE.search(text):
             raise BadField(name, f"{name} holds control characters; send plain text")
+
+
+def _noise(asked: str | None, files: Mapping[str, Path] | None) -> str | None:
+    """The file of initial noise that a request names, of those in the operator's folder; its own folders do not count.
+
+    Raises:
+        BadField: there is none of that name.
+    """
+    if asked is None:
+        return None
+    name = PurePosixPath(asked).name
+    if not files or name not in files:
+        there = f"there are {', '.join(sorted(files)[:20])}" if files else "the operator names a folder by --noise-dir"
+        raise BadField("latent_path", f"there is no file of noise {name[:80]!r} here; {there}")
+    return str(files[name])
 
 
 def _check_loras(asked: Collection[str], known: Collection[str]) -> None:

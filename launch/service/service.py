@@ -146,6 +146,7 @@ class VideoService:
             engine=self.settings.engine,
             every=self.settings.checkpoint_every,
             loras=self.settings.loras,
+            noises=self.settings.noises,
         )
         if self._room is not None:
             ranks, sharded = self.settings.ranks, self.settings.shard_weights

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...engine.config import EngineConfig, check_with_ranks
 from ...engine.facts import ModelFacts
+from ...engine.noise import SUFFIXES
 from ...engine.request import JobConfig
 from ...errors import ConfigError
 from ...settings import check, like, setting
@@ -47,6 +48,11 @@ class ServiceSettings:
         None,
         metavar="DIR",
         help="folder of LoRA weights (*.safetensors) that requests may name, each by its file name without the ending",
+    )
+    noise_dir: Path | None = setting(
+        None,
+        metavar="DIR",
+        help="folder of initial noise (*.safetensors, *.pt) that MLPerf's clients may name in latent_path",
     )
     api_key_file: Path | None = setting(
         None,
@@ -91,6 +97,10 @@ class ServiceSettings:
             object.__setattr__(self, "lora_dir", Path(self.lora_dir).expanduser().absolute())
             if not self.lora_dir.is_dir():
                 raise ConfigError(f"lora-dir {str(self.lora_dir)!r} is not a folder; name one that holds LoRA weights")
+        if self.noise_dir is not None:
+            object.__setattr__(self, "noise_dir", Path(self.noise_dir).expanduser().absolute())
+            if not self.noise_dir.is_dir():
+                raise ConfigError(f"noise-dir {str(self.noise_dir)!r} is not a folder; name one with files of noise")
         object.__setattr__(self, "data_dir", Path(self.data_dir).expanduser().absolute())
         try:
             for folder in (self.data_dir, self.results, self.state, self.leases):
@@ -109,6 +119,13 @@ class ServiceSettings:
         found = {path.stem: path for path in sorted(self.lora_dir.glob("*.safetensors"))}
         # A colon stands between a name and its strength.
         return {name: path for name, path in found.items() if ":" not in name}
+
+    @property
+    def noises(self) -> dict[str, Path]:
+        """Files of initial noise that there are now, by their names."""
+        if self.noise_dir is None:
+            return {}
+        return {path.name: path for path in sorted(self.noise_dir.iterdir()) if path.suffix in SUFFIXES}
 
     @property
     def database(self) -> Path:

@@ -9,15 +9,19 @@ import re
 import socket
 
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 testclient = pytest.importorskip("starlette.testclient", reason="the extra 'dev' is not installed")
 
 from heterostep.engine.config import EngineConfig
+from heterostep.errors import ConfigError
 from heterostep.hsa.config import HSAConfig
 from heterostep.launch.serve import _addresses
 from heterostep.launch.service.app import create_app, router
+from heterostep.launch.service.bodies import Generation
+from heterostep.launch.service.requests import Asked, to_request
 from heterostep.launch.service.service import VideoService
 from heterostep.launch.service.settings import ServiceSettings
 
@@ -149,12 +153,36 @@ def test_boundary_ratio_must_be_the_models_own(tmp_path):
     [
         ({"output_format": "avi"}, "output_format: input should be 'mp4' or 'auto'"),
         ({"response_format": "url"}, "response_format: input should be 'video_bytes' or 'video_path'"),
-        ({"latent_path": "/noise.pt"}, "there is no field 'latent_path', and it is not ignored"),
+        ({"latent_path": "/noise.pt"}, "there is no file of noise 'noise.pt' here; the operator names a folder by"),
     ],
 )
 def test_what_mlperf_may_not_ask(client, fields, says):
     answer = client.post("/v1/videos/generations", json={"prompt": PROMPT, **fields})
     assert answer.status_code == 400 and says in answer.json()["error"]["message"]
+
+
+def test_mlperfs_noise_is_a_file_of_the_operators(tmp_path):
+    service = VideoService(ServiceSettings(data_dir=tmp_path / "data", noise_dir=tmp_path))
+    shared = {"model": "demo", "limits": service._limits, "compute": 1.0, "engine": service.settings.engine, "every": 5}
+    facts = service._facts
+    frames, side = (17 - 1) // facts.vae_temporal + 1, 64 // facts.vae_spatial
+    torch.save(torch.zeros(1, 16, frames, side, side), tmp_path / "f.pt")
+    asked = Asked(Generation(prompt=PROMPT, latent_path="/their/data/f.pt"), "", None)
+    request, _ = to_request(asked, facts=facts, noises=service.settings.noises, **shared)
+    assert request.noise == str(tmp_path / "f.pt")
+    client = testclient.TestClient(create_app(service))
+    for path, says in (
+        ("/x/other.pt", "there is no file of noise 'other.pt' here; there are"),
+        ("..", "there is no file"),
+    ):
+        answer = client.post("/v1/videos/generations", json={"prompt": PROMPT, "latent_path": path})
+        assert answer.status_code == 400 and says in answer.json()["error"]["message"]
+    # Nobody but MLPerf's clients may name one, and no setting of a request is a path.
+    for field in ("latent_path", "noise"):
+        assert client.post("/v1/videos", json={"prompt": PROMPT, field: "f.pt"}).status_code == 400
+    service.close()
+    with pytest.raises(ConfigError, match=r"noise-dir .* is not a folder"):
+        ServiceSettings(data_dir=tmp_path / "data", noise_dir=tmp_path / "absent")
 
 
 @pytest.mark.parametrize(("plain", "status"), [(False, "cancelled"), (True, "failed")])
