@@ -347,7 +347,7 @@ class Engine:
     def _make(self, work: _Work) -> VideoResult:
         """The life of a request: text, denoising, VAE."""
         request, job, saved = work.request, work.job, work.saved
-        work.emit(started(self.facts, request, None if saved is None else saved.step))
+        work.emit(started(self.facts, request, None if saved is None else saved.step, self))
         start = time.perf_counter()
         pipeline = as_pipeline(self.pipeline, self.facts.pipeline_for(work.image is not None))
         embeds = encode_prompts(self._adapter, pipeline, request, self.device, self.sharding)

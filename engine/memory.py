@@ -12,8 +12,20 @@ from ..errors import ConfigError, RequestError
 from ..hsa.config import HSAConfig
 from ..parallel.config import ParallelConfig
 from .config import EngineConfig
-from .devices import DEVICES, GIB
-from .estimate import DECODE_PIXEL_BYTES, ITEM_BYTES, RESERVE, TILE, Case, Links, Sizes, Video, memory, read_sizes
+from .devices import DEVICES, GIB, known_device
+from .estimate import (
+    DECODE_PIXEL_BYTES,
+    ITEM_BYTES,
+    RESERVE,
+    TILE,
+    Case,
+    Links,
+    Sizes,
+    Video,
+    estimate,
+    memory,
+    read_sizes,
+)
 from .facts import ModelFacts
 from .request import GenerateRequest, ResolvedRequest, allocation, resolve
 
@@ -255,6 +267,43 @@ def _parts(
     shard_weights: bool,
 ) -> dict[str, int]:
     """Bytes by part, as the planner estimates them, of a video of so many frames."""
+    case = _case(sizes, hsa, request, frames, item_bytes, ranks, shard_weights)
+    return memory(case, ParallelConfig(ulysses=ranks))
+
+
+def expected_seconds(config: EngineConfig, request: ResolvedRequest, gpu: str, item_bytes: int) -> float | None:
+    """Estimate how long denoising takes; None for a device or a model that the planner does not know.
+
+    Args:
+        config: of the engine.
+        request: the video.
+        gpu: what the device calls itself.
+        item_bytes: of a weight.
+    """
+    known = known_device(gpu)
+    if known is None or request.window is not None:
+        return None
+    device, parallel = DEVICES[known], config.parallel or ParallelConfig()
+    hsa = allocation(config, request) or HSAConfig(compute=1.0)
+    try:
+        sizes = read_sizes(config.model)
+        made = _case(sizes, hsa, request, request.num_frames, item_bytes, parallel.world_size, config.shard_weights)
+        links = Links(machine=8, inside=device.nvlink, outside=device.network)
+        return estimate(replace(made, device=device, links=links), parallel).denoise
+    except ConfigError:
+        return None
+
+
+def _case(
+    sizes: Sizes,
+    hsa: HSAConfig,
+    request: ResolvedRequest,
+    frames: int,
+    item_bytes: int,
+    ranks: int,
+    shard_weights: bool,
+) -> Case:
+    """What the planner is asked of a video of so many frames, without a device's speed."""
     facts = sizes.facts
     video = Video(
         width=request.width,
@@ -264,16 +313,15 @@ def _parts(
         branches=facts.passes(request.guidance_scale),
         tokens=math.prod(facts.grid(request.width, request.height, frames)),
     )
-    case = Case(
+    return Case(
         sizes=sizes,
         video=video,
         hsa=hsa,
-        device=next(iter(DEVICES.values())),  # its speed does not count here
+        device=next(iter(DEVICES.values())),
         links=Links(machine=ranks, inside=1.0, outside=1.0),
         item_bytes=item_bytes,
         shard_weights=shard_weights,
     )
-    return memory(case, ParallelConfig(ulysses=ranks))
 
 
 def _file_bytes(facts: ModelFacts, part: str, item_bytes: int) -> int:

@@ -113,7 +113,7 @@ class Progress:
         if self._kind == "nothing":
             return
         if isinstance(event, Started):
-            self._begin(event.request.num_inference_steps, event.resumed_at or 0, label)
+            self._begin(event.request.num_inference_steps, event.resumed_at or 0, label, event.eta_seconds)
         elif isinstance(event, StepDone):
             self._step(event, label)
         elif isinstance(event, Decoding):
@@ -122,15 +122,17 @@ class Progress:
             else:
                 self._bar.set_postfix_str("decoding")
 
-    def _begin(self, num_steps: int, done: int, label: str) -> None:
+    def _begin(self, num_steps: int, done: int, label: str, eta: float | None) -> None:
         self.close()  # of a run whose ranks were lost, and which begins again
         self._start = self._said = self._clock()
         if self._kind == "lines":
             if done < num_steps:
-                self.stage(f"encoding the prompt, then {label} in {num_steps - done} steps")
+                about = "" if eta is None else f", about {_time(eta)}"
+                self.stage(f"encoding the prompt, then {label} in {num_steps - done} steps{about}")
             return
         self._bar = _bar(self._stream, num_steps, done, label, notebook=self._kind == "notebook")
-        self._bar.set_postfix_str(f"encoding, then step {done + 1}")
+        then = f"step {done + 1}" if eta is None else f"about {_time(eta)}"
+        self._bar.set_postfix_str(f"encoding, then {then}")
 
     def _step(self, event: StepDone, label: str) -> None:
         now = self._clock()
@@ -186,7 +188,7 @@ class JsonProgress(Progress):
             request = event.request
             self.tell(
                 "started", label=label, prompt=request.prompt, seed=request.seed, steps=request.num_inference_steps,
-                tokens=event.num_tokens, resumed_at=event.resumed_at,
+                tokens=event.num_tokens, resumed_at=event.resumed_at, eta_seconds=event.eta_seconds,
             )  # fmt: skip
         elif isinstance(event, StepDone):
             self.tell(

@@ -12,17 +12,25 @@ from ..errors import Cancelled, Interrupted
 from .checkpoint import Saved
 from .facts import ModelFacts
 from .job import Job
+from .memory import expected_seconds
 from .report import HSAReport, StepRecord
 from .request import Event, ResolvedRequest, Started, StepDone
 
 if TYPE_CHECKING:
     from .denoise.session import HSASession
+    from .record import Maker
 
 
-def started(facts: ModelFacts, request: ResolvedRequest, resumed_at: int | None) -> Started:
-    """The first event of a run; `resumed_at` as there."""
+def started(
+    facts: ModelFacts, request: ResolvedRequest, resumed_at: int | None, engine: Maker | None = None
+) -> Started:
+    """The first event of a run; `resumed_at` as there. The `engine` that runs it says how long that may take."""
+    eta_seconds = None
+    if engine is not None and resumed_at is None and engine.device.type == "cuda":
+        gpu = torch.cuda.get_device_name(engine.device)
+        eta_seconds = expected_seconds(engine.config, request, gpu, engine.dtype.itemsize)
     num_tokens = math.prod(facts.grid(request.width, request.height, request.num_frames))
-    return Started(request=request, num_tokens=num_tokens, resumed_at=resumed_at)
+    return Started(request=request, num_tokens=num_tokens, resumed_at=resumed_at, eta_seconds=eta_seconds)
 
 
 class Stop:

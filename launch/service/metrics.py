@@ -145,7 +145,8 @@ class Follower:
             self._shares = [0.0] * self.step
             if self._job.attempt == 1 and event.resumed_at is None:
                 self._metrics.observe("heterostep_queue_seconds", time.time() - self._job.created_at)
-            self._tell(stage="denoising", step=self.step, progress=self._progress())
+            eta = None if event.eta_seconds is None else event.eta_seconds + self._rest
+            self._tell(stage="denoising", step=self.step, progress=self._progress(), eta_seconds=eta)
         elif isinstance(event, StepDone):
             self._step(event)
         elif isinstance(event, Decoding):

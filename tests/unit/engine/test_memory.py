@@ -5,23 +5,28 @@ No figure of free memory here is real.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import heterostep as hs
 from heterostep.engine import memory
+from heterostep.engine.estimate import estimate
 from heterostep.engine.facts import read_facts
 from heterostep.engine.features import place
-from heterostep.engine.memory import GIB, Room, need_of
+from heterostep.engine.memory import GIB, Room, expected_seconds, need_of
 from heterostep.engine.published import sizes_of
 from heterostep.engine.request import resolve
 from heterostep.errors import RequestError
 from heterostep.hsa.config import HSAConfig
 from heterostep.launch.cli import main
+from heterostep.launch.plan import PlanSettings, case_of
 from heterostep.launch.service.bodies import CreateVideo
 from heterostep.launch.service.requests import Asked
 from heterostep.launch.service.service import VideoService
 from heterostep.launch.service.settings import ServiceSettings
+from heterostep.parallel.config import ParallelConfig
 
 LARGE = "wan2.1-14b"
 
@@ -151,3 +156,16 @@ def test_a_run_that_never_fits_ends_and_the_engine_lives(tiny_model):
         engine.generate(asked)
     hook.remove()
     assert engine.generate(asked).frames.shape == (5, 32, 64, 3)
+
+
+def test_the_time_of_denoising_is_known_before_the_first_step_on_known_gpus():
+    config, request = hs.EngineConfig(model=LARGE, hsa=HSAConfig(compute=0.5)), large()[1]
+    one, eight = (
+        expected_seconds(replace(config, parallel=degrees), request, "NVIDIA H100 80GB HBM3", 2)
+        for degrees in (None, ParallelConfig(cfg=2, ulysses=4))
+    )
+    case = case_of(PlanSettings(model=LARGE, gpu="h100"), config.hsa, (832, 480))
+    assert one == pytest.approx(estimate(case, ParallelConfig()).denoise)  # as `plan` says it
+    assert one / 9 < eight < one / 6
+    assert expected_seconds(config, request, "NVIDIA RTX 4090", 2) is None
+    assert expected_seconds(hs.EngineConfig(model="abc/unknown"), request, "NVIDIA H100", 2) is None

@@ -24,10 +24,10 @@ class Terminal(io.StringIO):
         return True
 
 
-def events(num_steps, seconds, clock, *, resumed_at=None):
+def events(num_steps, seconds, clock, *, resumed_at=None, eta_seconds=None):
     """A run whose steps take `seconds`."""
     request = types.SimpleNamespace(num_inference_steps=num_steps)
-    yield Started(request=request, num_tokens=8, resumed_at=resumed_at)
+    yield Started(request=request, num_tokens=8, resumed_at=resumed_at, eta_seconds=eta_seconds)
     for step in range((resumed_at or 0) + 1, num_steps + 1):
         clock[0] += seconds
         yield StepDone(
@@ -177,3 +177,8 @@ def test_a_terminal_without_a_size():
         shown = b""
         while b"3/3 steps" not in shown:
             shown += end.read(65536)
+
+
+def test_what_is_expected_is_said_before_the_first_step():
+    assert shown(8, 1.0, eta_seconds=57.4)[0] == "encoding the prompt, then denoising in 8 steps, about 57 s ..."
+    assert "encoding, then about 57 s" in shown(8, 1.0, Terminal(), eta_seconds=57.4)
