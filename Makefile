@@ -69,7 +69,7 @@ check: $(VENV)/.dev
 	@# The checkout may have any name; mypy must see it as heterostep.
 	@mkdir -p .mypy_cache/src && ln -sfn "$(CURDIR)" .mypy_cache/src/heterostep
 	@cd .mypy_cache/src && "$(abspath $(BIN))/mypy" --config-file heterostep/pyproject.toml --cache-dir .. \
-	    $(addprefix heterostep/,__init__.py __main__.py errors.py settings.py version.py hsa parallel engine launch benchmarks/baselines benchmarks/quality benchmarks/serving)
+	    $(addprefix heterostep/,__init__.py __main__.py errors.py settings.py version.py hsa parallel engine launch benchmarks/baselines benchmarks/quality benchmarks/results benchmarks/serving benchmarks/speed)
 	@$(BIN)/lint-imports
 
 format: $(VENV)/.dev

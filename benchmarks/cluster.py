@@ -23,9 +23,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from harness import REPORTS, environment, quiet
-from step import Shape, build_pipeline
 
 import heterostep as hs
+from heterostep.benchmarks.speed.step import Shape, build_pipeline
 from heterostep.parallel.config import ParallelConfig
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import datetime
 import hashlib
-import importlib.metadata
 import math
 import os
 import pathlib
-import platform
 import random
-import subprocess
 import sys
 import time
 from typing import Any
@@ -25,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from heterostep.benchmarks.baselines.solvers import scheduler_like
+from heterostep.benchmarks.results import result as results
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "benchmarks" / "reports"
@@ -304,47 +301,14 @@ def save(path: pathlib.Path, tensor: Tensor, name: str = "latents") -> None:
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     """When, on what and with which versions a result was made."""
     device = torch.device(device)
-    cuda = device.type == "cuda"
-    names = ("torch", "diffusers", "transformers", "numpy")
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "git": _git_revision(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {_processor()}",
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-    }
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return results.environment(name) | {"threads": torch.get_num_threads()}
 
 
 def source_digest() -> str:
     """Short hash of the code that decides what is computed: its results are kept apart by it."""
     files = sorted(file for part in ("hsa", "engine/denoise", "engine/models") for file in (ROOT / part).glob("*.py"))
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
-
-
-def _git_revision() -> str:
-    """Commit of the checkout, with "+" when files differ from it."""
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changes = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + ("+" if changes else "")
-
-
-def _processor() -> str:
-    """Name of the processor."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
 
 
 def quiet() -> None:

@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 from harness import DEMO_MODEL, REPORTS, Bench, clips, environment, quiet
 from parallel_report import checks, markdown, plot
-from step import Shape, build_pipeline
 
 import heterostep as hs
+from heterostep.benchmarks.speed.step import Shape, build_pipeline
 from heterostep.parallel.config import ParallelConfig
 from heterostep.parallel.partition import cut, imbalance
 

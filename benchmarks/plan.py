@@ -1,6 +1,6 @@
 """The constants of `heterostep plan`, derived, and what it says of 1 to 1,024 GPUs: `python benchmarks/plan.py`.
 
-Needs no GPU and takes seconds. Reads the reports of benchmarks/step.py and parallel.py; writes reports/plan.json, .md
+Needs no GPU and takes seconds. Reads the reports of `bench step` and of parallel.py; writes reports/plan.json, .md
 and .png.
 """
 
@@ -42,7 +42,11 @@ def case(model: str, size: tuple[int, int], gpu: str, compute: float = 1.0, **se
 def derived() -> dict[str, float]:
     """Solve for the constants again: three equations of seconds, three unknown speeds."""
     step = json.loads((REPORTS / "step-wan-1.3b.json").read_text())
-    dense = next(row["seconds"] for row in step["steps"] if row["share"] == 0.0)
+    seconds_of = {
+        row["what"]["step"]: row["metrics"]["seconds"]["value"] for row in step["rows"] if "step" in row["what"]
+    }
+    dense = seconds_of["dense"]
+    partial = {float(name.split()[0]): value for name, value in seconds_of.items() if name not in ("dense", "1 active")}
     rows = [(case("wan2.1-14b", size, "h100"), seconds) for size, seconds in FORWARD.items()]
     rows.append((case("wan2.1-1.3b", (832, 480), "h200"), dense))
     terms, seconds = [], []
@@ -52,11 +56,7 @@ def derived() -> dict[str, float]:
         terms.append([linear, attention, channels / made.device.bandwidth])
         seconds.append(measured)
     per_linear, per_attention, elementwise = np.linalg.solve(np.array(terms), np.array(seconds))
-    extra = [
-        (row["seconds"] - row["share"] * dense) / rows[-1][0].sizes.facts.num_layers
-        for row in step["steps"]
-        if 0.0 < row["share"] < 1.0
-    ]
+    extra = [(taken - share * dense) / rows[-1][0].sizes.facts.num_layers for share, taken in partial.items()]
     cpu = json.loads((REPORTS / "parallel.json").read_text())
     return {
         "attention": 1 / per_attention,

@@ -135,8 +135,13 @@ DEVICES: Mapping[str, Device] = {
 }
 
 
+def known_device(name: str) -> str | None:
+    """The key in `DEVICES` of a GPU that calls itself so, such as "NVIDIA H100 80GB HBM3"; None: it is not there."""
+    return next((key for key in DEVICES if key != "cpu" and key.upper() in name.upper()), None)
+
+
 def device_of(name: str) -> Device:
-    """A device by its name in `DEVICES`, or from a JSON file with the fields of `Device`.
+    """A device by its name in `DEVICES`, or from a JSON file: of `bench calibrate`, or with the fields of `Device`.
 
     Raises:
         ConfigError: it is neither, or the file's figures are wrong.
@@ -148,6 +153,8 @@ def device_of(name: str) -> Device:
         raise ConfigError(f"gpu {name!r} must be one of {', '.join(DEVICES)}, or a JSON file with a GPU's constants")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and isinstance(values.get("device"), dict):
+            values = values["device"]
         return Device(**values)
     except (OSError, ValueError) as error:
         raise ConfigError(f"gpu {name!r}: {error}") from error

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..benchmarks.quality import report
-from ..benchmarks.quality.run import OneRank, QualityBench
+from ..benchmarks.quality.run import Maker, OneRank, QualityBench
 from ..benchmarks.quality.settings import PRESETS, QualitySettings, listed, read_prompts
 from ..benchmarks.quality.store import Store, with_scheduler
+from ..benchmarks.results import result as results
 from ..engine.denoise.checks import rehearse
 from ..engine.facts import read_facts, read_scheduler
 from ..engine.loading import pick_device
@@ -42,6 +43,7 @@ def bench_quality(settings: QualitySettings, command: Command, said: Sequence[st
         HeterostepError: a setting, the model or a request is wrong, or the work failed.
     """
     silence_libraries(downloads=progress.shown)
+    old = None if settings.compare is None else results.read(settings.compare)
     facts = read_facts(command.engine.model)
     prompts = read_prompts(settings, facts, _image(command.request))
     preset = None if settings.preset is None else PRESETS[settings.preset]
@@ -82,6 +84,10 @@ def bench_quality(settings: QualitySettings, command: Command, said: Sequence[st
     default = (listed(settings.policies) or ["joint"])[0]
     for path in report.write(store, list(bench.requests), facts_of_report, default, settings.preset):
         progress.say(f"wrote {path}")
+    if old is not None:
+        new = results.read(folder / "report.json")
+        for line in results.said_changes({"changes": results.changes(new, old)}):
+            progress.say(line)
     return 0
 
 
@@ -121,8 +127,25 @@ def _maker(command: Command, first: HSAConfig | None, progress: Progress) -> Ite
         yield ranks
 
 
+@contextlib.contextmanager
+def makers(command: Command, replicas: int, progress: Progress) -> Iterator[list[Maker]]:
+    """So many makers beside each other; only one alone shows its steps, and computes in this process if it can."""
+    if replicas == 1:
+        with _maker(command, command.engine.hsa, progress) as maker:
+            yield [maker]
+        return
+    quiet = Progress(False)
+    made = [Ranks(command, command.engine.hsa, quiet, index) for index in range(replicas)]
+    progress.stage(f"{replicas} replicas make videos")
+    try:
+        yield list(made)
+    finally:
+        for each in made:
+            each.close()
+
+
 class Ranks:
-    """Makes videos on several ranks of this machine: a worker group for each allocation, one after the other.
+    """Makes videos on ranks of this machine: a worker group for each allocation, one after the other.
 
     Attributes:
         pipeline: None: other processes have it.
@@ -130,9 +153,12 @@ class Ranks:
 
     pipeline = None
 
-    def __init__(self, command: Command, first: HSAConfig | None, progress: Progress) -> None:
-        """Start nothing yet; the group of the allocation `first` makes the dense videos too, so that one is started."""
-        self._command, self._first, self._progress = command, first, progress
+    def __init__(self, command: Command, first: HSAConfig | None, progress: Progress, index: int = 0) -> None:
+        """Start nothing yet; the group of the allocation `first` makes the dense videos too, so that one is started.
+
+        `index` is its number among those beside each other, which chooses its GPUs.
+        """
+        self._command, self._first, self._progress, self._index = command, first, progress, index
         self._group: WorkerGroup | None = None
         self._open_now = contextlib.ExitStack()
         self._hsa: HSAConfig | None = None
@@ -156,7 +182,7 @@ class Ranks:
         self.close()
         command = dataclasses.replace(self._command, engine=dataclasses.replace(self._command.engine, hsa=hsa))
         config, reason = settled_here(command)
-        opened = group_here(command, config, reason, self._progress)
+        opened = group_here(command, config, reason, self._progress, self._index)
         self._group, self._on_loss = self._open_now.enter_context(opened)
         self._open_now.callback(self._group.close)
         self._hsa = hsa

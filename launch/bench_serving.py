@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
+from ..benchmarks.results import result as results
 from ..benchmarks.serving.report import result, table
 from ..benchmarks.serving.run import measure
 from ..benchmarks.serving.settings import LoadSettings
 from ..engine.progress import Progress
-from ..errors import ConfigError, HeterostepError
+from ..errors import HeterostepError
 
 
 def bench_serving(settings: LoadSettings, said: Sequence[str], progress: Progress) -> int:
@@ -28,15 +26,13 @@ def bench_serving(settings: LoadSettings, said: Sequence[str], progress: Progres
         HeterostepError: no request was completed; the result is printed and written nevertheless.
         KeyboardInterrupt: it was stopped; the same holds.
     """
-    output = None if settings.output_file is None else Path(settings.output_file)
-    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise ConfigError(f"output_file {settings.output_file!r} must be a file in an existing folder")
-    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    found = {"command": shlex.join(["heterostep", *said])} | result(settings, measure(settings, progress.say), load)
+    files, environment = results.Files(settings.output_file, settings.compare), results.environment()
+    command = shlex.join(["heterostep", *said])
+    found = result(settings, measure(settings, progress.say), command, environment)
     print(table(found))
-    if output is not None:
-        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        progress.say(f"wrote {output}")
+    written = files.finish(found)
+    for line in (*results.said_changes(found), *(f"wrote {path}" for path in written)):
+        progress.say(line)
     if found["interrupted"]:
         raise KeyboardInterrupt("; the result has what was measured until then")
     if not found["completed_requests"]:

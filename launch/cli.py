@@ -10,7 +10,17 @@ from typing import NoReturn
 
 from ..benchmarks.quality.settings import QualitySettings
 from ..benchmarks.serving.settings import LoadSettings
+from ..benchmarks.speed.settings import (
+    PRESETS,
+    CalibrateSettings,
+    OfflineSettings,
+    RecoverySettings,
+    ResultFiles,
+    ScalingSettings,
+    StepSettings,
+)
 from ..engine.config import EngineConfig
+from ..engine.facts import read_facts
 from ..engine.progress import JsonProgress, Progress
 from ..engine.request import GenerateRequest, JobConfig
 from ..errors import (
@@ -25,17 +35,8 @@ from ..errors import (
 from ..hsa.config import HSAConfig
 from ..parallel.config import ParallelConfig
 from ..version import __version__
-from .options import (
-    Batch,
-    Outputs,
-    Ranks,
-    Serving,
-    add_flags,
-    commands_of,
-    given,
-    service_settings,
-    size_of,
-)
+from .examples import BENCH, DECODE, GENERATE, HETEROSTEP, LOAD, PLAN, SERVE, SPEED
+from .options import Batch, Outputs, Ranks, Serving, add_flags, commands_of, given, service_settings, size_of
 from .plan import PlanSettings, plan
 from .serve import serve
 from .service.settings import ServiceSettings
@@ -48,97 +49,8 @@ EXIT_SAVED = 75
 """EX_TEMPFAIL of sysexits.h: the same command resumes later."""
 EXIT_INTERRUPTED = 130
 
-_EPILOG = """\
-examples:
-  heterostep generate --prompt "a red disc moves right" --compute 0.5
-  heterostep generate --prompt "a cat on a beach" --model ./Wan2.1-T2V-1.3B-Diffusers --output cat.mp4
-  heterostep generate --prompt "it jumps" --image cat.jpg --model ./Wan2.2-TI2V-5B-Diffusers --output cat.mp4
-  heterostep info --model demo
-  heterostep plan --model wan2.1-14b --size 1280x720 --gpu h100 --gpus 8
-  heterostep serve --no-ray --data-dir ./videos
-
-`heterostep COMMAND --help` explains the flags of a command.
-"""
-
-_GENERATE_EPILOG = """\
-examples:
-  half of the work, with a map of which tokens were computed:
-    heterostep generate --prompt "a red disc moves right" --compute 0.5 --output v.mp4 --heatmap h.mp4
-  compare speed and quality with the dense run:
-    heterostep generate --prompt "a red disc moves right" --compute 0.33 --compare-dense --report r.json
-  on two ranks of this machine:
-    heterostep generate --prompt "a red disc moves right" --nproc 2 --ulysses 2 --output two.mp4
-  on two ranks that are Ray actors:
-    heterostep generate --prompt "a red disc moves right" --ray --nproc 2 --output two.mp4
-  one video for each line of a file; the same command makes what is missing:
-    heterostep generate --prompts lines.txt --job-dir many --output "{index}-{seed}.mp4"
-  with LoRA weights at 0.8 of their strength:
-    heterostep generate --prompt "a cat" --model ./Wan2.1-T2V-1.3B-Diffusers --lora style.safetensors:0.8
-  a long run that the same command resumes after an interruption:
-    heterostep generate --prompt "a red disc moves right" --job-dir disc --output disc.mp4
-
-Flags that are left out take the model's defaults; `heterostep info --model M` shows them.
-"""
-
-
-_DECODE_EPILOG = """\
-examples:
-  heterostep generate --prompt "a red disc moves right" --latents disc.safetensors
-  heterostep decode disc.safetensors --output disc.mp4
-  heterostep decode ./job-of-an-hour --output video.mp4 --scale 2
-
-Only the VAE is loaded. Model, type and frame rate are those of the run that made the latents, unless flags name others.
-"""
-
-
-_SERVE_EPILOG = """\
-examples:
-  on this machine, without Ray: API and web page at http://127.0.0.1:8000/
-    heterostep serve --no-ray --data-dir ./videos
-  two replicas with one GPU each on Ray Serve, for clients with an API key:
-    heterostep serve --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --replicas 2 --gpus-per-replica 1 \\
-        --host 0.0.0.0 --api-key-file keys.txt --data-dir /srv/videos
-
-docs/serving.md describes the API, the settings, and what survives which failure.
-"""
-
-
-_BENCH_EPILOG = """\
-examples:
-  the demo model, in minutes:
-    heterostep bench quality --model demo --count 4 --output bench
-  Wan 2.1 with the settings of MagCache's table, whose figures the report shows beside; how long it takes is said first:
-    heterostep bench quality --model ./Wan2.1-T2V-1.3B-Diffusers --preset magcache --estimate
-  other policies and methods, and prompts of your own:
-    heterostep bench quality --model ./Wan2.1-T2V-1.3B-Diffusers --policies joint,tokens --baselines unipc,taylorseer \\
-        --prompts prompts.txt --output wan
-
-The folder holds report.md, report.json, report.png and index.html with the videos side by side. The same command
-continues after an interruption. docs/benchmarks.md describes it.
-"""
-
-
-_LOAD_EPILOG = """\
-examples:
-  ten requests, one after the other, to a service on this machine:
-    heterostep bench serving --num-prompts 10 --width 832 --height 480 --num-frames 81
-  an open loop: requests that arrive by chance, two a minute, and how many end within three times the warm-up's time:
-    heterostep bench serving --base-url http://gpu1:8000 --request-rate 0.033 --num-prompts 50 --slo \\
-        --output-file result.json
-
-Flags and keys of the result are those of SGLang's bench_serving where it has them. docs/benchmarks.md describes them.
-"""
-
-
-_PLAN_EPILOG = """\
-examples:
-  half of the work for Wan 2.1 14B at 720p on eight GPUs:
-    heterostep plan --model wan2.1-14b --size 1280x720 --frames 81 --steps 50 --compute 0.5 --gpu h100 --gpus 8
-  what 1 to 1,024 GPUs deliver:
-    heterostep plan --model wan2.2-a14b --compute 1 --gpu h200 --sweep --plot sweep.png --json sweep.json
-
-No weights, GPU or network are needed. docs/planning.md says what is measured and what is estimated.
-"""
+_PROMPT = "a red disc moves right"
+"""Of a video that has none of its own; the demo model knows it."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -153,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="heterostep",
         description="Make videos faster with Wan and LTX-2: compute a share of the denoising work, forecast the rest.",
-        epilog=_EPILOG,
+        epilog=HETEROSTEP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -182,9 +94,7 @@ def _add_command(commands: argparse._SubParsersAction[_Parser], name: str, purpo
 
 
 def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
-    command = _add_command(
-        commands, "generate", "make a video from a text, or from a text and an image", _GENERATE_EPILOG
-    )
+    command = _add_command(commands, "generate", "make a video from a text, or from a text and an image", GENERATE)
     what = command.add_argument_group("what to make")
     add_flags(what, GenerateRequest, required=False)
     add_flags(what, Batch)
@@ -212,7 +122,7 @@ def _add_size(parser: argparse._ActionsContainer, purpose: str) -> None:
 
 
 def _add_decode(commands: argparse._SubParsersAction[_Parser]) -> None:
-    command = _add_command(commands, "decode", "make the file of a video from its final latents", _DECODE_EPILOG)
+    command = _add_command(commands, "decode", "make the file of a video from its final latents", DECODE)
     command.add_argument("source", metavar="LATENTS_OR_JOB", help="file of --latents, or folder of --job-dir")
     add_flags(command, GenerateRequest, only=["fps"])
     add_flags(command, EngineConfig, defaults=False, only=["model", "dtype", "device", "vae_tiling"])
@@ -231,7 +141,7 @@ def _add_info(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
     purpose = "estimate memory, time and videos per hour on any number of GPUs"
-    command = _add_command(commands, "plan", purpose, _PLAN_EPILOG)
+    command = _add_command(commands, "plan", purpose, PLAN)
     add_flags(command.add_argument_group("what for"), PlanSettings)
     _add_size(command, "width and height in pixels, such as 832x480")
     add_flags(command.add_argument_group("how the work is spread"), HSAConfig)
@@ -241,7 +151,7 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
-    command = _add_command(commands, "serve", "serve videos over HTTP, with a web page", _SERVE_EPILOG)
+    command = _add_command(commands, "serve", "serve videos over HTTP, with a web page", SERVE)
     what = command.add_argument_group("what to serve, and how to compute it")
     add_flags(what, EngineConfig)
     add_flags(what, HSAConfig)
@@ -252,10 +162,10 @@ def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
-    command = _add_command(commands, "bench", "measure on your own weights and machine", _BENCH_EPILOG)
+    command = _add_command(commands, "bench", "measure on your own weights and machine", BENCH)
     kinds = command.add_subparsers(dest="bench", metavar="WHAT", required=True)
     purpose = "compare videos at a share of the work with the dense ones of the same prompts"
-    quality = _add_command(kinds, "quality", purpose, _BENCH_EPILOG)
+    quality = _add_command(kinds, "quality", purpose, BENCH)
     add_flags(quality.add_argument_group("what to measure"), QualitySettings)
     what = quality.add_argument_group("what all videos have in common")
     add_flags(what, GenerateRequest, leave_out=["prompt"])
@@ -268,9 +178,44 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     add_flags(ranks, ParallelConfig, defaults=False)
     add_flags(ranks, EngineConfig, only=["shard_weights"])
     quality.set_defaults(run=_bench)
-    serving = _add_command(kinds, "serving", "put load on a running service of OpenAI's video API", _LOAD_EPILOG)
+    serving = _add_command(kinds, "serving", "put load on a running service of OpenAI's video API", LOAD)
     add_flags(serving, LoadSettings)
     serving.set_defaults(run=_bench_serving)
+    for verb, purpose, settings in _VIDEO_VERBS:
+        _add_video_verb(_add_command(kinds, verb, purpose, SPEED), verb, settings)
+    for verb, purpose, settings in _MODEL_VERBS:
+        command = _add_command(kinds, verb, purpose, SPEED)
+        add_flags(command, settings)
+        add_flags(command, ResultFiles)
+        command.set_defaults(run=_bench_model, settings=settings)
+
+
+_VIDEO_VERBS: tuple[tuple[str, str, type], ...] = (
+    ("offline", "make videos one after the other: videos per hour and GPU-hour, GPU seconds, joules", OfflineSettings),
+    ("single-stream", "the same with one video at a time: the time of a video", OfflineSettings),
+    ("scaling", "divide GPUs in all ways, into replicas and into ranks that share a video", ScalingSettings),
+    ("recovery", "kill or freeze ranks in the midst of jobs: time to the next step, goodput", RecoverySettings),
+)
+_MODEL_VERBS: tuple[tuple[str, str, type], ...] = (
+    ("step", "time a random model's steps against the share of active tokens, and by part", StepSettings),
+    ("calibrate", "measure this device's constants for `plan --gpu FILE`", CalibrateSettings),
+)
+
+
+def _add_video_verb(command: _Parser, verb: str, settings: type) -> None:
+    add_flags(command.add_argument_group("what to measure"), settings)
+    add_flags(command.add_argument_group("what to write"), ResultFiles)
+    what = command.add_argument_group("what all videos have in common")
+    add_flags(what, GenerateRequest, leave_out=["prompt"])
+    _add_size(what, "width and height in pixels, such as 832x480")
+    how = command.add_argument_group("how to compute them")
+    add_flags(how, EngineConfig, leave_out=["shard_weights"])
+    add_flags(how, HSAConfig, leave_out=[] if verb == "recovery" else ["compute"])
+    ranks = command.add_argument_group("on how many ranks")
+    add_flags(ranks, Ranks, only={"scaling": [], "recovery": ["nproc", "ray"]}.get(verb, ["nproc"]))
+    add_flags(ranks, ParallelConfig, defaults=False)
+    add_flags(ranks, EngineConfig, only=["shard_weights"])
+    command.set_defaults(run=_bench_videos, verb=verb, settings=settings)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -331,6 +276,45 @@ def _bench_serving(arguments: argparse.Namespace) -> int:
     settings = LoadSettings(**given(LoadSettings, vars(arguments)))
     with Progress(True) as progress:
         return bench_serving(settings, arguments.said, progress)
+
+
+def _bench_videos(arguments: argparse.Namespace) -> int:
+    given_flags = vars(arguments)
+    verb, settings = arguments.verb, arguments.settings(**given(arguments.settings, given_flags))
+    files = ResultFiles(**given(ResultFiles, given_flags))
+    asked = {name: value for name, value in given_flags.items() if name not in ("prompts", "count")}
+    preset = dict(PRESETS.get(getattr(settings, "preset", None) or "", {}))
+    if preset:
+        asked.setdefault("size", (preset.pop("width"), preset.pop("height")))
+        if "seconds" in asked:
+            preset.pop("num_frames")
+        if read_facts(asked.get("model", EngineConfig.model)).experts == 1:  # which the result then says
+            preset.pop("guidance_scale_2")
+    (command,) = commands_of(argparse.Namespace(**{**preset, **asked, "prompt": _PROMPT, "output": Outputs.output}))
+    with Progress(True) as progress:
+        progress.stage("loading PyTorch")
+        if verb == "recovery":
+            from .bench_recovery import bench_recovery
+
+            return bench_recovery(settings, files, command, arguments.said, progress)
+        from .bench_speed import bench_offline, bench_scaling
+
+        if verb == "scaling":
+            return bench_scaling(settings, files, command, arguments.said, progress)
+        return bench_offline(settings, files, command, arguments.said, progress, verb)
+
+
+def _bench_model(arguments: argparse.Namespace) -> int:
+    given_flags = vars(arguments)
+    settings = arguments.settings(**given(arguments.settings, given_flags))
+    files = ResultFiles(**given(ResultFiles, given_flags))
+    with Progress(True) as progress:
+        progress.stage("loading PyTorch")
+        from .bench_step import bench_calibrate, bench_step
+
+        if arguments.settings is StepSettings:
+            return bench_step(settings, files, arguments.said, progress)
+        return bench_calibrate(settings, files, arguments.said, progress)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -115,7 +115,9 @@ def settled_here(command: Command) -> tuple[EngineConfig, str]:
 
 
 @contextlib.contextmanager
-def group_here(command: Command, config: EngineConfig, reason: str, progress: Progress) -> Iterator[Started]:
+def group_here(
+    command: Command, config: EngineConfig, reason: str, progress: Progress, index: int = 0
+) -> Iterator[Started]:
     """A group of ranks on this machine, or on this and others; it is to be closed. And what is told of its losses.
 
     Args:
@@ -123,15 +125,15 @@ def group_here(command: Command, config: EngineConfig, reason: str, progress: Pr
         config: of `settled_here`.
         reason: likewise.
         progress: shows what is done.
+        index: of the group among those beside each other on this machine.
     """
     progress.say(reason)
-    ranks, job = command.ranks, command.job
-    output = _Output(Path(job.folder) / "logs" if job is not None else None)
+    output = _Output(None if command.job is None else Path(command.job.folder) / "logs")
     with contextlib.ExitStack() as stack:
-        machines: Machines = ThisMachine(show=output.show)
-        if ranks.machines > 1:
-            machines = stack.enter_context(_several(ranks, output, progress))
-        progress.stage(f"loading model {config.model} on {ranks.size} ranks")
+        machines: Machines = ThisMachine(index, show=output.show)
+        if command.ranks.machines > 1:
+            machines = stack.enter_context(_several(command.ranks, output, progress))
+        progress.stage(f"loading model {config.model} on {command.ranks.size} ranks")
         yield WorkerGroup(_group_config(command, config), _alone(config), machines), output.lost
 
 

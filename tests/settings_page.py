@@ -7,6 +7,14 @@ from pathlib import Path
 
 from heterostep.benchmarks.quality.settings import QualitySettings
 from heterostep.benchmarks.serving.settings import LoadSettings
+from heterostep.benchmarks.speed.settings import (
+    CalibrateSettings,
+    OfflineSettings,
+    RecoverySettings,
+    ResultFiles,
+    ScalingSettings,
+    StepSettings,
+)
 from heterostep.engine.config import EngineConfig
 from heterostep.engine.request import GenerateRequest, JobConfig
 from heterostep.hsa.config import HSAConfig
@@ -35,6 +43,12 @@ SECTIONS = (
     (Outputs, "What `generate` writes and prints."),
     (QualitySettings, "What `bench quality` measures; [benchmarks.md](benchmarks.md) describes it."),
     (LoadSettings, "What `bench serving` sends, and where; [benchmarks.md](benchmarks.md) describes it."),
+    (ResultFiles, "Where the results of the verbs below go."),
+    (OfflineSettings, "What `bench offline` and `bench single-stream` measure."),
+    (ScalingSettings, "What `bench scaling` measures."),
+    (StepSettings, "What `bench step` measures."),
+    (RecoverySettings, "What `bench recovery` does to ranks."),
+    (CalibrateSettings, "How `bench calibrate` measures a device."),
     (PlanSettings, "What `plan` is asked; [planning.md](planning.md) describes it."),
     (Serving, "Where `serve` listens, and which processes it starts."),
     (ServiceSettings, "The service, for `serve`."),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...engine.media.files import replacing, write_json
+from ..results import result as form
 from .figures import Results, paired, plus_minus, summary_of, time_ratio
 from .settings import PRESETS, Published
 from .store import Store
@@ -75,8 +76,17 @@ def write(
     rows = summarise(results, default)
     published = PRESETS[preset].published if preset is not None else ()
     content = {
+        "schema": form.SCHEMA,
+        "verb": "quality",
+        "command": facts["command"],
+        "environment": form.environment(facts["device"]),
+        "settings": {name: facts[name] for name in ("model", "request", "scheduler", "ranks", "prompts")},
+        "warmup_policy": "two dense runs of two steps",
+        "seeds": [facts["request"]["seed"]],
+        "interrupted": False,
+        "notes": [],
         "facts": dict(facts),
-        "rows": rows,
+        "rows": [{**each, **_shared(each)} for each in rows],
         "published": [row._asdict() for row in published],
         "results": results,
     }
@@ -92,6 +102,16 @@ def write(
         with replacing(path) as torn:
             torn.write_text(written, encoding="utf-8")
     return paths
+
+
+def _shared(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A row in the form of all results."""
+    metrics = {name: found[name] for name in ("compute", "seconds", "time")}
+    for name in METRICS:
+        if name in found:
+            mean, error = found[name]["mean"], found[name]["error"]
+            metrics[name] = {"value": mean} | ({} if math.isnan(error) else {"low": mean - error, "high": mean + error})
+    return form.row({"method": found["method"], "target": found["target"]}, metrics)
 
 
 def finite(value: Any) -> Any:

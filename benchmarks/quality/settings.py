@@ -164,6 +164,9 @@ class QualitySettings:
     lpips: str | None = setting(
         None, metavar="FILE", help="TorchScript file of LPIPS, which is then measured too; nothing is downloaded"
     )
+    compare: str | None = setting(
+        None, metavar="OLD.json", help="report.json of an older folder: what changed beyond the noise is said"
+    )
     estimate: bool = setting(False, help="say how long it would take, and stop")
 
     def __post_init__(self) -> None:

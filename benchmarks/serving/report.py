@@ -3,44 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
 from collections import Counter
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 
+from ..results.result import SCHEMA, row
 from .client import Outcome
 from .run import Measured
 from .settings import LoadSettings
 from .workload import units
 
-SCHEMA = 1
-"""Version of the result's form."""
 PERCENTILES = (50, 90, 95, 99)
 INTERRUPTED = "interrupted"
 
 
-def result(settings: LoadSettings, measured: Measured, load: float | None) -> dict[str, Any]:
+def result(settings: LoadSettings, measured: Measured, command: str, environment: dict[str, Any]) -> dict[str, Any]:
     """The result, ready for JSON; docs/benchmarks.md names its keys.
 
     Args:
         settings: what was asked.
         measured: what happened.
-        load: of this machine at the start; None: not known.
+        command: that was given.
+        environment: of the start.
     """
     made = [outcome for outcome in measured.outcomes if not outcome.error]
     failed = [outcome for outcome in measured.outcomes if outcome.error not in ("", INTERRUPTED)]
     seconds = measured.seconds
     outputs = len(made) * settings.num_outputs_per_prompt
     errors = Counter(outcome.error for outcome in failed)
-    return {
+    found = {
         "schema": SCHEMA,
+        "verb": "serving",
+        "command": command,
+        "environment": environment,
         "settings": dataclasses.asdict(settings),
-        "environment": _environment(load),
+        "warmup_policy": f"{settings.warmup_requests} request(s) of the first kind before",
+        "seeds": [settings.random_request_seed],
+        "notes": [],
         "server": measured.server,
         "interrupted": measured.interrupted,
         "duration": seconds,
@@ -63,25 +64,23 @@ def result(settings: LoadSettings, measured: Measured, load: float | None) -> di
         "warmup": [_plain(outcome) for outcome in measured.warmup],
         "requests": [_plain(outcome) for outcome in measured.outcomes],
     }
+    found["rows"] = [_row(found, made)]
+    return found
+
+
+def _row(found: dict[str, Any], made: Sequence[Outcome]) -> dict[str, Any]:
+    """The figures in the form of all results."""
+    names = ("completed_requests", "failed_requests", "videos_per_hour", "slo_attainment_rate")
+    spreads = (f"{name}_{key}" for name in ("latency", "queue_time") for key in ("p50", "p90", "p99"))
+    metrics = {name: found[name] for name in (*names, *spreads)}
+    seconds = [outcome.latency for outcome in made if outcome.latency is not None]
+    if seconds:
+        metrics["latency_p50"] = {"value": found["latency_p50"], "low": min(seconds), "high": max(seconds)}
+    return row({"load": "open" if np.isfinite(float(found["settings"]["request_rate"])) else "closed"}, metrics)
 
 
 def _plain(outcome: Outcome) -> dict[str, Any]:
     return dataclasses.asdict(outcome)
-
-
-def _environment(load: float | None) -> dict[str, Any]:
-    try:
-        own = version("heterostep")
-    except PackageNotFoundError:  # a checkout on the path, not installed
-        own = None
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "heterostep": own,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "processors": os.cpu_count(),
-        "load_average": load,
-    }
 
 
 def _spread(name: str, values: Sequence[float | None]) -> dict[str, float | None]:

@@ -74,7 +74,12 @@ class LoadSettings:
     download: bool = setting(False, help="fetch each video; its latency includes that")
     timeout: float = setting(3600.0, above=0, unit="seconds", help="after which a request has failed")
     poll_interval: float = setting(0.5, above=0, unit="seconds", help="between two questions for a video's state")
-    output_file: str | None = setting(None, metavar="FILE", help="JSON file of the result")
+    output_file: str | None = setting(
+        None, metavar="FILE", help="JSON file of the result; a Markdown file is written beside it"
+    )
+    compare: str | None = setting(
+        None, metavar="OLD.json", help="an older result: what changed beyond the noise is said"
+    )
 
     def __post_init__(self) -> None:
         check(self)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("benchmarks/baselines", "benchmarks/quality", "benchmarks/serving", "engine", "hsa", "launch", "parallel")
+BENCHMARKS = tuple(f"benchmarks/{name}" for name in ("baselines", "quality", "results", "serving", "speed"))
+FOLDERS = (*BENCHMARKS, "engine", "hsa", "launch", "parallel")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 PAGES = [path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")) if path.name != "CHANGELOG.md"]
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]

@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import LTX2VideoTransformer3DModel, WanTransformer3DModel
 
-from heterostep.engine.devices import DEVICES, GIB, Device, device_of
+from heterostep.engine.devices import DEVICES, GIB, Device, device_of, known_device
 from heterostep.engine.estimate import (
     Links,
     Video,
@@ -71,11 +70,11 @@ def test_weights_are_those_of_the_stock_class(name, build):
 
 
 def report_case(name, hsa):
-    """The case of a report of benchmarks/step.py on an H200: no guidance, and next to no VAE."""
-    facts = json.loads((REPORTS / f"{name}.json").read_text())["facts"]
-    model = {"wan-1.3b": "wan2.1-1.3b", "wan-14b": "wan2.1-14b"}[facts["shape"]]
-    made = case(model, (832, 480), hsa, gpu="h200", guidance_scale=1.0, num_inference_steps=facts["loop_steps"])
-    assert made.video.tokens == math.prod(facts["grid"])
+    """The case of a report of `bench step` on an H200: no guidance, and next to no VAE."""
+    settings = json.loads((REPORTS / f"{name}.json").read_text())["settings"]
+    model = {"wan-1.3b": "wan2.1-1.3b", "wan-14b": "wan2.1-14b"}[settings["shape"]]
+    made = case(model, (832, 480), hsa, gpu="h200", guidance_scale=1.0, num_inference_steps=settings["loop_steps"])
+    assert made.video.tokens == 21 * 30 * 52
     return dataclasses.replace(made, sizes=dataclasses.replace(made.sizes, vae_parameters=0))
 
 
@@ -83,22 +82,22 @@ def report_case(name, hsa):
 def test_the_reports_of_an_h200_are_met_within_ten_per_cent(name):
     report = json.loads((REPORTS / f"{name}.json").read_text())
     dense = estimate(report_case(name, HSAConfig(compute=1.0)), ONE)
-    for row in report["loops"]:
-        hsa = HSAConfig(compute=row["compute"], policy=row["policy"])
-        made = report_case(name, hsa)
-        assert estimate(made, ONE).denoise / dense.denoise == pytest.approx(row["ratio"], rel=0.1)
-        parts = memory(made, ONE)
-        assert sum(parts[part] for part in ("weights", "kv", "activations")) == pytest.approx(
-            row["peak_bytes"], rel=0.1
-        )
-    for row in report["steps"]:
-        if not row["share"]:
-            assert dense.full_step == pytest.approx(row["seconds"], rel=0.1)
-        elif row["share"] < 1.0:
-            step = one_step(report_case(name, HSAConfig(policy="tokens")), row["share"])
-            assert step == pytest.approx(row["seconds"], rel=0.1)
+    for what, metrics in ((row["what"], row["metrics"]) for row in report["rows"]):
+        if "loop" in what:
+            made = report_case(name, HSAConfig(compute=what["compute"], policy=what["loop"]))
+            ratio = estimate(made, ONE).denoise / dense.denoise
+            assert ratio == pytest.approx(metrics["over_dense"]["value"], rel=0.1)
+            parts = memory(made, ONE)
+            needed = sum(parts[part] for part in ("weights", "kv", "activations"))
+            assert needed == pytest.approx(metrics["peak_bytes"]["value"], rel=0.1)
+        elif what.get("step") == "dense":
+            assert dense.full_step == pytest.approx(metrics["seconds"]["value"], rel=0.1)
+        elif what.get("step", "1 active") != "1 active":
+            step = one_step(report_case(name, HSAConfig(policy="tokens")), float(what["step"].split()[0]))
+            assert step == pytest.approx(metrics["seconds"]["value"], rel=0.1)
             # Ratios are of two neighbouring pairs, of which one ran beside something else: they spread by up to half.
-            assert 0.95 * row["lowest"] < step / dense.full_step < 1.05 * row["highest"]
+            ratios = metrics["over_dense"]
+            assert 0.95 * ratios["low"] < step / dense.full_step < 1.05 * ratios["high"]
 
 
 def one_step(made, share):
@@ -194,6 +193,9 @@ def test_a_device_may_come_from_a_file(tmp_path):
     file.write_text(json.dumps(values))
     device = device_of(str(file))
     assert device == Device(**values)
+    file.write_text(json.dumps({"schema": 2, "rows": [], "device": values}))  # as `bench calibrate` writes it
+    assert device_of(str(file)) == device
+    assert known_device("NVIDIA H100 80GB HBM3") == "h100" and known_device("CPU") is None
     assert "linear" in device.estimates and "linear" not in DEVICES["h100"].estimates
     for wrong in ({"linear": -1.0}, {"linear": "fast"}, {"speed": 1.0}):
         file.write_text(json.dumps(values | wrong))

@@ -10,6 +10,7 @@ import threading
 
 import pytest
 
+from heterostep.benchmarks.results.result import environment
 from heterostep.benchmarks.serving.report import result
 from heterostep.benchmarks.serving.run import measure
 from heterostep.benchmarks.serving.settings import LoadSettings
@@ -30,7 +31,7 @@ def bench(service, tmp_path, *flags, code=0):
 
 def measured(service, **settings):
     made = LoadSettings(base_url=service.url, **{"poll_interval": 0.01, "warmup_requests": 0, **settings})
-    return result(made, measure(made, lambda text: None), None)
+    return result(made, measure(made, lambda text: None), "heterostep bench serving", environment())
 
 
 def test_a_closed_loop_has_so_many_requests_at_a_time(tmp_path, capsys):
@@ -47,7 +48,7 @@ def test_a_closed_loop_has_so_many_requests_at_a_time(tmp_path, capsys):
     assert found["queue_time_mean"] == 0.25 and found["inference_time_mean"] == 2.0
     assert found["peak_memory_mb_max"] == 105.0 and found["peak_memory_mb_mean"] == 102.5
     assert found["stage_durations_mean"] == {"denoise": 1.5, "decode": 0.5}
-    assert found["server"] == {"data": [{"id": "fake"}]} and found["schema"] == 1
+    assert found["server"] == {"data": [{"id": "fake"}]} and found["schema"] == 2
     assert found["command"].startswith("heterostep bench serving --base-url")
     assert len(found["requests"]) == 6 and found["slo_attainment_rate"] is None
     shown = capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""The form of all results of `heterostep bench`."""
