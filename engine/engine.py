@@ -10,13 +10,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from ..errors import Cancelled, ConfigError, HeterostepError, Interrupted, RankFailure, RequestError, is_out_of_memory
 from ..hsa.config import HSAConfig
-from .checkpoint import Saved, identity_of
+from .checkpoint import identity_of
 from .config import EngineConfig
 from .decoding import deliver, finish, look_up
 from .denoise.inputs import encode_prompts, seen_image
@@ -47,7 +47,7 @@ from .request import (
     allocation,
     prepare,
 )
-from .steps import Progress, StepEvents, Stop, dense_report, started, stopped
+from .steps import Progress, StepEvents, Stop, Work, dense_report, started
 from .stored import source_of
 
 if TYPE_CHECKING:
@@ -67,35 +67,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-
-class _Work(NamedTuple):
-    """One request on its way to a video.
-
-    Attributes:
-        image: what it starts from.
-        job: where it is kept, on the rank that keeps it.
-        every: steps between checkpoints; None for a video that is not kept.
-        saved: the checkpoint that it resumes at.
-        sink: takes its frames; None: they are returned.
-        emit: takes its events.
-        stop: whether it shall stop.
-        progress: how far it is, for messages.
-    """
-
-    request: ResolvedRequest
-    image: Image.Image | None
-    job: Job | None
-    every: int | None
-    saved: Saved | None
-    sink: FrameSink | None
-    emit: Callable[[Event], None]
-    stop: Stop
-    progress: Progress
-
-    def stopped(self, step: int) -> Cancelled:
-        """The exception that ends it after a step."""
-        return stopped(step, self.request.num_inference_steps, self.job if self.stop.save else None)
 
 
 class Engine:
@@ -282,21 +253,25 @@ class Engine:
     def _run(
         self, request: ResolvedRequest, image: Image.Image | None, config: JobConfig | None, *way: Any
     ) -> VideoResult:
-        """Make the video, once more with less on the device if its memory is used up. Runs in the worker thread."""
+        """Make the video, from where its job was saved if memory is used up. Runs in the worker thread."""
+        again = None if config is None else dataclasses.replace(config, resume="auto")
+        configs = iter((config, again))
+        return self._with_less(lambda: self._attempt(request, image, next(configs), *way))
+
+    def _with_less(self, run: Callable[[], VideoResult]) -> VideoResult:
+        """Run something, once more with less on the device if its memory is used up."""
         try:
-            return self._attempt(request, image, config, *way)
+            return run()
         except Exception as error:
             mode = self._offload.cheaper
             if not is_out_of_memory(error) or mode is None or self.sharding is not None:
                 raise
-            said = "heterostep: out of memory; going on with offload=%s%s"
-            logging.getLogger("heterostep").warning(said, mode, "" if config is None else " where the job was saved")
+            logging.getLogger("heterostep").warning("heterostep: out of memory; going on with offload=%s", mode)
         # Outside of the handler, whose exception holds the tensors of the attempt.
         self._offload.need(mode)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        kept = None if config is None else dataclasses.replace(config, resume="auto")
-        return self._attempt(request, image, kept, *way)
+        return run()
 
     def _attempt(
         self,
@@ -318,14 +293,14 @@ class Engine:
                 self._offload.need(self._room.settle(self.config, self.facts, request))
             self._loras.put_on(request.lora)
             if config is None:
-                return self._make(_Work(request, image, None, None, None, sink, emit, stop, step))
+                return self._make(Work(request, image, None, None, None, sink, emit, stop, step))
             hsa = allocation(self.config, request)
             identity = identity_of(self.facts, request, hsa, self.dtype, self.pipeline, self.config)
             # All that is saved is alike on all ranks: one reads and writes it.
             job = Job(config, identity) if self.leads else None
             with contextlib.ExitStack() as held:
                 found = self._decide(lambda: look_up(job, held, arrays=sink is None))
-                work = _Work(request, image, job, config.checkpoint_every, found.saved, sink, emit, stop, step)
+                work = Work(request, image, job, config.checkpoint_every, found.saved, sink, emit, stop, step)
                 if found.video is None:
                     return self._make(work)
                 emit(started(self.facts, request, request.num_inference_steps))
@@ -344,7 +319,7 @@ class Engine:
                 f"rank {axis.rank} of {axis.size} failed {step.where}: {type(error).__name__}: {first_line(error)}"
             ) from error
 
-    def _make(self, work: _Work) -> VideoResult:
+    def _make(self, work: Work) -> VideoResult:
         """The life of a request: text, denoising, VAE."""
         request, job, saved = work.request, work.job, work.saved
         work.emit(started(self.facts, request, None if saved is None else saved.step, self))
@@ -378,10 +353,11 @@ class Engine:
         )
         if job is not None:  # the VAE may need more memory than there is
             job.keep_latents(video, source_of(self.facts))
-        return finish(self, video, job, work.sink, work.emit)
+        # What is denoised is not denoised again.
+        return self._with_less(lambda: finish(self, video, job, work.sink, work.emit))
 
     def _denoised(
-        self, work: _Work, pipeline: Any, hsa: HSAConfig | None, embeds: dict[str, torch.Tensor | None]
+        self, work: Work, pipeline: Any, hsa: HSAConfig | None, embeds: dict[str, torch.Tensor | None]
     ) -> tuple[torch.Tensor, torch.Tensor | None, HSAReport, StepEvents]:
         """Latents of the video and of its sound, what was computed, and what followed the steps."""
         request, every = work.request, work.every

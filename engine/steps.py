@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -14,9 +14,11 @@ from .facts import ModelFacts
 from .job import Job
 from .memory import expected_seconds
 from .report import HSAReport, StepRecord
-from .request import Event, ResolvedRequest, Started, StepDone
+from .request import Event, FrameSink, ResolvedRequest, Started, StepDone
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from .denoise.session import HSASession
     from .record import Maker
 
@@ -204,3 +206,32 @@ def dense_report(events: list[StepDone], grid: tuple[int, int, int]) -> HSARepor
     ]
     evaluations = torch.full(grid, len(events), dtype=torch.int32)
     return HSAReport(steps=records, compute=1.0, evaluations=evaluations, kv_bytes=0, num_steps=len(events))
+
+
+class Work(NamedTuple):
+    """One request on its way to a video.
+
+    Attributes:
+        image: what it starts from.
+        job: where it is kept, on the rank that keeps it.
+        every: steps between checkpoints; None for a video that is not kept.
+        saved: the checkpoint that it resumes at.
+        sink: takes its frames; None: they are returned.
+        emit: takes its events.
+        stop: whether it shall stop.
+        progress: how far it is, for messages.
+    """
+
+    request: ResolvedRequest
+    image: Image.Image | None
+    job: Job | None
+    every: int | None
+    saved: Saved | None
+    sink: FrameSink | None
+    emit: Callable[[Event], None]
+    stop: Stop
+    progress: Progress
+
+    def stopped(self, step: int) -> Cancelled:
+        """The exception that ends it after a step."""
+        return stopped(step, self.request.num_inference_steps, self.job if self.stop.save else None)

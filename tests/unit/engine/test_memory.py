@@ -144,6 +144,22 @@ def test_a_run_goes_on_once_with_less(tiny_model, tmp_path, caplog, kept):
     assert torch.equal(engine.generate(asked).latents, expected)
 
 
+def test_a_denoised_video_is_decoded_with_less_and_not_denoised_again(tiny_model):
+    engine = hs.Engine(hs.EngineConfig(model=str(tiny_model), device="cpu"))
+    asked = hs.GenerateRequest(prompt="x", width=64, height=32, num_frames=5, num_inference_steps=2, compute=1.0)
+    expected = engine.generate(asked).frames
+    calls = []
+
+    def full(*_):
+        if engine._offload.mode == "none":
+            raise OutOfMemoryError("CUDA out of memory")
+
+    engine.pipeline.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    engine.pipeline.vae.decoder.register_forward_pre_hook(full)
+    assert (engine.generate(asked).frames == expected).all()
+    assert engine._offload.mode == "model" and len(calls) == 4  # two branches
+
+
 def test_a_run_that_never_fits_ends_and_the_engine_lives(tiny_model):
     engine = hs.Engine(hs.EngineConfig(model=str(tiny_model), device="cpu"))
     asked = hs.GenerateRequest(prompt="x", width=64, height=32, num_frames=5, num_inference_steps=2, compute=1.0)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from heterostep.engine.job import StepEvents, Stop
+from heterostep.engine.steps import StepEvents, Stop
 
 PIPELINE = SimpleNamespace(scheduler=SimpleNamespace(sigmas=torch.tensor([1.0, 0.5, 0.0])))
 
