@@ -165,8 +165,37 @@ def write(path: pathlib.Path, report: dict[str, Any]) -> None:
             "for each rank).",
             "",
         ]
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(lines + _kills(report.get("kills"))))
     print(f"wrote {path}")
+
+
+def _kills(found: dict[str, Any] | None) -> list[str]:
+    """What `long_kills.py` found."""
+    if found is None:
+        return []
+    tries = found["tries"]
+    lines = [
+        "## Killed and resumed",
+        "",
+        f"{len(tries)} jobs of 65 frames, {found['steps']} steps, checkpoints every {found['every']}; one rank of each",
+        "got SIGKILL, after a random step or while it was decoded. One rank: the same command was given again. Two",
+        "ranks (`--windows 2`): torchrun started both again. Made by `python benchmarks/long_kills.py`.",
+        "",
+        "| ranks | killed | jobs | latents and file of an unbroken job, bit for bit | steps repeated, most |",
+        "|---:|---|---:|---:|---:|",
+    ]
+    for ranks in sorted({row["ranks"] for row in tries}):
+        for decoding in (False, True):
+            rows = [row for row in tries if (row["ranks"], row["decoding"]) == (ranks, decoding)]
+            good = sum(row["same_bits"] and row["whole"] and row["in_time"] and not row["exit_code"] for row in rows)
+            when = (
+                "while decoding"
+                if decoding
+                else "after steps " + ", ".join(str(step) for step in sorted(row["killed_after_step"] for row in rows))
+            )
+            most = max((row["steps_repeated"] for row in rows), default=0)
+            lines.append(f"| {ranks} | {when} | {len(rows)} | {good} | {most} |")
+    return [*lines, ""]
 
 
 if __name__ == "__main__":
