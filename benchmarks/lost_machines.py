@@ -1,9 +1,9 @@
 """Lose one of two machines in the midst of a job, in many ways: `python benchmarks/lost_machines.py`.
 
 The machines are network namespaces with a link of 1 Gbit/s between them (tests/machines.py); each runs
-`heterostep generate --nnodes 2`. One loses all its processes, is cut off, or is frozen, and is back after some seconds
-or never. Each job must end by itself, with the video of an unbroken one. Writes reports/lost_machines.json and .md
-after every try.
+`heterostep generate --nnodes 2`, or with `--ray` one of two nodes of a Ray cluster. One loses all its processes, is cut
+off, or is frozen, and is back after some seconds or never. Each job must end by itself, with the video of an unbroken
+one. Writes reports/lost_machines.json and .md, or lost_nodes, after every try.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,17 +35,79 @@ TRIES = [
     ("killed", MAIN, 2), ("killed", MAIN, 30),
 ]  # fmt: skip
 """How a machine is lost, which one, and after how many seconds it is back."""
+RAY_TRIES = [
+    *[("killed", OTHER, back) for back in (2, 5, 30, None)],
+    *[(way, OTHER, back) for way in ("cut off", "frozen") for back in (5, 30, None)],
+]
+"""The same on Ray, whose head node must stay."""
+GENERATE = [
+    sys.executable, "-m", "heterostep", "generate", "--prompt", "a red disc moves right", "--seed", "7", "--compute",
+    "0.5", "--policy", "tokens", "--job-dir", "job", "--checkpoint-every", str(EVERY), "--latents", "l.safetensors",
+    "--overwrite",
+]  # fmt: skip
+RAY = str(pathlib.Path(sys.executable).with_name("ray"))
+PORT = 6379
 
 
-def start(machine: machines.Machine, address: str, steps: int) -> subprocess.Popen:
-    """The command on a machine, as a user gives it."""
-    command = [
-        sys.executable, "-m", "heterostep", "generate", "--nnodes", "2", "--master", address, "--prompt",
-        "a red disc moves right", "--seed", "7", "--steps", str(steps), "--compute", "0.5", "--policy", "tokens",
-        "--job-dir", "job", "--checkpoint-every", str(EVERY), "--latents", "l.safetensors", "--overwrite",
-    ]  # fmt: skip
-    with machine.entered(), open(machine.folder / "log", "a") as log:
-        return forked.Popen(command, cwd=machine.folder, stdout=log, stderr=log)
+class Torch:
+    """Two machines that meet by `--nnodes`."""
+
+    tries, command = TRIES, "heterostep generate --nnodes 2 --master HOST"
+
+    def __init__(self, bed: list[machines.Machine], steps: int) -> None:
+        """Start the command on both."""
+        self._address, self._steps = bed[MAIN].address, steps
+        self.running = [self._start(machine) for machine in bed]
+
+    def again(self, machine: machines.Machine, which: int) -> None:
+        """A machine is back: the same command is given on it."""
+        self.running[which] = self._start(machine)
+
+    def _start(self, machine: machines.Machine) -> subprocess.Popen:
+        flags = ["--steps", str(self._steps), "--nnodes", "2", "--master", self._address]
+        with machine.entered(), open(machine.folder / "log", "a") as log:
+            return forked.Popen([*GENERATE, *flags], cwd=machine.folder, stdout=log, stderr=log)
+
+
+class OnRay:
+    """Two nodes of a Ray cluster, with a CPU each; the command is given on the head node."""
+
+    tries, command = RAY_TRIES, "heterostep generate --nproc 2 --ray-address HOST:PORT"
+
+    def __init__(self, bed: list[machines.Machine], steps: int) -> None:
+        """Start the cluster, and the command when it is whole."""
+        self._main = bed[MAIN]
+        os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
+        self._node(bed[MAIN])
+        self._wait_for_nodes(1)
+        self._node(bed[OTHER])
+        self._wait_for_nodes(2)
+        flags = ["--steps", str(steps), "--nproc", "2", "--ray-address", f"{self._main.address}:{PORT}"]
+        with self._main.entered(), open(self._main.folder / "log", "a") as log:
+            self.running = [subprocess.Popen([*GENERATE, *flags], cwd=self._main.folder, stdout=log, stderr=log)]
+
+    def again(self, machine: machines.Machine, which: int) -> None:
+        """A machine is back: its node joins the cluster."""
+        self._node(machine)
+
+    def _node(self, machine: machines.Machine) -> None:
+        joins = ["--address", f"{self._main.address}:{PORT}"]
+        if machine is self._main:
+            joins = ["--head", "--port", str(PORT), "--include-dashboard", "false"]
+        # Paths of sockets are short.
+        place = ["--temp-dir", f"/tmp/{machine.name}", "--node-ip-address", machine.address]
+        size = ["--num-cpus", "1", "--object-store-memory", "100000000"]
+        with machine.entered(), open(machine.folder / "ray.log", "a") as log:
+            subprocess.Popen([RAY, "start", *joins, *place, *size, "--block"], stdout=log, stderr=log)
+
+    def _wait_for_nodes(self, count: int) -> None:
+        code = f"import ray; ray.init('{self._main.address}:{PORT}'); print(len(ray.nodes()))"
+        with self._main.entered():
+            for _ in range(30):
+                done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+                if done.stdout.strip() == str(count):
+                    return
+        raise SystemExit(f"the Ray cluster has not {count} node(s): {done.stderr}")
 
 
 def lines_of(machine: machines.Machine) -> list[dict]:
@@ -57,16 +120,16 @@ def lose(machine: machines.Machine, way: str) -> None:
     {"killed": machine.kill, "cut off": machine.cut, "frozen": machine.freeze}[way]()
 
 
-def attempt(folder: pathlib.Path, steps: int, how: tuple[str, int, int | None] | None) -> dict:
+def attempt(folder: pathlib.Path, steps: int, kind: type[Torch | OnRay], how: tuple | None) -> dict:
     """One job, in which a machine is lost, and what became of it; without `how` none is."""
     with machines.running(2, folder, "1gbit") as bed:
         main = bed[MAIN]
-        running = [start(machine, main.address, steps) for machine in bed]
+        job = kind(bed, steps)
         struck = reached = None
         if how is not None:
             way, which, back = how
             while len(lines_of(main)) < AT:
-                if running[MAIN].poll() is not None:
+                if job.running[MAIN].poll() is not None:
                     raise SystemExit(f"the job ended before step {AT}:\n{(main.folder / 'log').read_text()}")
                 time.sleep(0.02)
             struck, reached = time.time(), len(lines_of(main))
@@ -74,17 +137,19 @@ def attempt(folder: pathlib.Path, steps: int, how: tuple[str, int, int | None] |
             if back is not None:
                 time.sleep(back)
                 if way == "killed":
-                    running[which] = start(bed[which], main.address, steps)
+                    job.again(bed[which], which)
                 else:
                     (bed[which].mend if way == "cut off" else bed[which].thaw)()
         try:
-            code = running[MAIN].wait(900)
+            code = job.running[MAIN].wait(900)
             if how is None or how[2] is not None:
-                code = code or running[OTHER].wait(30)
+                code = code or job.running[-1].wait(30)
         except subprocess.TimeoutExpired:
             code = None
         lines = lines_of(main)
         log = (main.folder / "log").read_text()
+    for machine in bed:
+        shutil.rmtree(f"/tmp/{machine.name}", ignore_errors=True)
     later = [line for line in lines if struck is not None and line["time"] > struck + 0.5]
     return {
         "exit_code": code,
@@ -102,9 +167,12 @@ def main() -> None:
     """Parse the command line, run, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--tries", type=int, nargs="*", default=range(len(TRIES)), help="numbers of those in TRIES")
-    parser.add_argument("--output", type=pathlib.Path, default=REPORTS / "lost_machines", help="without suffix")
+    parser.add_argument("--ray", action="store_true", help="lose nodes of a Ray cluster")
+    parser.add_argument("--tries", type=int, nargs="*", help="numbers of those in TRIES, or RAY_TRIES; all by default")
+    parser.add_argument("--output", type=pathlib.Path, help="without suffix")
     args = parser.parse_args()
+    args.output = args.output or REPORTS / ("lost_nodes" if args.ray else "lost_machines")
+    kind = OnRay if args.ray else Torch
     reason = machines.why_not()
     if reason is not None:
         raise SystemExit(reason)
@@ -114,21 +182,27 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as temporary:
         root = pathlib.Path(temporary)
-        attempt(root / "unbroken", args.steps, None)
+        attempt(root / "unbroken", args.steps, kind, None)
         wanted = load_file(root / "unbroken" / "machine0" / "l.safetensors")["latents"]
-        for number in args.tries:
-            way, which, back = TRIES[number]
+        for number in range(len(kind.tries)) if args.tries is None else args.tries:
+            way, which, back = kind.tries[number]
             result = {"way": way, "machine": "main" if which == MAIN else "other", "back_after": back}
-            result |= attempt(root / str(number), args.steps, TRIES[number])
+            result |= attempt(root / str(number), args.steps, kind, kind.tries[number])
             with contextlib.suppress(FileNotFoundError):
                 found = load_file(root / str(number) / "machine0" / "l.safetensors")["latents"]
                 result["difference"] = float((found - wanted).abs().max())
             results.append(result)
             print(number, json.dumps(result | {"log": ""}), flush=True)
-            write(args, results)
+            write(args, kind, results)
 
 
-def write(args: argparse.Namespace, results: list[dict]) -> None:
+STARTS = (
+    "Processes are forked from one that has imported PyTorch already, so a start takes\nabout a second.",
+    "A process that Ray starts imports PyTorch first, for 5 to 10 seconds on this machine.",
+)
+
+
+def write(args: argparse.Namespace, kind: type[Torch | OnRay], results: list[dict]) -> None:
     """JSON and Markdown."""
     good = [r for r in results if r["exit_code"] == 0 and r["whole"] and r.get("difference", 1.0) < 1e-4]
     waits = [r["seconds_to_next_step"] for r in results if r["seconds_to_next_step"] is not None]
@@ -145,10 +219,9 @@ def write(args: argparse.Namespace, results: list[dict]) -> None:
         f"""# Losing machines
 
 {len(results)} jobs on two machines of one rank each (network namespaces, link 1 Gbit/s, gloo, demo model, policy
-`tokens`, {args.steps} steps, checkpoints every {EVERY}), started by `heterostep generate --nnodes 2 --master HOST`.
+`tokens`, {args.steps} steps, checkpoints every {EVERY}), started by `{kind.command}`.
 After step {AT} one machine is lost: all its processes are killed, its link is cut, or it is frozen. Made by
-`python benchmarks/lost_machines.py`. Processes are forked from one that has imported PyTorch already, so a start takes
-about a second.
+`python benchmarks/lost_machines.py{" --ray" if args.ray else ""}`. {STARTS[args.ray]}
 
 {len(good)} of {len(results)} ended by themselves, with all steps and latents within 1e-4 of an unbroken job. From the
 loss to the next step: {statistics.median(waits):.1f} s (median), {max(waits):.1f} s (longest).
