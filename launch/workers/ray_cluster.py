@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ...engine.facts import first_line
 from ...errors import ConfigError, RankLost
 from .messages import GroupConfig, Identity, Kill, Order, StopRequest
+from .network import environment_at
 from .process import BEAT_SECONDS, WorkerLoop
 from .watch import Worker
 
@@ -131,6 +132,8 @@ class WorkerActor:
         context = ray.get_runtime_context()
         gpus = context.get_accelerator_ids().get("GPU", [])
         address, device = ray.util.get_node_ip_address(), gpus[0] if gpus else ""
+        # Ranks meet in the network in which Ray does. A host's own name often leads to 127.0.1.1.
+        os.environ.update(environment_at(address))
         self._loop = WorkerLoop(Identity(pid=os.getpid(), node=context.get_node_id(), address=address, device=device))
         threading.Thread(target=self._loop.run, name="work", daemon=True).start()
 
