@@ -34,6 +34,7 @@ class Setting:
         above: limit that a value must exceed.
         most: greatest value.
         choices: the only values.
+        words: names of numbers, which may be given in their place.
         flag: name on the command line, without dashes; empty for a setting that has no flag.
         metavar: stands for the value in `--help`.
         unit: of a value, for people.
@@ -48,6 +49,7 @@ class Setting:
     above: float | None
     most: float | None
     choices: tuple[str, ...]
+    words: tuple[tuple[str, float], ...]
     flag: str
     metavar: str
     unit: str
@@ -65,7 +67,8 @@ class Setting:
         if self.kind == "bool":
             return "True or False"
         noun = {"int": "a whole number", "float": "a finite number", "str": "a text"}.get(self.kind, f"a {self.kind}")
-        return f"{noun}{f' of {self.unit}' if self.unit else ''}{self._range()}"
+        words = "".join(f", or {word} ({number:g})" for word, number in self.words)
+        return f"{noun}{f' of {self.unit}' if self.unit else ''}{self._range()}{words}"
 
     def _range(self) -> str:
         most = "" if self.most is None else _plain(self.most)
@@ -75,8 +78,13 @@ class Setting:
             return f" from {_plain(self.least)} to {most}" if most else f" of at least {_plain(self.least)}"
         return most and f" of at most {most}"
 
+    def meant(self, value: Any) -> Any:
+        """The number that a word stands for; any other value as it is."""
+        return dict(self.words).get(value, value) if isinstance(value, str) else value
+
     def allows(self, value: Any) -> bool:
         """Whether a value has the right type and lies in the range."""
+        value = self.meant(value)
         if value is None:
             return self.optional or self.kind not in _CHECKED
         if self.kind == "bool":
@@ -105,6 +113,7 @@ def setting(
     above: float | None = None,
     most: float | None = None,
     choices: tuple[str, ...] = (),
+    words: tuple[tuple[str, float], ...] = (),
     flag: str | None = None,
     metavar: str = "",
     unit: str = "",
@@ -114,8 +123,8 @@ def setting(
     `flag` None takes the field's own name. To get a new mutable default for each instance, pass its class.
     """
     declared = {
-        "help": help, "least": least, "above": above, "most": most, "choices": choices, "flag": flag,
-        "metavar": metavar, "unit": unit,
+        "help": help, "least": least, "above": above, "most": most, "choices": choices, "words": words,
+        "flag": flag, "metavar": metavar, "unit": unit,
     }  # fmt: skip
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata={_KEY: declared})
@@ -145,7 +154,7 @@ def settings_of(cls: type) -> Iterator[Setting]:
 
 
 def check(config: Any, error: type[HeterostepError] = ConfigError) -> None:
-    """Check every setting of a dataclass instance; whole numbers for a float become floats.
+    """Check every setting of a dataclass instance; whole numbers for a float become floats, and so do words.
 
     Raises:
         HeterostepError: of class `error`: a value is of the wrong type or out of range. The message names the setting,
@@ -156,7 +165,7 @@ def check(config: Any, error: type[HeterostepError] = ConfigError) -> None:
         if not item.allows(value):
             raise error(f"{item.name} must be {item.rule}, not {value!r:.80}")
         if item.kind == "float" and value is not None:
-            object.__setattr__(config, item.name, float(value))
+            object.__setattr__(config, item.name, float(item.meant(value)))
 
 
 def _kind(annotation: Any) -> tuple[str, bool]:

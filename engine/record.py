@@ -210,6 +210,7 @@ def run_record(maker: Maker, output: VideoResult) -> dict[str, Any]:
     Returns:
         `model`, `family`, `device`, `dtype`, `versions`, `request` and `hsa` (with the values that acted where some
         were left out), `acting` (what else acted: scheduler, guidance, kernel, degrees, types), `compute` (achieved),
+        `estimated_psnr` (see `HSAReport`),
         `seconds` by stage, `parallel` (degrees) and `ranks` (traffic and memory of each), `steps`, `kv_bytes`,
         `conditioned` (tokens that were given), `audio` (None without sound), and `evaluations` (a summary and the
         histogram over tokens). What compares it with a dense run adds `against_dense` (`compare`).
@@ -228,6 +229,7 @@ def run_record(maker: Maker, output: VideoResult) -> dict[str, Any]:
         "hsa": acting_hsa(maker, output),
         "acting": acting(maker, output),
         "compute": report.compute,
+        "estimated_psnr": report.estimated_psnr,
         "seconds": {"load": maker.load_seconds, **output.seconds},
         "parallel": None if maker.config.parallel is None else dataclasses.asdict(maker.config.parallel),
         "ranks": [dataclasses.asdict(rank) for rank in report.ranks],
@@ -256,7 +258,7 @@ def acting_request(output: VideoResult, experts: int) -> dict[str, Any]:
     request = dataclasses.asdict(output.request)
     request["lora"] = [lora_label(text) for text in output.request.lora]
     request["noise"] = None if output.request.noise is None else Path(output.request.noise).name
-    if request["compute"] is None:
+    if request["compute"] is None and (output.hsa is None or output.hsa.quality is None):
         request["compute"] = 1.0 if output.hsa is None else output.hsa.compute
     if experts > 1 and request["guidance_scale_2"] is None:
         request["guidance_scale_2"] = request["guidance_scale"]

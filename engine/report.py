@@ -89,6 +89,9 @@ class HSAReport:
         kv_bytes: bytes of cached keys and values.
         num_steps: steps of the whole run, T.
         ranks: what each rank did; empty on one rank.
+        estimated_psnr: PSNR in dB that the final latents are expected to have against those of the dense run of the
+            same solver, with their own span as the peak; from the residuals of the evaluations (`hsa.distance`). None
+            where the run is the dense one, or forecasts are not corrected in hindsight.
         conditioned: tokens per sample that were given (an image), and whose velocity is never used. They count as all
             others do in `compute` and `evaluations`: dense, they are evaluated at every step.
     """
@@ -100,6 +103,7 @@ class HSAReport:
     num_steps: int
     ranks: tuple[RankReport, ...] = ()
     conditioned: int = 0
+    estimated_psnr: float | None = None
 
 
 def plain_step(record: StepRecord) -> dict[str, Any]:

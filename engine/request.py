@@ -137,6 +137,7 @@ class GenerateRequest:
         "the machine of each rank",
     )
     compute: float | None = like(HSAConfig, "compute", default=None, flag="")
+    quality: float | None = like(HSAConfig, "quality", flag="")
     image: str | os.PathLike[str] | Image.Image | None = setting(
         None, metavar="FILE", help="PNG, JPEG or WebP image that the video starts from, for models that take one"
     )
@@ -180,6 +181,8 @@ class GenerateRequest:
         for text in self.lora:
             parse_lora(text)
         check(self, RequestError)
+        if self.compute is not None and self.quality is not None:
+            raise RequestError("compute and quality both say how much work to spend; give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +256,9 @@ def allocation(config: EngineConfig, request: ResolvedRequest) -> HSAConfig | No
     """The allocation for one request; None where the stock pipeline needs no hook."""
     hsa = config.hsa
     if request.compute is not None:
-        hsa = dataclasses.replace(hsa or HSAConfig(), compute=request.compute)
+        hsa = dataclasses.replace(hsa or HSAConfig(), compute=request.compute, quality=None)
+    elif request.quality is not None:
+        hsa = dataclasses.replace(hsa or HSAConfig(), compute=HSAConfig.compute, quality=request.quality)
     # All tokens at every step under the model's own scheduler is the stock pipeline, bit for bit.
     return None if hsa is None or (hsa.compute == 1.0 and hsa.solver is None) else hsa
 

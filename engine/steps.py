@@ -148,6 +148,8 @@ class StepEvents:
         active = self._records[-1].active if self._session is not None else self._num_tokens
         self._work_done += active
         left = max(self._work - self._work_done, 0.0) if step + 1 < self._num_steps else 0.0
+        if self._session is not None and self._session.ahead is not None:
+            left = self._session.ahead
         event = StepDone(
             step=step + 1,
             num_steps=self._num_steps,

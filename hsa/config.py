@@ -28,12 +28,24 @@ class HSAConfig:
     to (sigma_i - sigma_next)^a. ``correct`` is deduced as true where the policy works by whole
     steps (``joint``, ``steps``) and the forecast is ``taylor`` or ``ab2``. ``kv_forecast`` above 0 doubles the cache.
 
+    With ``quality`` there is no share to choose: the run adds whole steps until its expected distance from the dense
+    run of the same solver is what was promised.
+
     Raises:
-        ConfigError: a value is out of range or of the wrong type.
+        ConfigError: a value is out of range or of the wrong type, or does not work with ``quality``.
     """
 
     compute: float = setting(
         0.5, above=0, most=1, metavar="C", help="share of the dense denoising work to spend; 1 is the stock pipeline"
+    )
+    quality: float | None = setting(
+        None,
+        least=30,
+        most=80,
+        words=(("draft", 45.0), ("high", 55.0)),
+        metavar="DB",
+        help="in place of compute: spend what it takes to come so near to the dense video, estimated as the run goes "
+        "(PSNR of the latents in dB); draft is 45, high is 55",
     )
     policy: str = setting(
         "joint",
@@ -88,6 +100,17 @@ class HSAConfig:
         if self.kv_dtype in SMALL_KV and self.kv_forecast:
             raise ConfigError(
                 f"kv_forecast does not work with kv_dtype={self.kv_dtype!r}: take 16 bits, or leave it out"
+            )
+        if self.quality is None:
+            return
+        if self.compute != HSAConfig.compute:
+            raise ConfigError(
+                f"quality={self.quality:g} and compute={self.compute:g} say two things about the work; give one of them"
+            )
+        if self.policy != "joint" or self.forecast not in (None, "taylor") or self.correct is False:
+            raise ConfigError(
+                f'quality={self.quality:g} works with policy="joint" and the forecast "taylor", corrected in '
+                "hindsight: only these show how far the run is from the dense one; leave out the others, or quality"
             )
 
 

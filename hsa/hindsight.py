@@ -16,10 +16,25 @@ latents takes its steps again (`engine.denoise.replay`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Residual(NamedTuple):
+    """What a forecast over a gap was wrong by at its end.
+
+    Attributes:
+        prev, last: steps of the two evaluations that the forecast is a line through; -1 where `last` was held.
+        step: the evaluation that shows it.
+        square: mean over all elements of the squared residual, without dimensions, on the device.
+    """
+
+    prev: int
+    last: int
+    step: int
+    square: Tensor
 
 
 class Hindsight:
@@ -31,6 +46,7 @@ class Hindsight:
     Attributes:
         first: the step that the oldest remembered velocity belongs to.
         used: velocities of the steps from `first` on, in the scheduler's shape and type.
+        measured: the residuals so far, where all elements were evaluated at the same three steps.
     """
 
     def __init__(self, sigmas: Sequence[float], forecast: str) -> None:
@@ -38,6 +54,7 @@ class Hindsight:
         self.forecast = forecast
         self._sigmas = torch.tensor(sigmas, dtype=torch.float64)
         self.first, self.used = 0, list[Tensor]()
+        self.measured: list[Residual] = []
         self.forget()
 
     def forget(self) -> None:
@@ -61,6 +78,9 @@ class Hindsight:
         corrected = False
         if self.last is not None:
             residual = found - self._line(float(self._sigmas[step]))
+            if fresh is None and self.at_last.ndim == self.at_prev.ndim == 0:
+                square = residual.square().mean()
+                self.measured.append(Residual(int(self.at_prev), int(self.at_last), step, square))
             for place, moved in enumerate(self.used):
                 skipped = self._moved_wrongly(self.first + place)
                 if skipped.ndim == 0 and not bool(skipped):
@@ -92,12 +112,14 @@ class Hindsight:
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs; the tensors are not copies."""
         names = ("first", "last", "prev", "at_last", "at_prev")
-        return {"used": list(self.used), **{name: getattr(self, name) for name in names}}
+        measured = [list(residual) for residual in self.measured]
+        return {"used": list(self.used), "measured": measured, **{name: getattr(self, name) for name in names}}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on where another one of the same run was when it gave its `state`."""
         self.first, self.used = state["first"], [moved.to(device) for moved in state["used"]]
         self.last, self.prev = (None if state[k] is None else state[k].to(device) for k in ("last", "prev"))
+        self.measured[:] = [Residual(p, last, i, square.to(device)) for p, last, i, square in state["measured"]]
         # One number for all stays on the host, where nobody waits for it.
         self.at_last, self.at_prev = (
             state[k].to(device) if state[k].ndim else state[k].cpu() for k in ("at_last", "at_prev")

@@ -128,14 +128,26 @@ class GapCosts:
             costs.append(cost.masked_fill(impossible, UNREACHABLE))
         return torch.stack(costs)
 
+    def line_error(self, prev: int | None, last: int, step: int) -> float:
+        """Expected squared error, at step `step`, of the line through the velocities of steps `prev` and `last`.
+
+        Without `prev` the velocity of `last` is held.
+        """
+        sigma, error = self.sigmas, self.velocities[:, step] - self.velocities[:, last]
+        if prev is not None:
+            slope = (self.velocities[:, last] - self.velocities[:, prev]) / (sigma[last] - sigma[prev])
+            error = error - slope * (sigma[step] - sigma[last])
+        return float(error.square().sum())
+
     def path_cost(self, steps: Sequence[int]) -> float:
         """Expected error of evaluating exactly `steps` (ascending, the first is 0)."""
-        total, before = 0.0, None
-        for step, following in zip(steps, [*steps[1:], self.num_steps], strict=True):
-            d, gap = 0 if before is None else step - before, following - step - 1
-            total += UNREACHABLE if d > self.longest or gap >= self.longest else float(self.table[d, step, gap])
-            before = step
-        return total
+        before = [None, *steps]
+        return sum(map(self.cost, before, steps, [*steps[1:], self.num_steps]))
+
+    def cost(self, prev: int | None, left: int, right: int) -> float:
+        """Cost of one gap, from step `left` to the next evaluation `right`; the one before `left` was `prev`."""
+        d, gap = 0 if prev is None else left - prev, right - left - 1
+        return UNREACHABLE if d > self.longest or gap >= self.longest else float(self.table[d, left, gap])
 
 
 def _nonzero(span: Tensor) -> Tensor:
@@ -143,39 +155,76 @@ def _nonzero(span: Tensor) -> Tensor:
     return span.masked_fill(span == 0, 1.0)
 
 
-def best_steps(costs: GapCosts, count: int, required: Collection[int] = ()) -> list[int]:
-    """Choose `count` steps to evaluate, among them step 0 and the required ones, with the least expected error.
+class Paths:
+    """The cheapest ways on from where a run stands, one for every number of evaluations that may still come.
 
     Exact: dynamic programming over (distance to the evaluation before, step), one layer per evaluation.
+
+    Attributes:
+        costs: the expected errors of the gaps that are left after the last evaluation, by the number of evaluations to
+            come, from none on; `UNREACHABLE` where there is no such path.
     """
-    t, longest = costs.num_steps, costs.longest
-    table = costs.table.clone()
-    for step in required:  # no gap may jump over a required step
-        for left in range(max(0, step - longest), step):
-            table[:, left, step - left :] = UNREACHABLE
-    value = torch.full((longest + 1, t), UNREACHABLE, dtype=torch.float64)
-    value[0, 0] = 0.0
-    choices: list[Tensor] = []
-    for _ in range(count - 1):
-        # reach[l, g]: best cost of a path whose last gap goes from l over g skipped steps.
-        reach, choice = (value[:, :, None] + table).min(0)
-        value = torch.full_like(value, UNREACHABLE)
-        for gap in range(longest):
-            stop = t - gap - 1
-            if stop > 0:
-                value[gap + 1, gap + 1 :] = reach[:stop, gap]
-        choices.append(choice)
-    ends = torch.full_like(value, UNREACHABLE)
-    for left in range(max(0, t - longest), t):
-        ends[:, left] = value[:, left] + table[:, left, t - left - 1]
-    d, step = divmod(int(ends.argmin()), t)
-    steps = [step]
-    for choice in reversed(choices):
-        step, gap = step - d, d - 1
-        d = int(choice[step, gap])
-        steps.append(step)
-    assert steps[-1] == 0 and float(ends.min()) < UNREACHABLE, "`longest` is too short for the required steps"
-    return steps[::-1]
+
+    def __init__(
+        self,
+        costs: GapCosts,
+        required: Collection[int] = (),
+        done: Sequence[int] = (0,),
+        start: int = 1,
+        most: int | None = None,
+    ) -> None:
+        """Search all.
+
+        Args:
+            costs: of the gaps.
+            required: steps that are evaluated whatever they cost.
+            done: evaluations so far, ascending; the last two matter.
+            start: first step that may be evaluated.
+            most: evaluations to come at most; None: as many as there are steps.
+        """
+        self._steps = t = costs.num_steps
+        longest, last = costs.longest, done[-1]
+        table = costs.table.clone()
+        for step in required:  # no gap may jump over a required step
+            for left in range(max(0, step - longest), step):
+                table[:, left, step - left :] = UNREACHABLE
+        table[:, last, : start - last - 1] = UNREACHABLE
+        value = torch.full((longest + 1, t), UNREACHABLE, dtype=torch.float64)
+        value[min(last - done[-2], longest) if len(done) > 1 else 0, last] = 0.0
+        self._choices: list[Tensor] = []
+        self._ends: list[int] = []
+        self.costs: list[float] = []
+        for layer in range((t - start if most is None else most) + 1):
+            if layer:
+                # reach[l, g]: best cost of a path whose last gap goes from l over g skipped steps.
+                reach, choice = (value[:, :, None] + table).min(0)
+                value = torch.full_like(value, UNREACHABLE)
+                for gap in range(longest):
+                    stop = t - gap - 1
+                    if stop > 0:
+                        value[gap + 1, gap + 1 :] = reach[:stop, gap]
+                self._choices.append(choice)
+            ends = torch.full_like(value, UNREACHABLE)
+            for left in range(max(0, t - longest), t):
+                ends[:, left] = value[:, left] + table[:, left, t - left - 1]
+            self._ends.append(int(ends.argmin()))
+            self.costs.append(min(float(ends.min()), UNREACHABLE))
+
+    def steps(self, more: int) -> list[int]:
+        """The steps of the cheapest path with `more` evaluations to come, ascending."""
+        d, step = divmod(self._ends[more], self._steps)
+        found = []
+        for choice in reversed(self._choices[:more]):
+            found.append(step)
+            step, gap = step - d, d - 1
+            d = int(choice[step, gap])
+        assert self.costs[more] < UNREACHABLE, "`longest` is too short for the required steps"
+        return found[::-1]
+
+
+def best_steps(costs: GapCosts, count: int, required: Collection[int] = ()) -> list[int]:
+    """Choose `count` steps to evaluate, among them step 0 and the required ones, with the least expected error."""
+    return [0, *Paths(costs, required, most=count - 1).steps(count - 1)]
 
 
 def add_steps(costs: GapCosts, steps: Sequence[int], more: int) -> list[int]:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .cache import fill_rows, gather_rows, write_rows
-from .config import HSAConfig, Schedule, spared_counts
-from .policies import Policy, TokenState, policy_for, unknown_tokens, velocity_change_rate
+from .config import HSAConfig, Schedule, required_full, spared_counts
+from .distance import Distance
+from .hindsight import Residual
+from .policies import Policy, TokenState, gap_costs, policy_for, unknown_tokens, velocity_change_rate
 
 
 class StepPlanner:
@@ -38,6 +40,12 @@ class StepPlanner:
         self._jumped = False
         self._others: Tensor | None = None
         self._given: Tensor | None = None
+        self._distance: Distance | None = None
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the plan follows what evaluations show (`adapt`), until a promised quality is met."""
+        return self.config.quality is not None
 
     def begin(
         self,
@@ -68,11 +76,32 @@ class StepPlanner:
             )
         schedule = Schedule(sigmas=tuple(sigmas), num_tokens=num_tokens, forced_full=forced_full | {0})
         self._set_conditioned(num_tokens, conditioned)
-        self.counts = self._count(schedule)
+        if self.adapts:
+            longest = max(12, -(-schedule.num_steps // 3))
+            self._schedule = schedule
+            self._distance = Distance(gap_costs(schedule.sigmas, self.config, longest))
+            self.adapt(1, [0], [], None)
+        else:
+            self.counts = self._count(schedule)
         self._schedule, self._batch_size = schedule, batch_size
         self._switches = schedule.forced_full if switches is None else switches
         self._tokens = self._velocity = None
         self._jumped = False
+
+    def adapt(self, start: int, evaluated: Sequence[int], measured: Sequence[Residual], span: float | None) -> None:
+        """Plan all steps from `start` on anew: as few as keep the promised quality.
+
+        Args:
+            start: the next step.
+            evaluated: whole steps so far, ascending.
+            measured: the residuals that they showed.
+            span: largest less least value of the clean latents; None: not known yet.
+        """
+        assert self._schedule is not None and self._distance is not None, "begin() comes first"
+        assert self.config.quality is not None, "a quality was promised"
+        required = required_full(self._schedule, self.config)
+        full = set(self._distance.plan(self.config.quality, span, evaluated, measured, start, required))
+        self.counts = [self._schedule.num_tokens if i in full else 0 for i in range(self._schedule.num_steps)]
 
     def _count(self, schedule: Schedule) -> list[int]:
         if self.config.compute == 1.0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -190,12 +190,16 @@ def _gap_costs(schedule: Schedule, config: HSAConfig, count: int, required: set[
     # Required steps may stand so close together that the others can only be far apart.
     while sum(math.ceil(width / longest) - 1 for width in widths) > free:
         longest += 1
-    longest = max(12, 2 * longest, math.ceil(3 * schedule.num_steps / count))
+    return gap_costs(schedule.sigmas, config, max(12, 2 * longest, math.ceil(3 * schedule.num_steps / count)))
+
+
+def gap_costs(sigmas: Sequence[float], config: HSAConfig, longest: int) -> GapCosts:
+    """Costs of all gaps of up to `longest` steps, for what the settings do with skipped steps."""
     forecast = config.forecast or "taylor"
     correct = forecast != "hold" if config.correct is None else config.correct
     if forecast == "none":  # a multistep solver's long steps are much like those of ab2, corrected
         forecast, correct = "ab2", True
-    return GapCosts(schedule.sigmas, forecast, correct, longest)
+    return GapCosts(sigmas, forecast, correct, longest)
 
 
 @dataclass(kw_only=True)

@@ -144,7 +144,8 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
     command = _add_command(commands, "plan", purpose, PLAN)
     add_flags(command.add_argument_group("what for"), PlanSettings)
     _add_size(command, "width and height in pixels, such as 832x480")
-    add_flags(command.add_argument_group("how the work is spread"), HSAConfig)
+    spread = command.add_argument_group("how the work is spread")
+    add_flags(spread, HSAConfig, leave_out=["quality"])  # whose work nobody knows beforehand
     ranks = command.add_argument_group("how ranks share a video", "Degrees that are left out are all tried.")
     add_flags(ranks, ParallelConfig, defaults=False, leave_out=["windows", "kernel", "cut"])
     command.set_defaults(run=_plan)
@@ -172,7 +173,7 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     _add_size(what, "width and height in pixels, such as 832x480")
     how = quality.add_argument_group("how to compute them")
     add_flags(how, EngineConfig, leave_out=["shard_weights"])
-    add_flags(how, HSAConfig, leave_out=["policy", "compute"])
+    add_flags(how, HSAConfig, leave_out=["policy", "compute", "quality"])
     ranks = quality.add_argument_group("on how many ranks")
     add_flags(ranks, Ranks, leave_out=["nnodes", "master", "min_nnodes", "cluster_key_file", "ray", "ray_address"])
     add_flags(ranks, ParallelConfig, defaults=False)

@@ -197,6 +197,7 @@ def _write(
 def _compute(here: _Here, command: Command, sink: FrameSink) -> Made:
     """Load the model and make the video, and a dense one after it where that is asked for."""
     request, progress = command.request, here.progress
+    all_of_it = dataclasses.replace(request, compute=1.0, quality=None)
     engine = here.load()
     if not command.outputs.compare_dense:
         video = shown(engine.stream(request, sink=sink), command.label, progress)
@@ -204,13 +205,12 @@ def _compute(here: _Here, command: Command, sink: FrameSink) -> Made:
     if command.place[0] == 1:
         progress.stage("warming up")
         # The first steps of a process pay for allocations and kernel choices; neither side should.
-        for _ in engine.stream(dataclasses.replace(request, compute=1.0, num_inference_steps=2), sink=FrameSink()):
+        for _ in engine.stream(dataclasses.replace(all_of_it, num_inference_steps=2), sink=FrameSink()):
             pass
     with Comparison() as comparison:
         # Before the dense run, which can take an hour: the plan may be one that cannot be met.
         video = shown(engine.stream(request, sink=comparison.first(sink)), command.label, progress)
-        dense = dataclasses.replace(request, compute=1.0)
-        other = shown(engine.stream(dense, sink=comparison), "dense", progress)
+        other = shown(engine.stream(all_of_it, sink=comparison), "dense", progress)
         record = run_record(engine, video)
         if engine.leads:
             record["against_dense"] = compare(video, other, comparison.quality)
@@ -263,13 +263,18 @@ def shown(events: Iterator[Event], label: str, progress: Progress) -> VideoResul
     return video
 
 
+def _estimated(video: VideoResult) -> str:
+    estimate = video.report.estimated_psnr
+    return "" if estimate is None else f", latents about {estimate:.0f} dB from it"
+
+
 def _summary(video: VideoResult, record: dict[str, object], paths: dict[str, Path]) -> list[str]:
     frames, height, width = video.shape[:3]
     seconds = video.seconds
     lines = [
         f"{paths['output']}: {frames} frames of {width}x{height}, {video.fps} per second"
         + ("" if video.audio is None else f", with {video.audio.seconds:.1f} s of sound"),
-        f"compute {record['compute']:.3f} of dense; seconds: text {seconds['encode_text']:.1f}, "
+        f"compute {record['compute']:.3f} of dense{_estimated(video)}; seconds: text {seconds['encode_text']:.1f}, "
         f"denoising {seconds['denoise']:.1f}, decoding {seconds['decode']:.1f}",
     ]
     against = record.get("against_dense")

@@ -395,7 +395,7 @@ def value_of(item: Setting) -> Callable[[str], Any]:
         value: Any = text
         if item.kind in ("int", "float"):
             try:
-                value = int(text) if item.kind == "int" else float(text)
+                value = int(text) if item.kind == "int" else float(item.meant(text))
             except ValueError:
                 value = None
         elif item.kind == "bool":

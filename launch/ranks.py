@@ -379,7 +379,7 @@ def _compare(
     group: WorkerGroup, work: Work, files: OutputFiles, show: Show, on_loss: Callable[[RankLost], None], warm: bool
 ) -> Made:
     """The video and a dense one after it, by ranks that are `warm` or not; no step of either is saved."""
-    dense = replace(work.request, compute=1.0)
+    dense = replace(work.request, compute=1.0, quality=None)
     # The first steps of a process pay for allocations and kernel choices; neither side should.
     first = replace(work, request=replace(dense, num_inference_steps=2), wanted=())
     for _ in make_video(group, first, None, on_loss) if not warm else ():

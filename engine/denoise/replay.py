@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...hsa.hindsight import Hindsight
+from ...hsa.hindsight import Hindsight, Residual
 from .branch import Step
 from .inputs import Noted
 from .schedulers import FEW, kind_of, restore_scheduler, scheduler_state
@@ -31,17 +31,24 @@ Fresh = Callable[[Step, Tensor], Tensor | None]
 
 
 class Around:
-    """Stands around the `step` of one scheduler, from the first call of the transformer to the end of the run."""
+    """Stands around the `step` of one scheduler, from the first call of the transformer to the end of the run.
 
-    def __init__(self, scheduler: Any, now: Callable[[], Step | None], first: int) -> None:
+    Attributes:
+        hindsight: what evaluations show.
+        span: largest less least value of the clean latents, as the last evaluation has them; None before the first.
+    """
+
+    def __init__(self, scheduler: Any, hindsight: Hindsight, now: Callable[[], Step | None], first: int) -> None:
         """Stand around ``scheduler.step`` of a stock scheduler.
 
         Args:
             scheduler: it has its timesteps.
+            hindsight: of the run.
             now: returns the step that the run is at.
             first: step of the scheduler that is the run's step 0.
         """
-        self.scheduler, self._now, self._first = scheduler, now, first
+        self.scheduler, self.hindsight, self._now, self._first = scheduler, hindsight, now, first
+        self.span: Tensor | None = None
         self._seen: Step | None = None
         self._replaced = vars(scheduler).get("step")
         self._stock = scheduler.step
@@ -80,16 +87,23 @@ class Around:
         """Take a step of the run."""
         raise NotImplementedError
 
+    def look(self, step: Step, velocity: Tensor, sample: Tensor) -> None:
+        """Note how far the latents of an evaluated step will reach."""
+        clean = sample - step.sigma * velocity
+        self.span = clean.max() - clean.min()
+
     def forget(self) -> None:
         """Forget all evaluations: they say nothing of what comes now."""
+        self.hindsight.forget()
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs, between two steps; the tensors are not copies."""
-        raise NotImplementedError
+        return {"hindsight": self.hindsight.state(), "span": self.span}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on where another one of the same run was when it gave its `state`."""
-        raise NotImplementedError
+        self.hindsight.restore(state["hindsight"], device)
+        self.span = None if state["span"] is None else state["span"].to(device)
 
 
 class Replay(Around):
@@ -99,8 +113,8 @@ class Replay(Around):
         self, scheduler: Any, hindsight: Hindsight, now: Callable[[], Step | None], fresh: Fresh, first: int
     ) -> None:
         """Stand around the `step` of a scheduler, with what will be known of velocities; the rest as in `Around`."""
-        super().__init__(scheduler, now, first)
-        self.hindsight, self._fresh = hindsight, fresh
+        super().__init__(scheduler, hindsight, now, first)
+        self._fresh = fresh
         # The scheduler and the latents before the oldest step that may be taken again.
         self._before: tuple[Mapping[str, Any], Tensor] | None = None
         # From that step on: the timestep, and what a callback had added to the latents before the step.
@@ -116,6 +130,7 @@ class Replay(Around):
                 sample = self._replayed(edit, {**kwargs, "return_dict": False})
             if self.hindsight.oldest() == step.index:
                 self._remember(len(self._calls), sample)
+            self.look(step, model_output, sample)
         self.hindsight.moves(step.index, model_output)
         self._calls.append((timestep, edit))
         out = self._stock(model_output, timestep, sample, **kwargs)
@@ -149,14 +164,10 @@ class Replay(Around):
         noted, left = self._left
         return None if noted.same(sample) else sample - left
 
-    def forget(self) -> None:
-        """See `Around`."""
-        self.hindsight.forget()
-
     def state(self) -> dict[str, Any]:
         """See `Around`."""
         return {
-            "hindsight": self.hindsight.state(),
+            **super().state(),
             "before": None if self._before is None else list(self._before),
             "calls": [list(call) for call in self._calls],
             "left": None if self._left is None else self._left[1],
@@ -164,7 +175,7 @@ class Replay(Around):
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         """See `Around`."""
-        self.hindsight.restore(state["hindsight"], device)
+        super().restore(state, device)
         if state["before"] is not None:
             self._before = state["before"][0], state["before"][1].to(device)
         # Timesteps stay where the scheduler has them.
@@ -177,7 +188,14 @@ class Replay(Around):
 class Fewer(Around):
     """Leaves skipped steps out altogether: the solver takes fewer, longer steps between the evaluated ones."""
 
-    def __init__(self, scheduler: Any, evaluated: Sequence[int], now: Callable[[], Step | None], first: int) -> None:
+    def __init__(
+        self,
+        scheduler: Any,
+        hindsight: Hindsight,
+        now: Callable[[], Step | None],
+        evaluated: Sequence[int],
+        first: int,
+    ) -> None:
         """Stand around the `step` of a scheduler, with the run's `evaluated` steps alone; the rest as in `Around`."""
         places = [first + step for step in evaluated]
         self._solver = copy.deepcopy(scheduler)
@@ -186,7 +204,7 @@ class Fewer(Around):
         self._solver.timesteps = scheduler.timesteps[places]
         self._solver.num_inference_steps = len(evaluated)
         self._evaluated = frozenset(evaluated)
-        super().__init__(scheduler, now, first)
+        super().__init__(scheduler, hindsight, now, first)
 
     def level(self, step: int) -> float:
         """Noise level of the latents before a step: that of the next evaluated one."""
@@ -198,16 +216,19 @@ class Fewer(Around):
         out = self._stock(model_output, timestep, sample, **kwargs)  # counts steps
         moved = sample
         if step.index in self._evaluated:
+            self.hindsight.evaluate(step.index, model_output, None)
+            self.look(step, model_output, sample)
             moved = self._solver.step(model_output, timestep, sample, **{**kwargs, "return_dict": False})[0]
         return (moved,) if isinstance(out, tuple) else type(out)(prev_sample=moved)
 
     def state(self) -> dict[str, Any]:
         """See `Around`."""
-        return scheduler_state(self._solver)
+        return {**super().state(), "solver": scheduler_state(self._solver)}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         """See `Around`."""
-        restore_scheduler(self._solver, state, device)
+        super().restore(state, device)
+        restore_scheduler(self._solver, state["solver"], device)
 
 
 class Replays:
@@ -216,6 +237,14 @@ class Replays:
     def __init__(self) -> None:
         """Stand around nothing yet."""
         self._replays: list[Around] = []
+        self._seen: tuple[list[Residual], Tensor | None] = [], None
+
+    @property
+    def seen(self) -> tuple[list[Residual], Tensor | None]:
+        """Residuals of the video's velocities, and its `Around.span`, of a run that goes on or has ended."""
+        if self._replays:
+            self._seen = self._replays[0].hindsight.measured, self._replays[0].span
+        return self._seen
 
     def begin(
         self,
@@ -241,11 +270,11 @@ class Replays:
         self.end()
         self._say(forecast, evaluated, len(sigmas) - 1, multistep=kind_of(schedulers[0]) != "euler")
         for number, scheduler in enumerate(schedulers):
-            which = fresh if number == 0 else lambda step, velocity: None
+            which, hindsight = fresh if number == 0 else lambda step, velocity: None, Hindsight(sigmas, forecast)
             if forecast == "none":
-                self._replays.append(Fewer(scheduler, evaluated, now, first))
+                self._replays.append(Fewer(scheduler, hindsight, now, evaluated, first))
             else:
-                self._replays.append(Replay(scheduler, Hindsight(sigmas, forecast), now, which, first))
+                self._replays.append(Replay(scheduler, hindsight, now, which, first))
 
     @staticmethod
     def _say(forecast: str, evaluated: Sequence[int], steps: int, *, multistep: bool) -> None:
@@ -268,7 +297,8 @@ class Replays:
             replay.forget()
 
     def end(self) -> None:
-        """Give all schedulers their own `step` back."""
+        """Give all schedulers their own `step` back; what was `seen` is kept."""
+        self._seen = self.seen
         for replay in self._replays:
             replay.remove()
         self._replays.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from ..models.base import Grid
 from ..report import HSAReport, StepRecord
 from .branch import CHANGED, Branch, Call, Step, checked, fresh_elements, guided_velocity
 from .inputs import Change, Inputs, loop_values
+from .plan import adapt_plan, estimated_psnr, make_plan
 from .replay import Replays, step_of
 from .schedulers import check_levels, check_noise, correct_for, forecast_for
 from .windows import Windows
@@ -223,13 +224,13 @@ class Run:
         if self.kv_damping == 0.0:
             return self.reads_kv(index + 1) is not None
         # With a forecast the values before the last full step matter too.
-        counts = map(self._count, range(index + 1, self.num_steps))
+        counts = map(self.count_at, range(index + 1, self.num_steps))
         return any(count is None or 0 < count < self.grid.num_tokens for count in counts)
 
     def reads_kv(self, index: int) -> int | None:
         """The first step from `index` on that reads K/V of before it: a partial one before any full one; or None."""
         for later in range(index, self.num_steps):
-            count = self._count(later)
+            count = self.count_at(later)
             if count is None or 0 < count < self.grid.num_tokens:
                 return later
             if count == self.grid.num_tokens:
@@ -237,8 +238,10 @@ class Run:
         return None
 
     def needs_velocity(self, index: int) -> bool:
-        """Whether velocities of step `index` matter beyond it: for a step that skips tokens, or AB2."""
-        left = (self._count(later) != self.grid.num_tokens for later in range(index, self.num_steps))
+        """Whether velocities of step `index` matter beyond it: for a step that skips tokens, or may yet, or AB2."""
+        if self.config.quality is not None:
+            return True
+        left = (self.count_at(later) != self.grid.num_tokens for later in range(index, self.num_steps))
         return self.forecast == "ab2" or any(left)
 
     def rehearse(self, grid: Grid) -> None:
@@ -273,6 +276,7 @@ class Run:
             kv_bytes=sum(branch.kv_bytes for branch in self.branches.values()),
             num_steps=self.num_steps,
             conditioned=0 if self.conditioned is None else len(self.conditioned),
+            estimated_psnr=estimated_psnr(self),
         )
 
     def full_report(self) -> HSAReport:
@@ -293,6 +297,7 @@ class Run:
         self.step, self.resumed_at, self.kv_since = None, 0, math.inf
         self.inputs.begin()
         self.replays.end()
+        self.replays = Replays()
         self.check()
         scheduler = self.pipe.scheduler
         if self.leaves_out:
@@ -333,48 +338,17 @@ class Run:
         self.restarts = frozenset(range(self.every, self.num_steps, self.every) if self.every is not None else ())
         if saved is not None:
             self.restarts, self.forced = frozenset(saved["restarts"]), dict(saved["forced"])
-        self._make_plan()
+        make_plan(self)
         if self.forecast == "none" or (self.correct and self.needs_velocity(0)):
             schedulers = scheduler, *loop_values(self.pipe, self.adapter.step_schedulers)
             elements = partial(fresh_elements, adapter=self.adapter, pipe=self.pipe, grid=self.grid)
-            evaluated = list(filter(self._count, range(self.num_steps)))
+            evaluated = list(filter(self.count_at, range(self.num_steps)))
             self.replays.begin(schedulers, self.sigmas, self.forecast, evaluated, lambda: self.step, elements, first)
-
-    def _make_plan(self) -> None:
-        """Fix the size of every step; one after a checkpoint that would read K/V of before it is full."""
-        while True:
-            try:
-                self._begin_plan()
-            except ConfigError as error:
-                added = sum(reason == "checkpoint" for reason in self.forced.values())
-                if not added:
-                    raise
-                raise ConfigError(
-                    f"{str(error).rstrip('.')}; {added} of these steps follow a checkpoint, so that a larger "
-                    f'checkpoint_every than {self.every} would do too, or policy="steps".'
-                ) from error
-            counts: Sequence[int] | None = getattr(self.planner, "counts", None)
-            self.counts = list(counts) if counts is not None and len(counts) == self.num_steps else None
-            if self.sharding is not None:
-                self.counts = self.sharding.agreement.counts(self.counts, self.num_steps)
-            readers = [reader for i in sorted(self.restarts) if (reader := self.reads_kv(i)) is not None]
-            if not readers:
-                return
-            # More full steps may move the others, and with them what is needed.
-            self.forced |= dict.fromkeys(readers, "checkpoint")
-
-    def _begin_plan(self) -> None:
-        """Let the planner fix its counts."""
-        arguments = (self.sigmas, self.grid.num_tokens, self.batch_size, frozenset(self.forced))
-        if isinstance(self.planner, StepPlanner):
-            switches = frozenset(i for i, reason in self.forced.items() if reason == "expert switch")
-            self.planner.begin(*arguments, switches, self.conditioned)
-        elif hasattr(self.planner, "begin"):
-            self.planner.begin(*arguments)
 
     def _plan(self, index: int, expert: int, device: torch.device) -> Step:
         """Decide what is active at step `index`: once, for all branches."""
         n, sigma = self.grid.num_tokens, self.sigmas[index]
+        adapt_plan(self, index)
         if index in self.restarts:
             self.kv_since = sigma
         if index in self.forced:
@@ -389,10 +363,10 @@ class Run:
             if hasattr(self.planner, "reason") and (self.sharding is None or self.sharding.agreement.leads):
                 reason = self.planner.reason(index)
         count = n if active is None else active.shape[-1]
-        if self._count(index) not in (None, count):
+        if self.count_at(index) not in (None, count):
             raise ConfigError(
-                f"The planner's counts say {self._count(index)} tokens at step {index}, but its plan has {count}: what "
-                "is kept for later steps depends on the counts, so make them agree, or have none."
+                f"The planner's counts say {self.count_at(index)} tokens at step {index}, but its plan has {count}: "
+                "what is kept for later steps depends on the counts, so make them agree, or have none."
             )
         if count and self.evaluations is not None:
             write_rows(self.evaluations, active, gather_rows(self.evaluations, active) + 1)
@@ -442,7 +416,7 @@ class Run:
         for listener in tuple(self.on_step):
             listener(record)
 
-    def _count(self, index: int) -> int | None:
+    def count_at(self, index: int) -> int | None:
         """Tokens at a step, where known beforehand."""
         if index in self.forced:
             return self.grid.num_tokens

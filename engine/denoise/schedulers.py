@@ -206,7 +206,7 @@ def forecast_for(config: HSAConfig, scheduler: Any, steps: int | None = None) ->
 
 def few_left(config: HSAConfig, steps: int) -> bool:
     """Whether a share of so many steps leaves too few evaluations for a forecast."""
-    return config.compute < 1.0 and config.compute * steps < FEW + 0.5
+    return config.quality is None and config.compute < 1.0 and config.compute * steps < FEW + 0.5
 
 
 def correct_for(config: HSAConfig, forecast: str) -> bool:

@@ -28,6 +28,7 @@ from .checks import (
     refuse_compiled,
 )
 from .hook import HSAHook
+from .plan import take_counts
 from .run import Run
 from .schedulers import check_noise, kind_of, restore_scheduler, scheduler_for, scheduler_state
 from .windows import Windows
@@ -100,6 +101,14 @@ class HSASession(registry.Uncopied):
     def step_tensors(self) -> tuple[str, ...]:
         """Names of what the pipeline carries from step to step besides latents; `state` and `passed` need it."""
         return self._run.adapter.step_tensors
+
+    @property
+    def ahead(self) -> int | None:
+        """Tokens that the steps to come will evaluate, as far as planned, where a promised quality makes the plan."""
+        run = self._run
+        if self.config.quality is None or run.counts is None or not run.records:
+            return None
+        return sum(run.counts[run.records[-1].step + 1 :])
 
     def full_report(self) -> HSAReport:
         """The report with what each rank did; every rank must ask for it."""
@@ -385,6 +394,8 @@ def restore_run(run: Run, state: Mapping[str, Any], num_sites: int, device: torc
             f"this one {run.num_steps} of {run.batch_size} x {list(run.grid)}, or other noise levels: resume with the "
             "settings it was started with"
         )
+    if run.own_planner is not None and run.own_planner.adapts:
+        take_counts(run, state["counts"])
     if run.counts != state["counts"]:
         raise ConfigError("the saved run was planned by another version or planner: start it from the beginning")
     run.branches.clear()

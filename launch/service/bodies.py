@@ -60,6 +60,8 @@ def _asked(item: Setting) -> tuple[Any, Any]:
     kind = annotated[_KINDS[item.kind], Field(ge=item.least, gt=item.above, le=item.most)]
     if item.kind == "int":  # the bounds first, so that the schema knows them
         kind = annotated[kind, _WHOLE]
+    if item.words:
+        kind = annotated[kind, BeforeValidator(item.meant)]
     return kind | None, _described(item, {"x-setting": True})
 
 

@@ -40,6 +40,8 @@ _NOT_COMPARED = {
     "output_format",
     *IGNORED,
 }
+SHARES = ("compute", "quality")
+"""The settings that say how much work to spend: a request has one of them."""
 # What SGLang's clients send where nobody named a model.
 _ANY_MODEL = "default"
 # Stands for a file among the texts of a form.
@@ -201,7 +203,7 @@ def to_request(
     model: str,
     facts: ModelFacts,
     limits: Limits,
-    compute: float,
+    share: Mapping[str, float],
     engine: EngineConfig,
     every: int,
     loras: Collection[str] = (),
@@ -214,7 +216,7 @@ def to_request(
         model: its public name.
         facts: its sizes.
         limits: of the service.
-        compute: where the client does not say.
+        share: compute or quality, where the client says neither.
         engine: how the service computes.
         every: steps between checkpoints.
         loras: names of the LoRA weights that there are.
@@ -236,7 +238,8 @@ def to_request(
     given |= {"width": width, "height": height, "num_frames": _frames(body, facts)}
     # Drawn here, so that every attempt at the job makes the same video.
     given.setdefault("seed", secrets.randbelow(2**31))
-    given.setdefault("compute", compute)
+    if not given.keys() & set(SHARES):
+        given |= share
     wanted = GenerateRequest(**given, noise=_noise(getattr(body, "latent_path", None), noises))
     _check_loras(wanted.lora, loras)
     # Without the image first: it is not scaled to a size that is then refused.
@@ -245,10 +248,11 @@ def to_request(
     try:
         check_plan(facts, allocation(engine, request), request, every)
     except ConfigError as error:
-        if body.compute is not None:
-            raise BadField("compute", str(error)) from error
+        for name in SHARES:
+            if getattr(body, name) is not None:
+                raise BadField(name, str(error)) from error
         # Nobody asked for the default; benchmarks warm up with a single step.
-        wanted = replace(wanted, compute=1.0)
+        wanted = replace(wanted, compute=1.0, quality=None)
         request = resolve(wanted, replace(facts, image="none"))
     return (request, None) if asked.image is None else _with_image(asked.image, wanted, facts, limits)
 
@@ -282,6 +286,13 @@ def check_plan(facts: ModelFacts, hsa: HSAConfig | None, request: ResolvedReques
     from ...engine.denoise.checks import rehearse
 
     rehearse(facts, hsa, request, every)
+
+
+def usual_share(hsa: HSAConfig | None) -> dict[str, float]:
+    """What a request that does not say it gets: the one of `SHARES` that the service was started with."""
+    if hsa is not None and hsa.quality is not None:
+        return {"quality": hsa.quality}
+    return {"compute": 1.0 if hsa is None else hsa.compute}
 
 
 def surely_met(hsa: HSAConfig, num_steps: int, every: int) -> bool:

@@ -187,7 +187,7 @@ def _check_request(request: dict[str, Any], finished: bool) -> None:
             continue  # there was no such setting when the video was made
         if name not in request or not _is(request[name], kind):
             raise BadRow(f"{name} in the column request is missing or not of its type")
-    if request["compute"] is None:
+    if request["compute"] is None and request.get("quality") is None:
         raise BadRow("compute in the column request is missing")
     for name in _COUNTS:
         if request[name] < 1:

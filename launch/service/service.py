@@ -20,7 +20,7 @@ from .access import ApiKeys
 from .bodies import ModelCard, Video, to_video
 from .dispatcher import Dispatcher
 from .metrics import Metrics
-from .requests import Asked, check_plan, to_request
+from .requests import Asked, check_plan, to_request, usual_share
 from .results import delete_job, gone
 from .rows import Job
 from .runner import Runner
@@ -69,7 +69,7 @@ class VideoService:
         self.settings, self._room = settings, room
         self.keys = ApiKeys.read(settings.api_key_file) if settings.api_key_file is not None else None
         self._facts = read_facts(settings.engine.model)
-        self._compute = 1.0 if settings.engine.hsa is None else settings.engine.hsa.compute
+        self._share = usual_share(settings.engine.hsa)
         self._limits = limits_for(settings, self._facts)
         usual = resolve(GenerateRequest(prompt="-"), replace(self._facts, image="none"))
         check_plan(self._facts, allocation(settings.engine, usual), usual, settings.checkpoint_every)
@@ -142,7 +142,7 @@ class VideoService:
             model=self.model,
             facts=self._facts,
             limits=self._limits,
-            compute=self._compute,
+            share=self._share,
             engine=self.settings.engine,
             every=self.settings.checkpoint_every,
             loras=self.settings.loras,
@@ -244,7 +244,7 @@ class VideoService:
             family=facts.family,
             inputs=["text", "image"] if self.takes_images else ["text"],
             image=facts.image,  # type: ignore[arg-type]  # it is one of these
-            defaults={**facts.defaults._asdict(), "compute": self._compute},
+            defaults={**facts.defaults._asdict(), **self._share},
             loras=list(self.settings.loras),
             size_step=facts.size_step,
             frame_step=facts.frame_step,

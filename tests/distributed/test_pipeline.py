@@ -110,6 +110,11 @@ def test_another_scheduler(layout):
     assert_same("dpm++", HSAConfig(compute=0.5, policy="tokens"), None, layout, steps=12)
 
 
+def test_a_promised_quality():
+    """The estimates of ranks may differ in their last bits: rank 0 plans for all."""
+    assert_same("unipc", HSAConfig(quality=40), None, {"cfg": 2}, steps=12)
+
+
 @pytest.mark.parametrize("layout", [{"ulysses": 2}, {"ring": 2}, {"cfg": 2}], ids=str)
 def test_dense(layout):
     assert_same("euler", HSAConfig(compute=1.0), None, layout)

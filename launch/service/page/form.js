@@ -92,7 +92,7 @@ export class Form {
         .map((input) => [input.name, valueOf(input) === "" ? " " : valueOf(input)]),
     );
     if (width) asked.size = `${width}x${height}`;
-    if (compute) asked.compute = compute / 100;
+    if (compute && asked.quality == null) asked.compute = compute / 100; // one of the two; the slider always has a value
     return asked;
   }
 

@@ -221,7 +221,7 @@ function asked(video) {
     Size: video.size.replace("x", " × "),
     Frames: `${video.num_frames} at ${video.fps} per s`,
     Steps: String(video.num_inference_steps),
-    Compute: percent(video.compute),
+    ...(video.compute == null ? { Quality: `${video.quality} dB` } : { Compute: percent(video.compute) }),
     Guidance: [video.guidance_scale, video.guidance_scale_2].filter((scale) => scale != null).join(" / "),
     Seed: String(video.seed),
   };

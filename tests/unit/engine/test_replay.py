@@ -37,7 +37,9 @@ class Drive:
     def steps(self, sample: torch.Tensor, start: int = 0, stop: int = T) -> torch.Tensor:
         for i in range(start, stop):
             active = i in EVALUATED or not self.replayed
-            self.now = SimpleNamespace(index=i, count=int(active), whole=set(), reason="", entered={"cond"}, left=1)
+            self.now = SimpleNamespace(
+                index=i, sigma=self.levels[i], count=int(active), whole=set(), reason="", entered={"cond"}, left=1
+            )
             sample = self.scheduler.step(self.moves(i, active), self.scheduler.timesteps[i], sample, return_dict=False)[
                 0
             ]
@@ -103,7 +105,7 @@ def test_an_error_in_the_model_leaves_others_a_stock_scheduler(kind):
     """Nothing tells of such an error: diffusers ends no run then, and another pipeline may have the same scheduler."""
     drive, stock = Drive(kind, replayed=True), Drive(kind, replayed=False)
     drive.steps(start(), stop=8)
-    drive.now = SimpleNamespace(index=8, count=1, whole=set(), reason="", entered={"cond", "uncond"}, left=1)
+    drive.now = SimpleNamespace(index=8, sigma=0.5, count=1, whole=set(), reason="", entered={"cond", "uncond"}, left=1)
     drive.scheduler.set_timesteps(T)
     sample = start()
     for i, t in enumerate(drive.scheduler.timesteps):

@@ -105,6 +105,11 @@ def test_fewer_steps_are_resumed_anywhere(tmp_path, kind):
     check_alike(tmp_path, lambda: tiny_pipeline(kind), (1, 3, 5, 7), config=hs.HSAConfig(compute=0.5), steps=8)
 
 
+@pytest.mark.parametrize("kind", ["unipc", "wan22"])
+def test_a_promised_quality_is_planned_alike(tmp_path, kind):
+    check_alike(tmp_path, lambda: tiny_pipeline(kind), (2, 5, 9), config=hs.HSAConfig(quality=40.0))
+
+
 @pytest.mark.parametrize("kind", ["euler", "unipc", "wan22"])
 def test_dense_runs(tmp_path, kind):
     check_alike(tmp_path, lambda: tiny_pipeline(kind), (1, 8, T), config=hs.HSAConfig(compute=1.0))

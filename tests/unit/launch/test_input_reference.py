@@ -34,7 +34,7 @@ from heterostep.launch.workers.rank import Rank
 from tiny import picture
 from waiting import until
 
-PLAN = {"compute": 0.5, "engine": hs.EngineConfig(), "every": 5}
+PLAN = {"share": {"compute": 0.5}, "engine": hs.EngineConfig(), "every": 5}
 FACTS = dataclasses.replace(read_facts("demo"), image="optional")
 
 

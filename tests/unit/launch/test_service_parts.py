@@ -45,7 +45,7 @@ def wanted(tmp_path, settings=None, policy="joint", **fields):
     settings = settings or ServiceSettings(data_dir=tmp_path)
     engine = EngineConfig(hsa=HSAConfig(policy=policy))
     asked = Asked(CreateVideo(prompt="x", **fields), "")
-    plan = {"compute": 0.5, "engine": engine, "every": 5}
+    plan = {"share": {"compute": 0.5}, "engine": engine, "every": 5}
     return to_request(asked, model="demo", facts=FACTS, limits=limits_for(settings, FACTS), **plan)[0]
 
 
@@ -68,6 +68,11 @@ def test_what_is_left_out_is_filled_in(tmp_path):
     assert (first.width, first.num_inference_steps, first.compute) == (64, 40, 0.5)
     assert first.seed != second.seed and 0 <= first.seed < 2**31
     assert wanted(tmp_path, seed=5, compute=1.0, size="32x48").seed == 5
+    promised = wanted(tmp_path, quality="high")
+    assert (promised.quality, promised.compute) == (55.0, None)
+    with pytest.raises(BadField) as caught:
+        wanted(tmp_path, policy="tokens", quality=40)
+    assert caught.value.param == "quality"
 
 
 def test_what_the_first_step_alone_costs_is_asked_for(tmp_path):
