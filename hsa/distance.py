@@ -14,7 +14,7 @@ from itertools import pairwise
 from .hindsight import Residual
 from .placement import GapCosts, Paths
 
-PRIOR = 0.02
+PRIOR = 0.05
 """Least ratio that is expected of gaps to come: late ones, where detail forms, show more than early ones."""
 SPAN = 8.0
 """Span of clean latents before anything is known of them: their standard deviation is about 1."""
