@@ -36,7 +36,7 @@ from .noise import noise_identity
 from .request import ResolvedRequest
 
 FORMAT = "heterostep saved state"
-VERSION = 3
+VERSION = 4
 """Rises with every change of what a state holds: another version's files are not read."""
 
 # A tensor in a tree of plain data, and a number that JSON has no word for.

@@ -14,8 +14,9 @@ from itertools import pairwise
 from .hindsight import Residual
 from .placement import GapCosts, Paths
 
-PRIOR = 0.05
-"""Least ratio that is expected of gaps to come: late ones, where detail forms, show more than early ones."""
+EARLY, LATER, DECIDED = 0.1, 0.02, 0.9
+"""Least ratios that are expected of gaps to come, above and below the noise level `DECIDED`: what is measured first is
+too little. On the demo model ratios rise where it is decided what is seen, and again where detail forms."""
 SPAN = 8.0
 """Span of clean latents before anything is known of them: their standard deviation is about 1."""
 LINE = (3.7, 0.75)
@@ -40,7 +41,7 @@ class Distance:
         Returns:
             The expected square, and the last ratio of measured to expected.
         """
-        ratios, ratio, total = self._ratios(measured), PRIOR, 0.0
+        ratios, ratio, total = self._ratios(measured), EARLY, 0.0
         for place, (left, right) in enumerate(pairwise(steps)):
             ratio = ratios.get(right, ratio)
             if right > left + 1:
@@ -95,8 +96,9 @@ class Distance:
         done, ratio = self.square(steps, measured)
         expected = (quality - LINE[0]) / LINE[1]
         allowed = max((span or SPAN) ** 2 / 10 ** (expected / 10) - done, done / 4)
+        ratio = max(ratio, EARLY if self.costs.sigmas[steps[-1]] > DECIDED else LATER)
         paths = Paths(self.costs, required, steps, start)
         for more, cost in enumerate(paths.costs):
-            if max(ratio, PRIOR) * cost <= allowed:
+            if ratio * cost <= allowed:
                 return [*steps, *paths.steps(more)]
         return [*steps, *range(start, self.costs.num_steps)]
