@@ -163,7 +163,8 @@ def test_what_mlperf_may_not_ask(client, fields, says):
 
 def test_mlperfs_noise_is_a_file_of_the_operators(tmp_path):
     service = VideoService(ServiceSettings(data_dir=tmp_path / "data", noise_dir=tmp_path))
-    shared = {"model": "demo", "limits": service._limits, "compute": 1.0, "engine": service.settings.engine, "every": 5}
+    engine, limits = service.settings.engine, service._limits
+    shared = {"model": "demo", "limits": limits, "share": {"compute": 1.0}, "engine": engine, "every": 5}
     facts = service._facts
     frames, side = (17 - 1) // facts.vae_temporal + 1, 64 // facts.vae_spatial
     torch.save(torch.zeros(1, 16, frames, side, side), tmp_path / "f.pt")
