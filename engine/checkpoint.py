@@ -34,6 +34,7 @@ from .lora import lora_identity
 from .media.files import checkpoint_name, write_durably
 from .noise import noise_identity
 from .request import ResolvedRequest
+from .sources import Sources
 
 FORMAT = "heterostep saved state"
 VERSION = 4
@@ -215,6 +216,8 @@ _BLOCKS, _BLOCK = 16, 1 << 16
 _VALUES = 8
 _WORDS = {
     "request.image": "the image it starts from",
+    "request.last_image": "the image it ends with",
+    "request.video": "the video it is made from",
     "request.lora": "its LoRA weights, or their strength",
     "request.noise": "its file of initial noise",
     "model.files": "the model's files",
@@ -295,7 +298,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], *, finished: b
     """
     found = []
     before, after = _flat(saved), _flat(now)
-    decoded_later = set() if finished or after.get("request.image") is not None else _DECODERS
+    decoded_later = set() if finished or any(after.get(f"request.{name}") for name in Sources._fields) else _DECODERS
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
         if old == new or key in decoded_later or (key.split(".")[0] in _MAY_BE_UNKNOWN and None in (old, new)):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -47,11 +46,9 @@ from .request import (
     allocation,
     prepare,
 )
+from .sources import Sources
 from .steps import Progress, StepEvents, Stop, Work, dense_report, started
 from .stored import source_of
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 __all__ = [
     "Cancelled",
@@ -206,7 +203,7 @@ class Engine:
         self._stop.saved = True
 
     def _events(
-        self, request: ResolvedRequest, image: Image.Image | None, job: JobConfig | None, sink: FrameSink | None
+        self, request: ResolvedRequest, sources: Sources, job: JobConfig | None, sink: FrameSink | None
     ) -> Iterator[Event]:
         if not self._busy.acquire(blocking=False):
             raise RequestError("this engine is already making a video; wait for it, cancel it, or use a second engine")
@@ -221,7 +218,7 @@ class Engine:
             try:
                 if current is not None:
                     torch.cuda.set_device(current)
-                outcome = self._run(request, image, job, sink, events.put, stop)
+                outcome = self._run(request, sources, job, sink, events.put, stop)
             except BaseException as error:  # it is raised again in the caller's thread
                 outcome = error
             self._busy.release()
@@ -250,13 +247,11 @@ class Engine:
             if worker is not threading.current_thread():
                 worker.join()
 
-    def _run(
-        self, request: ResolvedRequest, image: Image.Image | None, config: JobConfig | None, *way: Any
-    ) -> VideoResult:
+    def _run(self, request: ResolvedRequest, sources: Sources, config: JobConfig | None, *way: Any) -> VideoResult:
         """Make the video, from where its job was saved if memory is used up. Runs in the worker thread."""
         again = None if config is None else dataclasses.replace(config, resume="auto")
         configs = iter((config, again))
-        return self._with_less(lambda: self._attempt(request, image, next(configs), *way))
+        return self._with_less(lambda: self._attempt(request, sources, next(configs), *way))
 
     def _with_less(self, run: Callable[[], VideoResult]) -> VideoResult:
         """Run something, once more with less on the device if its memory is used up."""
@@ -276,7 +271,7 @@ class Engine:
     def _attempt(
         self,
         request: ResolvedRequest,
-        image: Image.Image | None,
+        sources: Sources,
         config: JobConfig | None,
         sink: FrameSink | None,
         emit: Callable[[Event], None],
@@ -293,14 +288,14 @@ class Engine:
                 self._offload.need(self._room.settle(self.config, self.facts, request))
             self._loras.put_on(request.lora)
             if config is None:
-                return self._make(Work(request, image, None, None, None, sink, emit, stop, step))
+                return self._make(Work(request, sources, None, None, None, sink, emit, stop, step))
             hsa = allocation(self.config, request)
             identity = identity_of(self.facts, request, hsa, self.dtype, self.pipeline, self.config)
             # All that is saved is alike on all ranks: one reads and writes it.
             job = Job(config, identity) if self.leads else None
             with contextlib.ExitStack() as held:
                 found = self._decide(lambda: look_up(job, held, arrays=sink is None))
-                work = Work(request, image, job, config.checkpoint_every, found.saved, sink, emit, stop, step)
+                work = Work(request, sources, job, config.checkpoint_every, found.saved, sink, emit, stop, step)
                 if found.video is None:
                     return self._make(work)
                 emit(started(self.facts, request, request.num_inference_steps))
@@ -324,7 +319,7 @@ class Engine:
         request, job, saved = work.request, work.job, work.saved
         work.emit(started(self.facts, request, None if saved is None else saved.step, self))
         start = time.perf_counter()
-        pipeline = as_pipeline(self.pipeline, self.facts.pipeline_for(work.image is not None))
+        pipeline = as_pipeline(self.pipeline, self.facts.pipeline_for(*(source is not None for source in work.sources)))
         embeds = encode_prompts(self._adapter, pipeline, request, self.device, self.sharding)
         encoded = self._clock()
         if self._vote(work.stop.asked):
@@ -369,21 +364,21 @@ class Engine:
         dense = HSAConfig(compute=1.0)
         session = apply(pipeline, hsa or dense, sharding=self.sharding, windows=windows) if hooked else None
         try:
-            cost = math.prod(grid) * num_steps * (hsa.compute if hsa is not None else 1.0)
-            on_step = StepEvents(
-                num_steps, math.prod(grid), cost, session, work.emit, work.stop, self._clock, self._vote
-            )
+            tokens = (grid[0] + self._adapter.more_frames(request)) * grid[1] * grid[2]
+            cost = tokens * num_steps * (hsa.compute if hsa is not None else 1.0)
+            on_step = StepEvents(num_steps, tokens, cost, session, work.emit, work.stop, self._clock, self._vote)
             work.progress.follow(on_step)
             if every is not None:
                 on_step.keep(work.job, every, work.saved)
             if session is not None and self.sharding is not None:
-                seen = seen_image(pipeline, work.image)
+                seen = seen_image(pipeline, work.sources)
                 for unit, text in self._adapter.told(embeds).items():
                     session.tell(unit, text.to(pipeline.transformer.dtype), **seen)
             carried = ("latents", *(session.step_tensors if session is not None else ()))
-            conditions = {**embeds, **self._adapter.start(self.facts, work.image)}
+            conditions = {**embeds, **self._adapter.start(self.facts, request, work.sources)}
             latents, audio_latents = self._denoise(pipeline, request, conditions, on_step, carried)
             report = session.full_report() if session is not None else dense_report(on_step.events, grid)
+            report = report.of_frames(grid[0])
         finally:
             if session is not None:
                 remove(pipeline)  # frees the K/V caches before the VAE needs the memory
@@ -407,11 +402,9 @@ class Engine:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Latents of the video and of its sound; `carried` is what `on_step` needs to see after each step."""
         output = pipeline(
-            **conditions,
             **self._adapter.arguments(self.facts, request),
-            width=request.width,
-            height=request.height,
-            num_inference_steps=request.num_inference_steps,
+            **{"width": request.width, "height": request.height, "num_inference_steps": request.num_inference_steps}
+            | conditions,
             **opening(self._adapter, pipeline, self.facts, request),
             output_type="latent",
             callback_on_step_end=on_step,

@@ -17,9 +17,10 @@ from .defaults import DEFAULTS, Defaults, negative_prompt
 Files = Callable[[str], Mapping[str, Any]]
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 _IMAGE_PIPELINES = {"WanPipeline": "WanImageToVideoPipeline", "LTX2Pipeline": "LTX2ImageToVideoPipeline"}
-SUPPORTED_PIPELINES = (*_IMAGE_PIPELINES, *_IMAGE_PIPELINES.values())
+SUPPORTED_PIPELINES = (*_IMAGE_PIPELINES, *_IMAGE_PIPELINES.values(), "WanVACEPipeline")
 # Classes of the transformer and the VAE of a pipeline's family.
 _WAN_PARTS = ("WanTransformer3DModel", "AutoencoderKLWan")
+_VACE_PARTS = ("WanVACETransformer3DModel", "AutoencoderKLWan")
 _LTX2_PARTS = ("LTX2VideoTransformer3DModel", "AutoencoderKLLTX2Video")
 
 
@@ -42,6 +43,8 @@ class ModelFacts:
         rope_max: greatest number of tokens along one axis.
         longest_seconds: how long its positions let one video be, where they are times; else 0.
         image: whether a video starts from an image: `"none"`, `"optional"` or `"required"`.
+        last_image: likewise, whether it ends with another one.
+        video: what is done with a video that is given: `"none"`, `"changed"`, or `"followed"` (VACE).
         sees_image: whether the transformer also attends to an image encoder's view of the image (Wan 2.1).
         image_crf: how much the pipeline compresses the image before it is encoded; None: not at all.
         pipeline_step: what the pipeline wants width and height to be multiples of, whatever the model's own patch is.
@@ -65,6 +68,8 @@ class ModelFacts:
     vae_spatial: int
     rope_max: int
     image: str = "none"
+    last_image: str = "none"
+    video: str = "none"
     sees_image: bool = False
     image_crf: int | None = None
     pipeline_step: int = 16
@@ -89,8 +94,12 @@ class ModelFacts:
         guidance = self.guidance_for(scale)
         return (2 if scale > 1.0 else 1) + (guidance.passes if guidance is not None else 0)
 
-    def pipeline_for(self, image: bool) -> str:
-        """Class name of the diffusers pipeline that makes a video with or without an image to start from."""
+    def pipeline_for(self, image: bool, last_image: bool = False, video: bool = False) -> str:
+        """Class name of the diffusers pipeline for what a video is made from."""
+        if last_image and self.audio_heads:
+            return "LTX2ConditionPipeline"
+        if video and self.video == "changed":
+            return "WanVideoToVideoPipeline"
         if self.image == "optional":
             text = next(name for name, twin in _IMAGE_PIPELINES.items() if self.pipeline in (name, twin))
             return _IMAGE_PIPELINES[text] if image else text
@@ -188,32 +197,38 @@ def _wan_facts(
     experts = 2 if (index.get("transformer_2") or [None, None])[1] else 1
     per_token = bool(index.get("expand_timesteps"))
     from_image = pipeline in _IMAGE_PIPELINES.values() and not per_token
+    sees_image = from_image and transformer.get("image_dim") is not None
+    both = transformer.get("pos_embed_seq_len") is not None
+    vace = pipeline == "WanVACEPipeline"
+    # The pipeline that changes a video has one expert, and knows the VAE's scale by its halvings of time alone.
+    scales = int(vae.get("scale_factor_temporal", 4)), int(vae.get("scale_factor_spatial", 8))
+    halvings = vae.get("temperal_downsample", (False, True, True))
+    changes = pipeline == "WanPipeline" and experts == 1 and not per_token
+    changes = changes and scales == (2 ** sum(halvings), 2 ** len(halvings))
     heads, head_dim = int(transformer["num_attention_heads"]), int(transformer["attention_head_dim"])
     frames, rows, columns = (int(n) for n in transformer["patch_size"])
     return {
         "family": _family(heads * head_dim, experts, per_token, from_image),
         "experts": experts,
-        "num_layers": int(transformer["num_layers"]),
+        "num_layers": int(transformer["num_layers"]) + (len(transformer["vace_layers"]) if vace else 0),
         "num_heads": heads,
         "head_dim": head_dim,
         "patch": (frames, rows, columns),
-        "vae_temporal": int(vae.get("scale_factor_temporal", 4)),
-        "vae_spatial": int(vae.get("scale_factor_spatial", 8)),
+        "vae_temporal": scales[0],
+        "vae_spatial": scales[1],
         "rope_max": int(transformer.get("rope_max_seq_len", 1024)),
         "boundary_ratio": None if index.get("boundary_ratio") is None else float(index["boundary_ratio"]),
         "image": "optional" if per_token else "required" if from_image else "none",
-        "sees_image": from_image and transformer.get("image_dim") is not None,
+        "last_image": "none" if not from_image else "required" if both else "none" if sees_image else "optional",
+        "video": "followed" if vace else "changed" if changes else "none",
+        "sees_image": sees_image,
     }
 
 
 def _check_variant(model: str, pipeline: str, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
     """Refuse a variant of a supported pipeline: it would fail after loading, or its videos would be wrong."""
-    if pipeline.startswith("Wan") and transformer.get("pos_embed_seq_len") is not None:
-        raise ConfigError(
-            f"model {model!r} needs two images, the first and the last frame (its transformer sets pos_embed_seq_len), "
-            "which is not supported yet; use a model that starts from one image, such as Wan2.1-I2V"
-        )
-    wanted = _WAN_PARTS if pipeline.startswith("Wan") else _LTX2_PARTS
+    vace = pipeline == "WanVACEPipeline"
+    wanted = _VACE_PARTS if vace else _WAN_PARTS if pipeline.startswith("Wan") else _LTX2_PARTS
     for name, config, kind in zip(("transformer", "vae"), (transformer, vae), wanted, strict=True):
         found = config.get("_class_name", kind)
         if found != kind:
@@ -404,6 +419,7 @@ def ltx2_facts(
         "rope_max": _UNBOUNDED,
         "longest_seconds": float(transformer.get("pos_embed_max_pos", 20)),
         "image": "optional",
+        "last_image": "optional",
         "image_crf": _IMAGE_CRF_GEMMA_4 if "gemma4" in str(text.get("model_type")) else _IMAGE_CRF,
         "pipeline_step": 32,
         "audio_rate": mel_rate / _MEL_COMPRESSION,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,9 +177,10 @@ def as_pipeline(pipeline: Any, name: str) -> Any:
 
     if type(pipeline).__name__ == name:
         return pipeline
-    parts = {key: part for key, part in pipeline.components.items() if key not in _IMAGE}
+    cls = getattr(diffusers, name)
+    taken = inspect.signature(cls.__init__).parameters.keys() - set(_IMAGE)
     options = {key: pipeline.config[key] for key in ("boundary_ratio", "expand_timesteps") if key in pipeline.config}
-    twin = getattr(diffusers, name)(**parts, **options)
+    twin = cls(**{key: part for key, part in (pipeline.components | options).items() if key in taken})
     twin.set_progress_bar_config(disable=True)
     return twin
 

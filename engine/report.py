@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -104,6 +104,11 @@ class HSAReport:
     ranks: tuple[RankReport, ...] = ()
     conditioned: int = 0
     estimated_psnr: float | None = None
+
+    def of_frames(self, count: int) -> HSAReport:
+        """The same with the evaluations of the first frames of tokens alone: others are not the video's, but given."""
+        evaluations = self.evaluations
+        return replace(self, evaluations=None if evaluations is None else evaluations[..., :count, :, :])
 
 
 def plain_step(record: StepRecord) -> dict[str, Any]:

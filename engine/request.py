@@ -16,8 +16,9 @@ from ..settings import check, like, setting
 from .config import EngineConfig
 from .facts import ModelFacts
 from .lora import check_loras, parse_lora
-from .media.image import MAX_SIDE, fingerprint, fit_image, read_image, size_for
+from .media.image import MAX_SIDE
 from .noise import check_noise
+from .sources import Sources, check_sources, read_sources
 from .windows import fill, frames_in
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ class GenerateRequest:
     Attributes:
         width, height: without them a video from an image has the image's proportions; a size of another shape shows
             the middle of it.
-        image: path of a PNG, JPEG or WebP file, or a Pillow image.
+        image, last_image: path of a PNG, JPEG or WebP file, or a Pillow image.
+        video: path of a file, or Pillow images.
 
     Raises:
         RequestError: a value that no model can honour. What depends on the model is checked by the engine.
@@ -141,6 +143,19 @@ class GenerateRequest:
     image: str | os.PathLike[str] | Image.Image | None = setting(
         None, metavar="FILE", help="PNG, JPEG or WebP image that the video starts from, for models that take one"
     )
+    last_image: str | os.PathLike[str] | Image.Image | None = setting(
+        None, metavar="FILE", help="image that the video ends with, beside one that it starts from; for some models"
+    )
+    video: str | os.PathLike[str] | list[Image.Image] | None = setting(
+        None, metavar="FILE", help="video that is changed (Wan from text) or followed (Wan VACE)"
+    )
+    strength: float | None = setting(
+        None,
+        above=0,
+        most=1,
+        help="how much of a video that is given may change, from 0 to 1, which leaves nothing of it; left out, .8; all "
+        "steps are made whatever it is",
+    )
 
     window: int | None = setting(
         None,
@@ -171,8 +186,13 @@ class GenerateRequest:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise RequestError("the prompt is empty; say what the video shows")
-        if self.image is not None and not (isinstance(self.image, str | os.PathLike | Image.Image) and self.image):
-            raise RequestError(f"image must be the path of a file or a Pillow image, not {self.image!r:.80}")
+        for name in ("image", "last_image"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str | os.PathLike | Image.Image) and value):
+                raise RequestError(f"{name} must be the path of a file or a Pillow image, not {value!r:.80}")
+        images = isinstance(self.video, list) and all(isinstance(frame, Image.Image) for frame in self.video)
+        if self.video is not None and not (self.video and (images or isinstance(self.video, str | os.PathLike))):
+            raise RequestError(f"video must be the path of a file or a list of Pillow images, not {self.video!r:.80}")
         if not isinstance(self.lora, list | tuple) or not all(isinstance(text, str) for text in self.lora):
             raise RequestError(f"lora must be a list of texts such as 'style.safetensors:0.8', not {self.lora!r:.80}")
         object.__setattr__(self, "lora", tuple(self.lora))  # JSON knows lists alone
@@ -189,7 +209,7 @@ class GenerateRequest:
 class ResolvedRequest(GenerateRequest):
     """A `GenerateRequest` with the model's defaults filled in, and valid for that model.
 
-    It is plain data: of the image it holds the `image.fingerprint` of what the video starts from, cut to its size.
+    It is plain data: of images and video it holds the fingerprints of what was read, cut to its size.
     """
 
     negative_prompt: str
@@ -200,6 +220,8 @@ class ResolvedRequest(GenerateRequest):
     num_inference_steps: int
     guidance_scale: float
     image: str | None
+    last_image: str | None
+    video: str | None
 
 
 def resolve(request: GenerateRequest, facts: ModelFacts) -> ResolvedRequest:
@@ -207,49 +229,60 @@ def resolve(request: GenerateRequest, facts: ModelFacts) -> ResolvedRequest:
     return prepare(request, facts)[0]
 
 
-def prepare(request: GenerateRequest, facts: ModelFacts) -> tuple[ResolvedRequest, Image.Image | None]:
-    """Fill in a model's defaults, and read the image that the video starts from.
+def prepare(request: GenerateRequest, facts: ModelFacts) -> tuple[ResolvedRequest, Sources]:
+    """Fill in a model's defaults, and read the images or the video that the video is made from.
 
     Returns:
-        The request, and the image in RGB and of the video's size.
+        The request, and what was read.
 
     Raises:
         RequestError: size or frames do not fit the model's grid (the message names the nearest that do); something for
             a second expert is given to a model with one; a shift, to one whose noise levels follow the video's size; an
-            image is missing, not wanted, or cannot be read.
+            image or a video is missing, not wanted, or cannot be read.
     """
-    _check_image(request, facts)
+    check_sources(vars(request), facts)
     check_loras(request.lora, facts)
     if request.flow_shift is not None and not facts.takes_shift:
         raise RequestError(
             f"flow_shift is for Wan: the noise levels of {facts.name!r} ({facts.family}) follow from the video's size"
         )
-    image = None if request.image is None else read_image(request.image)
     defaults = facts.defaults
-    given = {item.name: getattr(request, item.name) for item in dataclasses.fields(request) if item.name != "image"}
+    names = (item.name for item in dataclasses.fields(request) if item.name not in Sources._fields)
+    given = {name: getattr(request, name) for name in names}
     values = {key: value for key, value in given.items() if value is not None}
     filled = {**given, **defaults._asdict(), **values, "seconds": None}
     if request.seconds is not None:
         if request.num_frames is not None:
             raise RequestError("seconds and num_frames say the same; give one of them")
         filled["num_frames"] = frames_in(request.seconds, facts, filled["fps"])
-    if image is not None and request.width is None and request.height is None:
-        filled["width"], filled["height"] = size_for(image, defaults.width * defaults.height, facts.size_step)
+    sized = request.width is not None or request.height is not None
+    sources, filled = read_sources(vars(request), filled, facts, sized=sized)
     # A guidance scale of the user's own is meant for both experts, as in the stock pipeline.
     if "guidance_scale" in values and "guidance_scale_2" not in values:
         filled["guidance_scale_2"] = None
     if "guidance_scale_2" in values and facts.experts == 1:
         raise RequestError(f"guidance_scale_2 is for models with two experts; {facts.name!r} has one")
     filled["negative_prompt"] = filled["negative_prompt"].strip()
-    resolved = ResolvedRequest(**fill(filled, facts, image=image is not None))
+    filled = fill(filled, facts, image=any(source is not None for source in sources))
+    resolved = ResolvedRequest(**filled, image=None, last_image=None, video=None)
     _check_grid(resolved, facts)
     if resolved.noise is not None:
+        if resolved.strength is not None or (sources.last_image is not None and facts.audio_heads):
+            raise RequestError(
+                "noise does not go with a video that is changed, nor with a last image of LTX-2; leave it out"
+            )
         size = (resolved.width, resolved.height, resolved.num_frames)
         resolved = dataclasses.replace(resolved, noise=check_noise(resolved.noise, facts, *size))
-    if image is None:
-        return resolved, None
-    image = fit_image(image, resolved.width, resolved.height)
-    return dataclasses.replace(resolved, image=fingerprint(image)), image
+    sources = sources.cut(resolved.width, resolved.height)
+    return dataclasses.replace(resolved, **sources.fingerprints), sources
+
+
+def with_sources(request: GenerateRequest, facts: ModelFacts) -> GenerateRequest:
+    """The request with its images and its video read, for ranks on other machines than the files."""
+    if request.image is None and request.video is None:
+        return request
+    resolved, sources = prepare(request, facts)
+    return dataclasses.replace(request, width=resolved.width, height=resolved.height, **sources._asdict())
 
 
 def allocation(config: EngineConfig, request: ResolvedRequest) -> HSAConfig | None:
@@ -261,13 +294,6 @@ def allocation(config: EngineConfig, request: ResolvedRequest) -> HSAConfig | No
         hsa = dataclasses.replace(hsa or HSAConfig(), compute=HSAConfig.compute, quality=request.quality)
     # All tokens at every step under the model's own scheduler is the stock pipeline, bit for bit.
     return None if hsa is None or (hsa.compute == 1.0 and hsa.solver is None) else hsa
-
-
-def _check_image(request: GenerateRequest, facts: ModelFacts) -> None:
-    if request.image is not None and facts.image == "none":
-        raise RequestError(f"model {facts.name!r} makes videos from text alone; leave out the image")
-    if request.image is None and facts.image == "required":
-        raise RequestError(f"model {facts.name!r} makes videos from an image; give one (--image FILE)")
 
 
 def _check_grid(request: ResolvedRequest, facts: ModelFacts) -> None:

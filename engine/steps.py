@@ -15,10 +15,9 @@ from .job import Job
 from .memory import expected_seconds
 from .report import HSAReport, StepRecord
 from .request import Event, FrameSink, ResolvedRequest, Started, StepDone
+from .sources import Sources
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from .denoise.session import HSASession
     from .record import Maker
 
@@ -214,7 +213,7 @@ class Work(NamedTuple):
     """One request on its way to a video.
 
     Attributes:
-        image: what it starts from.
+        sources: what it is made from beside text.
         job: where it is kept, on the rank that keeps it.
         every: steps between checkpoints; None for a video that is not kept.
         saved: the checkpoint that it resumes at.
@@ -225,7 +224,7 @@ class Work(NamedTuple):
     """
 
     request: ResolvedRequest
-    image: Image.Image | None
+    sources: Sources
     job: Job | None
     every: int | None
     saved: Saved | None

@@ -52,7 +52,9 @@ def fill(values: Mapping[str, Any], facts: ModelFacts, *, image: bool) -> dict[s
     scenes = read_scenes(filled["prompt_schedule"], fps) if filled["prompt_schedule"] is not None else []
     given = [name for name in (*_SETTINGS, "prompt_schedule") if filled[name] is not None]
     if image and given:
-        raise RequestError(f"{given[0]} is for videos from text alone, and this one starts from an image; leave it out")
+        raise RequestError(
+            f"{given[0]} is for videos from text alone, and this one starts from an image or a video; leave it out"
+        )
     window = filled["window"] or own_frames(facts, fps)
     if image or frames <= window:
         prompt = next((scene.prompt for scene in scenes if scene.start <= frames / 2 < scene.stop), filled["prompt"])

@@ -47,6 +47,18 @@ _IMAGE = {
 }
 
 
+_LAST_IMAGE = {
+    "none": "no",
+    "optional": "optional: from --image FILE to --last-image FILE",
+    "required": "required: from --image FILE to --last-image FILE",
+}
+_VIDEO = {
+    "none": "no",
+    "changed": "optional: --video FILE is changed, as far as --strength says",
+    "followed": "optional: --video FILE is followed",
+}
+
+
 def _devices() -> list[str]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return [device_name(torch.device("cuda", index)) for index in range(count)] + [device_name(torch.device("cpu"))]
@@ -65,6 +77,8 @@ def _model(facts: ModelFacts) -> list[str]:
         f"{'transformer':16} {facts.experts} x {facts.num_layers} layers, {facts.num_heads} heads of {facts.head_dim}",
         f"{'ulysses degrees':16} {', '.join(str(n) for n in divisors(facts.shared_heads))}; ring takes any",
         f"{'image':16} {_IMAGE[facts.image]}",
+        f"{'last image':16} {_LAST_IMAGE[facts.last_image]}",
+        f"{'video':16} {_VIDEO[facts.video]}",
         *_audio(facts),
         f"{'token':16} {patch} latent pixels; VAE {vae}",
         f"{'valid sizes':16} width a multiple of {width_step}, height of {height_step}; "

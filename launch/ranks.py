@@ -27,10 +27,9 @@ from ..engine.denoise.long_video import windows_of
 from ..engine.facts import read_facts
 from ..engine.finished import find_finished
 from ..engine.loading import pick_device, pick_dtype
-from ..engine.media.image import read_image
 from ..engine.progress import Progress
 from ..engine.record import compare
-from ..engine.request import Event, GenerateRequest, JobConfig, VideoResult, resolve
+from ..engine.request import Event, JobConfig, VideoResult, resolve, with_sources
 from ..engine.stored import denoised
 from ..errors import Cancelled, ConfigError, JobStopped, RankLost
 from ..parallel.config import ParallelConfig
@@ -167,11 +166,6 @@ def help_elsewhere(ranks: Ranks, progress: Progress) -> bool:
     with saving_signals(member.stop):
         member.serve()
     return True
-
-
-def _with_image(request: GenerateRequest) -> GenerateRequest:
-    """The request with its image read: the file is on this machine, the ranks may be on others."""
-    return request if request.image is None else replace(request, image=read_image(request.image))
 
 
 def _on_ray(
@@ -321,7 +315,7 @@ def _make(
     with files.rescuing(), tempfile.TemporaryDirectory(prefix="heterostep-job-") as kept:
         job = command.job or JobConfig(folder=kept)
         work = Work(
-            request=_with_image(command.request),
+            request=with_sources(command.request, read_facts(command.engine.model)),
             checkpoint_every=job.checkpoint_every,
             wanted=wanted,
             scale=command.outputs.scale,

@@ -12,7 +12,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DMode
 from safetensors.torch import load_file, save_file
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
-from tiny import IMAGE_KINDS, TEXT_WIDTH, tiny_image_pipeline
+from tiny import IMAGE_KINDS, TEXT_WIDTH, tiny_image_pipeline, tiny_led_pipeline
 from tiny import tiny_pipeline as denoiser
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?-"
@@ -25,8 +25,11 @@ def _tokenizer() -> T5TokenizerFast:
 
 
 def complete_pipeline(kind: str = "unipc") -> WanPipeline | WanImageToVideoPipeline:
-    """A tiny random pipeline with tokenizer and text encoder; kinds as in `tiny.KINDS` and `tiny.IMAGE_KINDS`."""
-    pipe = tiny_image_pipeline(kind) if kind in IMAGE_KINDS else denoiser(kind)
+    """A tiny random pipeline with tokenizer and text encoder, of `tiny.KINDS`, `tiny.IMAGE_KINDS`, or "vace"."""
+    if kind == "vace":
+        pipe = tiny_led_pipeline(kind)
+    else:
+        pipe = tiny_image_pipeline(kind) if kind in IMAGE_KINDS else denoiser(kind)
     parts = pipe.components
     tokenizer = _tokenizer()
     torch.manual_seed(3)
@@ -44,7 +47,7 @@ def complete_pipeline(kind: str = "unipc") -> WanPipeline | WanImageToVideoPipel
     # Statistics other than 0 and 1, so that forgetting them would show.
     parts["vae"].register_to_config(latents_mean=[0.1] * 16, latents_std=[1.5] * 16)
     parts |= {"tokenizer": tokenizer, "text_encoder": UMT5EncoderModel(config).eval()}
-    options = {name: pipe.config[name] for name in ("boundary_ratio", "expand_timesteps")}
+    options = {name: pipe.config[name] for name in ("boundary_ratio", "expand_timesteps") if name in pipe.config}
     return type(pipe)(**parts, **options)
 
 

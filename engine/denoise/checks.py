@@ -211,6 +211,8 @@ def rehearse(facts: ModelFacts, hsa: HSAConfig | None, request: ResolvedRequest,
     except (AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"model {facts.name!r}: its scheduler {kind} cannot be made ({first_line(error)})") from error
     pipeline = SimpleNamespace(scheduler=stock, config=SimpleNamespace(boundary_ratio=facts.boundary_ratio))
+    if request.strength is not None:  # as of a pipeline that changes a video
+        pipeline.get_timesteps, pipeline.num_timesteps = None, request.num_inference_steps
     with shifted(pipeline, request.flow_shift):
         pipeline.scheduler = scheduler_for(hsa, pipeline.scheduler, adapter.solvers, facts.pipeline)
         _rehearse(pipeline, adapter, facts, hsa, request, every)
@@ -226,4 +228,5 @@ def _rehearse(
         cut_into(run, windows)
     if every is not None:
         run.save_every(every)
-    run.rehearse(Grid(*facts.grid(request.width, request.height, request.num_frames)))
+    grid = Grid(*facts.grid(request.width, request.height, request.num_frames))
+    run.rehearse(grid._replace(frames=grid.frames + adapter.more_frames(request)))

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import Tensor
 
 from ..models import Adapter
 from ..models.hook_registry import HOOK_NAME
 from ..request import ResolvedRequest
+from ..sources import Sources
 from .branch import Call
 from .work_split import Sharding
 
@@ -209,11 +209,12 @@ def encode_prompts(
 
 
 @torch.no_grad()
-def seen_image(pipeline: Any, image: Image.Image | None) -> dict[str, Tensor]:
-    """What the transformer will be given of an image besides latents: Wan 2.1's CLIP tokens, else nothing."""
-    if image is None or getattr(pipeline.transformer.config, "image_dim", None) is None:
+def seen_image(pipeline: Any, sources: Sources) -> dict[str, Tensor]:
+    """What the transformer will be given of images besides latents: Wan 2.1's CLIP tokens, else nothing."""
+    images = [image for image in (sources.image, sources.last_image) if image is not None]
+    if not images or getattr(pipeline.transformer.config, "image_dim", None) is None:
         return {}
-    view = pipeline.encode_image(image, pipeline._execution_device)
+    view = pipeline.encode_image(images, pipeline._execution_device)
     return {"encoder_hidden_states_image": view.to(pipeline.transformer.dtype)}
 
 

@@ -207,9 +207,9 @@ class Fewer(Around):
         super().__init__(scheduler, hindsight, now, first)
 
     def level(self, step: int) -> float:
-        """Noise level of the latents before a step: that of the next evaluated one."""
-        ahead = [self._first + i for i in self._evaluated if i >= step]
-        return float(self.scheduler.sigmas[min(ahead, default=-1)])
+        """Noise level of the latents before a step of the scheduler: that of the next evaluated one."""
+        places = [self._first + i for i in self._evaluated]
+        return float(self.scheduler.sigmas[min((i for i in places if i >= step), default=-1)])
 
     def take(self, step: Step, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
         """Move at evaluated steps, up to the next of them."""
@@ -323,10 +323,7 @@ def step_of(scheduler: Any, first: int) -> int:
     return 0 if index is None else index - first
 
 
-def level_of(scheduler: Any, step: int, first: int = 0) -> float:
-    """Noise level of the latents before a step of a run, also where skipped steps are left out.
-
-    `first` is the step of the scheduler that is the run's first.
-    """
+def level_of(scheduler: Any, step: int) -> float:
+    """Noise level of the latents before a step of the scheduler, also where skipped steps are left out."""
     around = getattr(vars(scheduler).get("step"), "__self__", None)
-    return around.level(step) if isinstance(around, Fewer) else float(scheduler.sigmas[first + step])
+    return around.level(step) if isinstance(around, Fewer) else float(scheduler.sigmas[step])

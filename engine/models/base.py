@@ -16,11 +16,10 @@ from ..vae.pieces import Pieces
 from .hook_registry import OwnHook
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ..facts import ModelFacts
     from ..media.audio import Audio
     from ..request import ResolvedRequest
+    from ..sources import Sources
 
 _WIDER = {torch.float16: "--dtype bfloat16 or float32", torch.bfloat16: "--dtype float32"}
 _DAMAGED = "its weights may be damaged: copy or download the model again"
@@ -203,8 +202,13 @@ class Adapter(Protocol):
         scheduler.set_timesteps(request.num_inference_steps)
 
     @staticmethod
-    def start(facts: ModelFacts, image: Image.Image | None) -> dict[str, Any]:
-        """Arguments about the image that a video starts from."""
+    def start(facts: ModelFacts, request: ResolvedRequest, sources: Sources) -> dict[str, Any]:
+        """Arguments about what a video is made from beside text; they replace others of the same name."""
+
+    @staticmethod
+    def more_frames(request: ResolvedRequest) -> int:
+        """How many frames of tokens the transformer gets beside the video's own."""
+        return 0
 
     @staticmethod
     def long(pipeline: Any, facts: ModelFacts, request: ResolvedRequest, noise: Tensor | None) -> dict[str, Any]:

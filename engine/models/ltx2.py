@@ -15,6 +15,7 @@ from diffusers.models.transformers.transformer_ltx2 import (
     LTX2PerturbedAttnProcessor,
 )
 from diffusers.pipelines.ltx2.pipeline_ltx2 import calculate_shift
+from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from torch import Tensor
 
 from ...errors import ConfigError
@@ -35,10 +36,9 @@ from .hook_registry import OwnHook
 from .ltx2_attention import CachedLTX2AttnProcessor, CachedLTX2TextAttnProcessor, Plain
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ..facts import ModelFacts
     from ..request import ResolvedRequest
+    from ..sources import Sources
 
 
 class LTX2Adapter(Adapter):
@@ -258,9 +258,18 @@ class LTX2Adapter(Adapter):
         scheduler.set_timesteps(sigmas=sigmas, mu=mu)
 
     @staticmethod
-    def start(facts: ModelFacts, image: Image.Image | None) -> dict[str, Any]:
-        """Given here, since the pipeline would ask its text encoder, which not every rank has."""
-        return {} if image is None else {"image": image, "image_crf": facts.image_crf}
+    def start(facts: ModelFacts, request: ResolvedRequest, sources: Sources) -> dict[str, Any]:
+        """With the compression, for which the pipelines would ask their text encoder, which not every rank has."""
+        first, last, crf = sources.image, sources.last_image, facts.image_crf
+        if first is None or last is None:
+            return {} if first is None else {"image": first, "image_crf": crf}
+        places = ((first, 0), (last, -1))
+        return {"conditions": [LTX2VideoCondition(frames=image, index=place, crf=crf) for image, place in places]}
+
+    @staticmethod
+    def more_frames(request: ResolvedRequest) -> int:
+        """A last image is one."""
+        return 0 if request.last_image is None else 1
 
     @staticmethod
     def long(pipeline: Any, facts: ModelFacts, request: ResolvedRequest, noise: Tensor | None) -> dict[str, Any]:
@@ -343,7 +352,8 @@ def _levels(request: ResolvedRequest) -> Any:
 
 def _shift(scheduler: Any, facts: ModelFacts, request: ResolvedRequest, num_frames: int) -> float:
     """By how much the pipelines shift the noise levels of a video of that length."""
-    config, num_tokens = scheduler.config, math.prod(facts.grid(request.width, request.height, num_frames))
+    config, (frames, *size) = scheduler.config, facts.grid(request.width, request.height, num_frames)
+    num_tokens = (frames + LTX2Adapter.more_frames(request)) * math.prod(size)
     shift: float = calculate_shift(
         num_tokens,
         config.get("base_image_seq_len", 1024),

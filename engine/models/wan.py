@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -31,10 +32,9 @@ from .base import (
 from .hook_registry import LastingHook, OwnHook
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ..facts import ModelFacts
     from ..request import ResolvedRequest
+    from ..sources import Sources
 
 
 _TEXT_LENGTH = 512
@@ -296,18 +296,28 @@ class WanAdapter(Adapter):
 
     @staticmethod
     def arguments(facts: ModelFacts, request: ResolvedRequest) -> dict[str, Any]:
+        common = {"guidance_scale": request.guidance_scale, "max_sequence_length": WanAdapter.max_sequence_length}
+        if request.strength is not None:  # a video is changed, which has its frames
+            return common
         # With a VAE that does not compress time, the pipelines add one to the number of frames that they are given.
         extra = 1 if facts.vae_temporal == 1 else 0
         return {
+            **common,
             "num_frames": request.num_frames - extra,
-            "guidance_scale": request.guidance_scale,
             "guidance_scale_2": request.guidance_scale_2,
-            "max_sequence_length": WanAdapter.max_sequence_length,
         }
 
     @staticmethod
-    def start(facts: ModelFacts, image: Image.Image | None) -> dict[str, Any]:
-        return {} if image is None else {"image": image}
+    def set_timesteps(scheduler: Any, facts: ModelFacts, request: ResolvedRequest) -> None:
+        """Of a video that is changed, the steps that are not made too."""
+        scheduler.set_timesteps(_whole_steps(request))
+
+    @staticmethod
+    def start(facts: ModelFacts, request: ResolvedRequest, sources: Sources) -> dict[str, Any]:
+        given = {name: source for name, source in sources._asdict().items() if source is not None}
+        if request.strength is None:
+            return given
+        return {**given, "strength": request.strength, "num_inference_steps": _whole_steps(request)}
 
     @staticmethod
     def worded(pipeline: Any, embeds: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
@@ -337,6 +347,12 @@ class WanAdapter(Adapter):
     def pieces(cls, vae: Any) -> Pieces:
         """See `Adapter`."""
         return WanPieces(vae, cls.decode) if suits_wan(vae) else Pieces(vae, cls.decode)
+
+
+def _whole_steps(request: ResolvedRequest) -> int:
+    """Steps of a schedule of which the pipeline makes as many as are asked for, the last ones."""
+    made, strength = request.num_inference_steps, request.strength
+    return made if strength is None else next(n for n in count(made) if int(n * strength) == made)
 
 
 class WanVACEAdapter(WanAdapter):

@@ -85,9 +85,9 @@ _KINDS: dict[str, Any] = {
     **{"int": int, "float": float, "str": str, "bool": bool},
     "tuple[str, ...]": Annotated[list[str], BeforeValidator(_listed)],
 }
-# An image comes as a file; OpenAI's clients send seconds as a text.
+# An image comes as a file, and a video to change does not come at all; OpenAI's clients send seconds as a text.
 # Files are the operator's.
-_OTHERWISE = ("seconds", "noise")
+_OTHERWISE = ("seconds", "noise", "strength")
 SETTINGS = {
     item.name: item for item in settings_of(GenerateRequest) if item.kind in _KINDS and item.name not in _OTHERWISE
 }

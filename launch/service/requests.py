@@ -265,10 +265,10 @@ def _with_image(
         wanted = replace(wanted, image=read_image(content))
     except RequestError as error:
         raise BadField("input_reference", str(error)) from error
-    request, image = prepare(wanted, facts)
+    request, sources = prepare(wanted, facts)
     _check_limits(request, limits)
-    assert image is not None, "there was one"
-    return request, png(image)
+    assert sources.image is not None, "there was one"
+    return request, png(sources.image)
 
 
 def check_plan(facts: ModelFacts, hsa: HSAConfig | None, request: ResolvedRequest, every: int) -> None:

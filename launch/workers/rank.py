@@ -278,7 +278,8 @@ class Rank:
         guidance = None if work is None else work.request.guidance_scale
         guidance = facts.defaults.guidance_scale if guidance is None else guidance
         windows = 1
-        if work is not None and work.request.image is None and not self._group.shard_weights:
+        given = work is None or work.request.image is not None or work.request.video is not None
+        if work is not None and not given and not self._group.shard_weights:
             with contextlib.suppress(RequestError):  # which the engine says
                 windows, _ = windows_of(facts, resolve(work.request, facts))
         place, branches = self._place, facts.passes(guidance)

@@ -507,16 +507,10 @@ def test_one_value_that_is_not_finite_is_found(dtype, bad, remedy):
 @pytest.mark.parametrize(
     ("pipeline", "transformer", "vae", "rule"),
     [
-        (
-            "WanImageToVideoPipeline",
-            {"pos_embed_seq_len": 514, "image_dim": 1280},
-            {},
-            "needs two images, the first and the last",
-        ),
         ("WanPipeline", {"_class_name": "WanVACETransformer3DModel"}, {}, "its transformer is a WanVACETransformer3D"),
         ("WanPipeline", {}, {"_class_name": "AutoencoderKLHunyuanVideo"}, "its vae is a AutoencoderKLHunyuanVideo"),
         ("WanPipeline", {"motion_dim": 5, "odd": True}, {}, "transformer sets motion_dim=5, odd=True, which WanTransf"),
-        ("WanVACEPipeline", {}, {}, "is a WanVACEPipeline, but heterostep runs"),
+        ("WanVACEPipeline", {}, {"_class_name": "AutoencoderKLHunyuanVideo"}, "its vae is a AutoencoderKLHunyuanVideo"),
         ("WanAnimatePipeline", {}, {}, "is a WanAnimatePipeline, but heterostep runs"),
         ("LTX2ConditionPipeline", {}, {}, "is a LTX2ConditionPipeline, but heterostep runs"),
     ],

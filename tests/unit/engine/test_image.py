@@ -220,8 +220,8 @@ def test_an_image_must_fit_the_model(image_models, tiny_model):
         False,
         "optional",
     )
-    resolved, fitted = prepare(request(image=picture(100, 100), width=32, height=64), facts)
-    assert fitted.size == (32, 64) == (resolved.width, resolved.height)
+    resolved, sources = prepare(request(image=picture(100, 100), width=32, height=64), facts)
+    assert sources.image.size == (32, 64) == (resolved.width, resolved.height)
 
 
 def test_the_image_is_part_of_a_job(image_models, tmp_path):

@@ -100,7 +100,7 @@ def test_an_image_is_not_scaled_to_a_size_that_is_refused(tmp_path, monkeypatch)
     def refuse(*_):
         raise AssertionError("it was scaled")
 
-    monkeypatch.setattr("heterostep.engine.request.fit_image", refuse)
+    monkeypatch.setattr("heterostep.engine.sources.fit_image", refuse)
     asked = asked_for(png(picture()), input_reference="file", size="512x512")
     with pytest.raises(BadField, match="pixels, and at most"):
         wanted(asked, data_dir=tmp_path)
