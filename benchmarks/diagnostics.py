@@ -219,7 +219,8 @@ def markdown(report: dict[str, Any]) -> str:
         "# Diagnostics on the demo model",
         "",
         f"{facts['clips']} clips of the split `{facts['split']}`, {facts['steps']} Euler steps, guidance "
-        f"{facts['guidance']:g}, model {facts['model']}. {env['date']}, {env['device']}, git {env['git']}.",
+        f"{facts['guidance']:g}, model {facts['model']}. {env['date']}, {env['device']}, git {env['git']}. "
+        f"Made by `{env['command']}`.",
         "",
         "## Where and when velocity changes",
         "",

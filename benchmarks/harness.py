@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import random
+import shlex
 import sys
 import time
 from typing import Any
@@ -299,10 +300,11 @@ def save(path: pathlib.Path, tensor: Tensor, name: str = "latents") -> None:
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """When, on what and with which versions a result was made."""
+    """When, on what, with which versions and by which command a result was made."""
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return results.environment(name) | {"threads": torch.get_num_threads()}
+    command = shlex.join(["python", f"benchmarks/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return results.environment(name) | {"threads": torch.get_num_threads(), "command": command}
 
 
 def source_digest() -> str:

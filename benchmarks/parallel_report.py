@@ -43,7 +43,8 @@ def markdown(report: dict[str, Any], name: str) -> str:
         f"thread for each rank, ulysses = ranks. {env['date']}, {env['device']}, {os.cpu_count()} processors, load "
         f"{env['load_average']} at the start, torch {env['versions']['torch']}, diffusers "
         f"{env['versions']['diffusers']}, xfuser {env['versions']['xfuser'] or 'not installed'}, git {env['git']}. "
-        f"{facts['seconds']:.0f} s in all. No GPU: what NCCL and overlap give is not measured here.",
+        f"{facts['seconds']:.0f} s in all, by `{env['command']}`. "
+        "No GPU: what NCCL and overlap give is not measured here.",
         "",
         f"Medians of {facts['rounds']} runs that alternate. A ratio is that of a run to the mean of our dense runs "
         "before and behind it. Error: relative L2 of the latents to our dense ones.",

@@ -148,7 +148,7 @@ def markdown(summaries: Mapping[float, dict[str, Any]], facts: dict[str, Any], p
         f"{number} clips of the split `{facts['split']}`, {facts['steps']} steps of {solver}, guidance "
         f"{scales}, model {facts['model']}. {env['date']}, {env['device']}, {env['threads']} "
         f"thread(s), torch {env['versions']['torch']}, diffusers {env['versions']['diffusers']}, git "
-        f"{env['git']}.",
+        f"{env['git']}. Made by `{env['command']}`.",
         "",
         f"Against {REFERENCES['dense']} and {REFERENCES['ode']} (100 steps of Adams' method of third order). Means "
         "over clips ± standard error of the mean. *wall* is the median over clips of the denoising time "

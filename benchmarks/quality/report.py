@@ -144,7 +144,7 @@ def markdown(
         "Each video is compared with the dense one of the same prompt and seed, frame for frame in 8-bit RGB; the PSNR "
         "is of the error over all frames. Means over prompts ± standard error of the mean. *time* is the median over "
         "prompts of the denoising time over that of the dense video. Δ is the PSNR of "
-        f"`{default}` minus the row's on the same prompts. The videos stand side by side in [index.html](index.html).",
+        f"`{default}` minus the row's on the same prompts. The videos stand side by side in `index.html`.",
         "",
     ]
     lines += [f"![time against quality]({picture})", ""] if picture else []

@@ -39,6 +39,14 @@ def test_files_that_a_page_names_exist(path):
     assert named - {"utils.py"} <= known  # CONTRIBUTING.md: there is none
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/reports").rglob("*.md")), ids=lambda path: path.name)
+def test_every_report_names_the_command_that_makes_it_again(path):
+    text = path.read_text()
+    scripts = re.findall(r"`python (benchmarks/\w+\.py)", text)
+    assert scripts or re.search(r"^    heterostep bench [a-z-]+ ", text, re.MULTILINE)
+    assert all((ROOT / script).is_file() for script in scripts)
+
+
 def test_every_module_has_a_test_file_or_is_named_in_one():
     tests = {path.stem: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
     text = "\n".join(tests.values())
