@@ -8,6 +8,7 @@ import dataclasses
 import json
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ from heterostep.benchmarks.speed.runs import Energy, Run, Saved, drive, figures,
 from heterostep.benchmarks.speed.settings import PRESETS, RecoverySettings, ScalingSettings, StepSettings
 from heterostep.engine.devices import DEVICES, device_of
 from heterostep.engine.report import RankReport, Sent
-from heterostep.engine.request import GenerateRequest, Started, StepDone
+from heterostep.engine.request import Started, StepDone
 from heterostep.errors import ConfigError, HeterostepError, RankLost
 from heterostep.launch import bench_recovery, bench_speed, cli
 from said import errors
@@ -29,6 +30,7 @@ SMALL = ["--size", "32x32", "--frames", "5", "--steps", "4", "--device", "cpu"]
 KEYS = {
     *("schema", "verb", "command", "environment", "settings", "warmup_policy", "seeds", "interrupted", "notes", "rows"),
 }
+REPORTS = Path(__file__).parents[3] / "benchmarks" / "reports"
 MINI = step.Shape(2, 16, 2, 64, 16, (2, 8, 8), torch.float32)
 
 
@@ -353,5 +355,19 @@ def test_a_measured_device_is_one_that_plan_reads(capsys, mini, tmp_path, monkey
     assert device.name in capsys.readouterr().out
 
 
-def test_a_request_of_a_preset_takes_what_is_given_first():
-    assert GenerateRequest(prompt="-", **PRESETS["mlperf-wan22"]).guidance_scale_2 == 3.0
+def test_the_report_of_this_machine_is_a_device_for_plans():
+    device = device_of(str(REPORTS / "calibrate-cpu.json"))
+    assert device.attention == pytest.approx(DEVICES["cpu"].attention, rel=0.25)
+    assert device.linear == pytest.approx(DEVICES["cpu"].linear, rel=0.25)
+
+
+def test_every_verb_has_a_report_in_the_form_of_results():
+    verbs = {}
+    for path in REPORTS.rglob("*.json"):
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and found.get("schema") == results.SCHEMA:
+            assert found.keys() >= KEYS and all(row["what"] is not None and row["metrics"] for row in found["rows"])
+            verbs.setdefault(found["verb"], path)
+    assert set(verbs) == {
+        *("offline", "single-stream", "scaling", "recovery", "step", "calibrate", "serving", "quality"),
+    }
