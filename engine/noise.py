@@ -44,7 +44,7 @@ def read_noise(path: str | os.PathLike[str]) -> torch.Tensor:
     return found.float()
 
 
-def check_noise(path: str, facts: ModelFacts, width: int, height: int, num_frames: int) -> str:
+def check_noise(path: str, facts: ModelFacts, video: Any) -> str:
     """The absolute path of a file of noise that fits a video.
 
     Raises:
@@ -52,7 +52,7 @@ def check_noise(path: str, facts: ModelFacts, width: int, height: int, num_frame
     """
     if facts.audio_rate:
         raise RequestError(f"noise is for Wan: {facts.name!r} ({facts.family}) also draws that of the sound")
-    shape = tuple(read_noise(path).shape)
+    shape, (width, height, num_frames) = tuple(read_noise(path).shape), (video.width, video.height, video.num_frames)
     size = ((num_frames - 1) // facts.vae_temporal + 1, height // facts.vae_spatial, width // facts.vae_spatial)
     if len(shape) != 5 or shape[0] != 1 or shape[2:] != size:
         wanted = ", ".join(map(str, size))

@@ -133,10 +133,7 @@ class GenerateRequest:
     )
     seed: int = setting(0, least=0, most=2**63 - 1, help="seed of the initial noise, which is the same on every device")
     noise: str | None = setting(
-        None,
-        metavar="FILE",
-        help="file with the initial noise in place of that of the seed, for Wan: one tensor, safetensors or .pt, on "
-        "the machine of each rank",
+        None, metavar="FILE", help="file of the initial noise, for Wan: a .safetensors or .pt file on every machine"
     )
     compute: float | None = like(HSAConfig, "compute", default=None, flag="")
     quality: float | None = like(HSAConfig, "quality", flag="")
@@ -271,8 +268,7 @@ def prepare(request: GenerateRequest, facts: ModelFacts) -> tuple[ResolvedReques
             raise RequestError(
                 "noise does not go with a video that is changed, nor with a last image of LTX-2; leave it out"
             )
-        size = (resolved.width, resolved.height, resolved.num_frames)
-        resolved = dataclasses.replace(resolved, noise=check_noise(resolved.noise, facts, *size))
+        resolved = dataclasses.replace(resolved, noise=check_noise(resolved.noise, facts, resolved))
     sources = sources.cut(resolved.width, resolved.height)
     return dataclasses.replace(resolved, **sources.fingerprints), sources
 
@@ -338,8 +334,7 @@ class Started:
         num_tokens: N, tokens of the video.
         resumed_at: steps that were done before, of a job that resumes; all of them for a finished one, whose video
             follows at once; None for a run from the start.
-        eta_seconds: estimate of the time for denoising, as `heterostep plan` makes it; None on a device that it does
-            not know.
+        eta_seconds: that denoising may take, as `heterostep plan` says; None on a device that it does not know.
     """
 
     request: ResolvedRequest
