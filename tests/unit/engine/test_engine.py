@@ -581,7 +581,7 @@ def test_the_record_has_what_acted(tiny_model, settings, acted):
     assert acted.items() <= record["hsa"].items()
     assert record["hsa"]["warmup"] >= 1
     unset = {name for name, value in record["hsa"].items() if value is None}
-    assert unset <= {"profile", "kv_dtype", "max_age"}
+    assert unset <= {"profile", "kv_dtype", "max_age", "quality"}
     more = record["acting"]
     assert more["degrees"] == {"cfg": 1, "ring": 1, "ulysses": 1} and more["kernel"] == "diffusers"
     assert more["guidance"] == [output.request.guidance_scale] and more["dtypes"]["vae"] == "float32"
