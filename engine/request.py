@@ -18,7 +18,7 @@ from .facts import ModelFacts
 from .lora import check_loras, parse_lora
 from .media.image import MAX_SIDE
 from .noise import check_noise
-from .sources import Sources, check_sources, read_sources
+from .sources import Sources, check_kinds, check_sources, read_sources
 from .windows import fill, frames_in
 
 if TYPE_CHECKING:
@@ -183,13 +183,7 @@ class GenerateRequest:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise RequestError("the prompt is empty; say what the video shows")
-        for name in ("image", "last_image"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, str | os.PathLike | Image.Image) and value):
-                raise RequestError(f"{name} must be the path of a file or a Pillow image, not {value!r:.80}")
-        images = isinstance(self.video, list) and all(isinstance(frame, Image.Image) for frame in self.video)
-        if self.video is not None and not (self.video and (images or isinstance(self.video, str | os.PathLike))):
-            raise RequestError(f"video must be the path of a file or a list of Pillow images, not {self.video!r:.80}")
+        check_kinds(vars(self))
         if not isinstance(self.lora, list | tuple) or not all(isinstance(text, str) for text in self.lora):
             raise RequestError(f"lora must be a list of texts such as 'style.safetensors:0.8', not {self.lora!r:.80}")
         object.__setattr__(self, "lora", tuple(self.lora))  # JSON knows lists alone

@@ -47,6 +47,18 @@ class Sources(NamedTuple):
         }
 
 
+def check_kinds(given: Mapping[str, Any]) -> None:
+    """Refuse what is neither a file nor a picture, or several for a video; RequestError."""
+    for name in ("image", "last_image"):
+        value = given[name]
+        if value is not None and not (isinstance(value, str | os.PathLike | Image.Image) and value):
+            raise RequestError(f"{name} must be the path of a file or a Pillow image, not {value!r:.80}")
+    video = given["video"]
+    pictures = isinstance(video, list) and all(isinstance(frame, Image.Image) for frame in video)
+    if video is not None and not (video and (pictures or isinstance(video, str | os.PathLike))):
+        raise RequestError(f"video must be the path of a file or a list of Pillow images, not {video!r:.80}")
+
+
 def check_sources(given: Mapping[str, Any], facts: ModelFacts) -> None:
     """Refuse what the model cannot begin with, and the lack of what it needs.
 
