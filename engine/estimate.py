@@ -314,13 +314,15 @@ def memory(case: Case, config: ParallelConfig) -> dict[str, int]:
 
 
 def kv_bytes(case: Case, config: ParallelConfig) -> int:
-    """Bytes of keys and values that a rank keeps: none where no step is partial."""
+    """Bytes of keys and values on a rank's device: none where no step is partial, two layers' if the host has them."""
     sizes, video, hsa = case.sizes, case.video, case.hsa
     if not case.allotment.partial:
         return 0
     item = KV_BYTES.get(hsa.kv_dtype or "", case.item_bytes)
     whole = sizes.facts.cache_bytes(video.tokens, item) * (2 if hsa.kv_forecast else 1)
     shards = config.ulysses * (config.ring if config.ring_cache == "sharded" else 1)
+    if hsa.kv_host:  # that of the layer which computes, and of the next one
+        return 2 * whole // sizes.facts.num_layers // shards
     return whole * (video.branches // config.cfg) // shards
 
 

@@ -74,6 +74,11 @@ def test_ranks_share_and_quantized_weights_are_smaller():
     config = hs.EngineConfig(model=LARGE, hsa=HSAConfig(policy="tokens"))
     one, two = (need_of(config, facts, request, device="cuda", ranks=ranks) for ranks in (1, 2))
     assert two.kv == pytest.approx(one.kv / 2, rel=0.01) and two.transformers == one.transformers
+    host, whole = (
+        need_of(hs.EngineConfig(model=LARGE, hsa=HSAConfig(policy="tokens", kv_host=on)), facts, request, device="cuda")
+        for on in (True, False)
+    )
+    assert host.kv == pytest.approx(whole.kv / 2 * 2 / facts.num_layers, rel=0.01)  # two layers, of one branch of two
     small = need_of(hs.EngineConfig(model=LARGE, quantize="int8"), facts, request, device="cuda")
     assert small.transformers < 0.6 * one.transformers
 
