@@ -221,7 +221,7 @@ class Job:
             self._whole_video = True
         except OSError as error:
             _warn("the result could not be kept in the job folder (%s)", _reason(error))
-            self._tidy(LATENTS_NAME)
+            self._tidy(LATENTS_NAME, RESULT_NAME)  # a result that lost its frames has the latents
 
     def finish(self, video: VideoResult, model: str, record: Mapping[str, Any]) -> None:
         """Store what else there is of the result, and remove the checkpoints; should that fail, the log says so."""

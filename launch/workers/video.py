@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ...engine.media.files import RESULT_NAME, checkpoint_steps, has_result, no_room
+from ...engine.media.files import LATENTS_NAME, RESULT_NAME, checkpoint_steps, no_room
 from ...engine.request import Event
 from ...errors import RankFailure, RankLost
 from .group import Grown, WorkerGroup
@@ -105,12 +105,12 @@ def _run(group: WorkerGroup, work: Work, folder: Path | None) -> Generator[Event
 
 
 def saved_step(folder: Path | None) -> int:
-    """How many steps of an unfinished job need not be done again; all of them, where its folder holds the video."""
+    """How many steps of an unfinished job need not be done again; all of them, where its folder has what they gave."""
     if folder is None or not folder.is_dir():
         return 0
-    if has_result(folder):  # there are no checkpoints any more
+    for name in (RESULT_NAME, LATENTS_NAME):  # there may be no checkpoints any more
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-            step = json.loads((folder / f"{RESULT_NAME}.json").read_bytes())["step"]
+            step = json.loads((folder / f"{name}.json").read_bytes())["step"]
             if isinstance(step, int):
                 return step
     return next(iter(checkpoint_steps(folder)), 0)

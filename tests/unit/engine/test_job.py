@@ -333,6 +333,22 @@ def test_a_result_without_its_frames_is_decoded_again(engine, unbroken, tmp_path
     assert len(events_of(engine, tmp_path)) == 2  # found again
 
 
+def test_a_full_disk_leaves_the_latents_of_a_result_without_its_frames(engine, unbroken, tmp_path, monkeypatch):
+    events_of(engine, tmp_path)
+    (frames,) = tmp_path.glob("frames-*.safetensors")
+    frames.unlink()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("heterostep.engine.job.write_frames", full)
+        same(events_of(engine, tmp_path)[-1], unbroken)
+    started, decoding, output = events_of(engine, tmp_path)
+    assert started.resumed_at == STEPS and isinstance(decoding, Decoding)
+    same(output, unbroken)
+
+
 @pytest.mark.parametrize("state", ["broken off", "finished"])
 @pytest.mark.parametrize(
     ("changes", "says"),

@@ -44,6 +44,8 @@ def test_of_a_stored_video_no_step_need_be_done_again(tmp_path):
         assert saved_step(tmp_path) == 10
     (tmp_path / "result.json").write_text(json.dumps({"step": 20}))
     assert saved_step(tmp_path) == 20
+    (tmp_path / "result.json").rename(tmp_path / "latents.json")
+    assert saved_step(tmp_path) == 20
     assert reason_to_give_up([10, saved_step(tmp_path)]) is None
 
 
