@@ -222,8 +222,12 @@ def read_latents(source: Path) -> Latents:
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{str(source)!r} cannot be read as a file of latents ({first_line(error)})") from error
     latents = tensors.get("latents")
-    if latents is None or latents.ndim != 5 or len(latents) != 1 or not isinstance(facts, dict):
-        raise ConfigError(f"{str(source)!r} holds no tensor `latents` [1, C, F, Y, X]; --latents writes such files")
+    fits = latents is not None and latents.ndim == 5 and len(latents) == 1 and latents.numel() > 0
+    if latents is None or not fits or not latents.is_floating_point() or not isinstance(facts, dict):
+        raise ConfigError(
+            f"{str(source)!r} holds no tensor `latents` [1, C, F, Y, X] of floating-point numbers; --latents writes "
+            "such files"
+        )
     return Latents(latents, tensors.get("audio_latents"), facts)
 
 

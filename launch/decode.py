@@ -16,7 +16,7 @@ from ..engine.models import adapter_named
 from ..engine.progress import Progress
 from ..engine.report import HSAReport
 from ..engine.request import GenerateRequest, ResolvedRequest, VideoResult, resolve
-from ..engine.stored import Latents, read_latents, request_from
+from ..engine.stored import Latents, read_latents
 from ..errors import ConfigError
 from .logs import silence_libraries
 from .options import Outputs, given
@@ -83,7 +83,7 @@ def _check_channels(source: str, latents: Latents, facts: ModelFacts, config: An
 
 
 def _request(latents: Latents, facts: ModelFacts, fps: int | None) -> ResolvedRequest:
-    """The request that made some latents, or one of their size where that is not known."""
+    """A request of the latents' size, at the frame rate of the one that made them where it is known."""
     num_latent, rows, columns = latents.video.shape[2:]
     size: dict[str, Any] = {
         "num_frames": (num_latent - 1) * facts.vae_temporal + 1,
@@ -91,10 +91,7 @@ def _request(latents: Latents, facts: ModelFacts, fps: int | None) -> ResolvedRe
         "width": columns * facts.vae_spatial,
     }
     known = latents.facts.get("request")
-    if known is not None:
-        request = request_from(known)
-    else:
-        request = resolve(GenerateRequest(prompt="-"), dataclasses.replace(facts, image="none"))
-    if fps is not None:
-        size["fps"] = fps
-    return dataclasses.replace(request, **size)
+    if fps is None and isinstance(known, Mapping):
+        fps = known.get("fps")
+    usual = resolve(GenerateRequest(prompt="-", fps=fps), dataclasses.replace(facts, image="none"))
+    return dataclasses.replace(usual, **size)

@@ -1,18 +1,20 @@
 """Videos are decoded a few frames at a time, in bounded memory, and are those of the VAE's own decoding.
 
-Of `engine/vae/`, `pieces.py`, `tiles.py`, `wan.py` and `ltx2.py` are tested here; so are `finishing.py`, `stored.py`,
+Of `engine/vae/`, `pieces.py`, `wan.py` and `ltx2.py` are tested here; so are `engine/decoding.py`, `engine/stored.py`,
 and the `decode.py` of the command line.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan
+from safetensors.torch import save_file
 
 import heterostep as hs
 import tiny
@@ -278,13 +280,30 @@ def test_decode_makes_the_file_again(command, tmp_path):
 def test_what_cannot_be_decoded_is_refused(command, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"nothing")
     (tmp_path / "folder").mkdir()
+    for name, latents, facts in (
+        ("empty", torch.zeros(1, 8, 0, 4, 4), {}),
+        ("whole", torch.zeros(1, 8, 1, 4, 4, dtype=torch.int32), {}),
+        ("rate", torch.zeros(1, 8, 1, 4, 4), {"model": "demo", "request": {"fps": "fast"}}),
+        ("model", torch.zeros(1, 8, 1, 4, 4), {"model": 5}),
+    ):
+        save_file({"latents": latents}, tmp_path / f"{name}.safetensors", {"heterostep": json.dumps(facts)})
     for source, says in (
+        ("empty.safetensors", "holds no tensor"),
+        ("whole.safetensors", "of floating-point numbers"),
+        ("rate.safetensors", "fps must be"),
+        ("model.safetensors", "model"),
         ("x.safetensors", "cannot be read as"),
         ("no", "cannot be read"),
         ("folder", "is not the folder"),
     ):
         status, out, err = command("decode", source)
         assert (status, out) == (2, "") and says in err and err.splitlines()[-1].startswith("heterostep: ")
+
+
+def test_a_request_of_another_version_is_no_reason_not_to_decode(command, tmp_path):
+    facts = {"heterostep": json.dumps({"model": "demo", "request": {}})}
+    save_file({"latents": torch.zeros(1, 8, 1, 4, 4)}, tmp_path / "l.safetensors", facts)
+    assert command("decode", "l.safetensors", "--output", "v.mp4")[0] == 0
 
 
 def test_what_was_denoised_is_kept_where_it_cannot_be_decoded(command, tmp_path, monkeypatch):
