@@ -39,8 +39,8 @@ def read_noise(path: str | os.PathLike[str]) -> torch.Tensor:
             (found,) = load_file(file).values()
     except Exception as error:  # the readers have many ways to fail
         raise RequestError(f"noise {file.name!r} cannot be read as one tensor ({first_line(error)})") from error
-    if not isinstance(found, torch.Tensor) or not found.is_floating_point():
-        raise RequestError(f"noise {file.name!r} must be a tensor of floating-point numbers")
+    if not isinstance(found, torch.Tensor) or not found.is_floating_point() or not torch.isfinite(found).all():
+        raise RequestError(f"noise {file.name!r} must be a tensor of finite floating-point numbers")
     return found.float()
 
 

@@ -8,6 +8,7 @@ import ipaddress
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,8 @@ class Ranks:
     def __post_init__(self) -> None:
         check(self)
         on_ray = self.ray or self.ray_address is not None
+        if on_ray and find_spec("ray") is None:
+            raise ConfigError("ray is not installed; pip install '.[ray]' in heterostep's folder, or leave out --ray")
         if self.machines > 1 and self.master is None:
             raise ConfigError(f"--nnodes {self.nnodes} needs --master HOST: the machine that keeps the job")
         if self.machines > 1 and on_ray:
@@ -209,6 +212,11 @@ def commands_of(arguments: argparse.Namespace) -> list[Command]:
         "shard_weights": given_flags.get("shard_weights", False),
         "ranks": Ranks(**given(Ranks, given_flags)),
     }
+    if batch.count > 1 and asked.get("noise") is not None:
+        raise ConfigError(
+            f"--noise gives all videos of a prompt the same initial noise, so the {batch.count} of --count would be "
+            "alike; leave out one of them"
+        )
     each = [(prompt, first + n) for prompt in _prompts(batch, asked.pop("prompt", None)) for n in range(batch.count)]
     return [
         Command(

@@ -42,12 +42,14 @@ def test_what_is_no_noise_of_a_video(tiny_model, tmp_path):
     torch.save(drawn(0, 1, 16, 3, 4, 4), tmp_path / "long.pt")
     torch.save({"a": 1}, tmp_path / "dictionary.pt")
     torch.save(torch.zeros(3, dtype=torch.int64), tmp_path / "whole.pt")
+    torch.save(torch.full((1, 16, 2, 4, 4), torch.inf), tmp_path / "endless.pt")
     (tmp_path / "torn.pt").write_bytes(b"no tensor")
     (tmp_path / "video.mp4").touch()
     says = {
         "long.pt": r"has the shape \[1, 16, 3, 4, 4\], but 5 frames of 32x32 need \[1, channels, 2, 4, 4\]",
-        "dictionary.pt": "must be a tensor of floating-point numbers",
-        "whole.pt": "must be a tensor of floating-point numbers",
+        "dictionary.pt": "must be a tensor of finite floating-point numbers",
+        "whole.pt": "must be a tensor of finite floating-point numbers",
+        "endless.pt": "must be a tensor of finite floating-point numbers",
         "torn.pt": "cannot be read as one tensor",
         "video.mp4": r"there is no file of noise .*; name one that ends in .safetensors or .pt",
         "absent.pt": "there is no file of noise",
