@@ -18,7 +18,6 @@ import torch
 
 from ..benchmarks.results import result as results
 from ..benchmarks.speed.settings import RecoverySettings, ResultFiles
-from ..engine.config import EngineConfig
 from ..engine.facts import read_facts
 from ..engine.progress import Progress
 from ..engine.request import Started, StepDone, resolve
@@ -26,9 +25,9 @@ from ..errors import ConfigError, RankLost
 from .bench_speed import Measurement, new_result
 from .logs import silence_libraries
 from .options import Command
-from .ranks import settled_here
+from .ranks import alone, group_config, settled_here
 from .workers.group import WorkerGroup
-from .workers.messages import GroupConfig, Work, threads_asked
+from .workers.messages import Work
 from .workers.process import ThisMachine
 from .workers.video import make_video
 
@@ -152,22 +151,16 @@ def _group(settings: RecoverySettings, command: Command, progress: Progress) -> 
     """A group on this machine, or of Ray's actors."""
     engine, reason = settled_here(command)
     progress.say(reason or "1 rank")
-    config = GroupConfig(
-        size=command.ranks.size,
-        degrees=dict(command.degrees),
-        standby=engine.device == "cpu" and command.ranks.size > 1,
-        frozen_after=settings.frozen_after,
-        threads=threads_asked(),
-    )
-    alone: EngineConfig = dataclasses.replace(engine, parallel=None, shard_weights=False)
+    standby = engine.device == "cpu" and command.ranks.size > 1 and not engine.shard_weights
+    config = dataclasses.replace(group_config(command, engine, standby), frozen_after=settings.frozen_after)
     with contextlib.ExitStack() as held:
         if command.ranks.ray:
             from .workers.ray_cluster import RayCluster, connected
 
             held.enter_context(connected(None, config.size, engine.device))
-            group = WorkerGroup(config, alone, RayCluster(engine.device != "cpu"))
+            group = WorkerGroup(config, alone(engine), RayCluster(engine.device != "cpu"))
         else:
-            group = WorkerGroup(config, alone, ThisMachine())
+            group = WorkerGroup(config, alone(engine), ThisMachine())
         yield held.enter_context(contextlib.closing(group))
 
 

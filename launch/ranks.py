@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +132,7 @@ def group_here(
         if command.ranks.machines > 1:
             machines = stack.enter_context(_several(command.ranks, output, progress))
         progress.stage(f"loading model {config.model} on {command.ranks.size} ranks")
-        yield WorkerGroup(_group_config(command, config), _alone(config), machines), output.lost
+        yield WorkerGroup(group_config(command, config), alone(config), machines), output.lost
 
 
 def _several(ranks: Ranks, output: _Output, progress: Progress) -> SeveralMachines:
@@ -171,8 +170,6 @@ def help_elsewhere(ranks: Ranks, progress: Progress) -> bool:
 def _on_ray(
     commands: Sequence[Command], files: Sequence[OutputFiles], show: Show, progress: Progress
 ) -> Generator[Made]:
-    if find_spec("ray") is None:
-        raise ConfigError("ray is not installed; pip install '.[ray]' in heterostep's folder, or leave out --ray")
     from .workers.ray_cluster import RayCluster, check_room, cluster_address, connected, has_gpus
 
     first = commands[0]
@@ -203,12 +200,13 @@ def _on_ray(
             progress.say(reason or "1 rank")
             progress.stage(f"loading model {config.model} on {size} ranks")
             standby = not gpus and size > 1 and not config.shard_weights
-            yield WorkerGroup(_group_config(first, config, standby), _alone(config), RayCluster(gpus)), _resuming
+            yield WorkerGroup(group_config(first, config, standby), alone(config), RayCluster(gpus)), _resuming
 
         yield from _each(commands, files, config, start, show, progress)
 
 
-def _group_config(command: Command, config: EngineConfig, standby: bool = False) -> GroupConfig:
+def group_config(command: Command, config: EngineConfig, standby: bool = False) -> GroupConfig:
+    """The settings of a command's group, with the degrees of `config`; `standby` whether a process stands by."""
     return GroupConfig(
         size=command.ranks.size,
         degrees={} if config.parallel is None else dataclasses.asdict(config.parallel),
@@ -220,7 +218,7 @@ def _group_config(command: Command, config: EngineConfig, standby: bool = False)
     )
 
 
-def _alone(config: EngineConfig) -> EngineConfig:
+def alone(config: EngineConfig) -> EngineConfig:
     """The settings of the engine without those of the group."""
     return replace(config, parallel=None, shard_weights=False)
 

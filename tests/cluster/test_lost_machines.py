@@ -96,8 +96,8 @@ from heterostep.launch import ranks
 from heterostep.launch.cli import main
 from heterostep.launch.workers import network
 network.SILENT_SECONDS = 3.0
-usual = ranks._group_config
-ranks._group_config = lambda *given: dataclasses.replace(usual(*given), patience=1.0)
+usual = ranks.group_config
+ranks.group_config = lambda *given: dataclasses.replace(usual(*given), patience=1.0)
 sys.exit(main(sys.argv[1:]))
 """
 
