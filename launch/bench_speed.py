@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -66,14 +67,14 @@ class Measurement:
         self._end(picture)
 
     def _end(self, picture: tuple[str, str] | None) -> None:
-        written = self.files.finish(self.result, picture)
         self._progress.close()
+        self.files.compare(self.result)
         print("\n".join(results.table(self.result)))
         if self.files.old is not None:
             others = results.differing(self.result, self.files.old)
             lines = results.said_changes(self.result) + [f"other {', '.join(others)} than the old one"] * bool(others)
             print("\n".join(["", *lines]))
-        for path in written:
+        for path in self.files.finish(self.result, picture):  # last: the disk may be full
             self._progress.say(f"wrote {path}")
 
 
@@ -108,7 +109,7 @@ def bench_offline(
     resolved = [resolve(request, facts) for request in requests]
     for share in settings.shares:
         rehearse(facts, _allocation(command, resolved[0], share), resolved[0])
-    save = None if settings.save is None else Saved(settings.save, [request.prompt for request in requests])
+    saves = _saves(settings, [request.prompt for request in requests])
     warmup = f"{settings.warmup_videos} whole video(s) by each replica at each share"
     result = new_result(verb, said, settings, command, resolved, warmup)
     if settings.preset is not None:
@@ -116,8 +117,8 @@ def bench_offline(
     measurement = Measurement(files, result, progress)
     made = makers(command, settings.replicas, progress)
     with measurement.finishing(("compute", "videos_per_gpu_hour")), made as replicas:
-        energy = Energy(settings.replicas * ranks)
-        for share in settings.shares:
+        energy = Energy(_gpus(command.engine.device, settings.replicas * ranks))
+        for share, save in zip(settings.shares, saves, strict=True):
             what = {"compute": share, "replicas": settings.replicas, "ranks": ranks}
             run = _measure(replicas, requests, command, share, settings.warmup_videos, what, measurement, save, energy)
             if ranks > 1:
@@ -157,9 +158,8 @@ def bench_scaling(
                     requests = [command.request] * (settings.videos * replicas)
                     run = _measure(group, requests, each, share, settings.warmup_videos, what, measurement)
                     found = measurement.result["rows"][-1]["metrics"]
-                    found |= _beside(
-                        found, base, replicas * ranks, _planned(settings.gpu, each, request, share, parallel)
-                    )
+                    planned = _planned(settings.gpu, each, request, share, parallel)
+                    found |= _beside(found, base, share, replicas * ranks, planned)
                     measurement.add(*traffic(what, run))
     return 0
 
@@ -210,6 +210,23 @@ def _checked(command: Command, replicas: int, progress: Progress) -> tuple[Model
     return read_facts(command.engine.model), ranks
 
 
+def _saves(settings: OfflineSettings, prompts: Sequence[str]) -> list[Saved | None]:
+    """What writes the videos of each share; those of several shares have a folder each, since their names are alike."""
+    if settings.save is None:
+        return [None] * len(settings.shares)
+    if len(settings.shares) == 1:
+        return [Saved(settings.save, prompts)]
+    return [Saved(os.path.join(settings.save, f"compute-{share:g}"), prompts) for share in settings.shares]
+
+
+def _gpus(device: str, count: int) -> Sequence[int]:
+    """Numbers of the GPUs that so many ranks use; none on a CPU."""
+    found = pick_device(device)
+    if found.type != "cuda":
+        return ()
+    return range(count) if found.index is None else (found.index,)
+
+
 def _allocation(command: Command, request: ResolvedRequest, share: float) -> HSAConfig | None:
     return allocation(command.engine, dataclasses.replace(request, compute=share))
 
@@ -243,10 +260,9 @@ def deviations(preset: str, request: ResolvedRequest, facts: ModelFacts, prompts
 
 
 def _beside(
-    found: dict[str, Any], base: dict[str, float], gpus: int, planned: dict[str, float]
+    found: dict[str, Any], base: dict[str, float], share: float, gpus: int, planned: dict[str, float]
 ) -> dict[str, dict[str, float]]:
     """Speed-up and efficiency against the first row of this share; denoising over the very first, as planned too."""
-    share = f"{found['achieved_compute']['value']:.2f}"
     alone = base.setdefault(f"seconds {share}", found["seconds"]["value"])
     rate = base.setdefault(f"rate {share}", found["videos_per_hour"]["value"])
     first = base.setdefault("denoise", found["denoise_seconds"]["value"])

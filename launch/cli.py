@@ -211,7 +211,7 @@ def _add_video_verb(command: _Parser, verb: str, settings: type) -> None:
     _add_size(what, "width and height in pixels, such as 832x480")
     how = command.add_argument_group("how to compute them")
     add_flags(how, EngineConfig, leave_out=["shard_weights"])
-    add_flags(how, HSAConfig, leave_out=[] if verb == "recovery" else ["compute"])
+    add_flags(how, HSAConfig, leave_out=[] if verb == "recovery" else ["compute", "quality"])
     ranks = command.add_argument_group("on how many ranks")
     add_flags(ranks, Ranks, only={"scaling": [], "recovery": ["nproc", "ray"]}.get(verb, ["nproc"]))
     add_flags(ranks, ParallelConfig, defaults=False)

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ...engine.media.files import replacing, write_json
+from ...engine.media.files import check_writable, replacing, write_json
 from ...errors import ConfigError
 
 SCHEMA = 2
@@ -96,15 +96,18 @@ class Files:
         Raises:
             ConfigError: the one cannot be written, or the other is no result.
         """
-        self.path = None if output is None else Path(output)
-        if self.path is not None and (self.path.is_dir() or not self.path.absolute().parent.is_dir()):
-            raise ConfigError(f"output-file {output!r} must be a file in an existing folder")
+        self.path = None if output is None else check_writable(output, ".json")
         self.old = None if compare is None else read(compare)
 
     def keep(self, result: Mapping[str, Any]) -> None:
         """Write the JSON as far as it is."""
         if self.path is not None:
             write_json(self.path, result)
+
+    def compare(self, result: dict[str, Any]) -> None:
+        """Add to a result what changed since the older one, if there is one."""
+        if self.old is not None:
+            result["changes"] = changes(result, self.old)
 
     def finish(self, result: dict[str, Any], picture: tuple[str, str] | None = None) -> list[Path]:
         """Compare, and write everything; returns what was written.
@@ -113,8 +116,7 @@ class Files:
             result: all rows.
             picture: key of ``what`` along the bottom, and the metric to draw.
         """
-        if self.old is not None:
-            result["changes"] = changes(result, self.old)
+        self.compare(result)
         if self.path is None:
             return []
         self.keep(result)

@@ -90,6 +90,8 @@ def drive(
                 number = waiting.get_nowait()
             except queue.Empty:
                 return
+            if torch.cuda.is_initialized():  # by this process, where it makes the videos itself
+                torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
             output = makers[replica].make(requests[number], hsa, f"{label}, video {number + 1} of {len(requests)}")
             seconds = time.perf_counter() - began
@@ -181,16 +183,16 @@ def traffic(what: dict[str, Any], run: Run) -> list[dict[str, Any]]:
 class Energy:
     """Joules that GPUs have taken, by NVML's counters; None without NVML, or on GPUs without such a counter."""
 
-    def __init__(self, gpus: int) -> None:
-        """Watch the first `gpus` GPUs that PyTorch sees."""
+    def __init__(self, gpus: Sequence[int]) -> None:
+        """Watch GPUs by their numbers in PyTorch."""
         self._nvml: Any = None
-        if not torch.cuda.is_available():
+        if not gpus or not torch.cuda.is_available():
             return
         try:
             self._nvml = nvml = import_module("pynvml")
             nvml.nvmlInit()
             # By their ids: NVML counts GPUs that this process may not see.
-            ids = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(gpus)]
+            ids = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in gpus]
             self._handles = [nvml.nvmlDeviceGetHandleByUUID(each) for each in ids]
             self.joules()
         except Exception:  # it has an error type of its own for each thing that can be missing

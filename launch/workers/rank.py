@@ -213,6 +213,8 @@ class Rank:
         engine = self._engine
         assert engine is not None and self._place is not None, "join comes before make"
         self._regroup(engine, self._degrees(engine.config, work))
+        if engine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(engine.device)  # what is reported is this video's
         preview = self._previewer(engine) if work.previews and self._leads else None
         with Rendering(functools.partial(_writers, work, preview), RoomWait(self._stop_request)) as rendering:
             output = None
@@ -246,7 +248,8 @@ class Rank:
             self._comparison = Comparison()
             return self._comparison.first(rendering)
         if work.compare == "second":
-            assert self._comparison is not None, "the first video comes before the second"
+            if self._comparison is None:  # another process had it
+                raise RequestError("the rank with the first video was lost before the comparison: repeat the command")
             return self._comparison
         return rendering
 

@@ -18,8 +18,16 @@ from heterostep.benchmarks.quality import run as quality
 from heterostep.benchmarks.results import result as results
 from heterostep.benchmarks.speed import calibrate, step
 from heterostep.benchmarks.speed.runs import Energy, Run, Saved, drive, figures, traffic
-from heterostep.benchmarks.speed.settings import PRESETS, RecoverySettings, ScalingSettings, StepSettings
+from heterostep.benchmarks.speed.settings import (
+    PRESETS,
+    OfflineSettings,
+    RecoverySettings,
+    ResultFiles,
+    ScalingSettings,
+    StepSettings,
+)
 from heterostep.engine.devices import DEVICES, device_of
+from heterostep.engine.progress import Progress
 from heterostep.engine.report import RankReport, Sent
 from heterostep.engine.request import Started, StepDone
 from heterostep.errors import ConfigError, HeterostepError, RankLost
@@ -107,7 +115,9 @@ def test_a_result_becomes_a_table_with_limits_and_a_picture(tmp_path):
         (["scaling", "--computes", "x"], "--computes must be shares above 0 and at most 1"),
         (["step", "--shares", ""], "--shares must be shares above 0 and at most 1"),
         (["step", "--nproc", "4", "--device", "cpu"], "the 6 heads of shape 'small' must be a multiple of the ranks"),
-        (["offline", "--output-file", "/no/such/r.json", *SMALL], "must be a file in an existing folder"),
+        (["offline", "--output-file", "/no/such/r.json", *SMALL], "does not exist; create it first"),
+        (["step", "--output-file", "r.md", "--device", "cpu"], "must end in .json"),
+        (["offline", "--quality", "30"], "--quality"),
         (["offline", "--compare", "/no/such/r.json", *SMALL], "cannot be read as a result"),
         (["single-stream", "--replicas", "2"], "single-stream makes one video at a time"),
         (["recovery", "--kills", "1", "--freezes", "2"], "--freezes and --rapid are a part of the 1 jobs"),
@@ -212,10 +222,11 @@ def test_joules_are_nvmls(monkeypatch):
         nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(counter),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    assert Energy(2).joules() is None  # no GPU
+    assert Energy(range(2)).joules() is None  # no GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"{index}"))
-    energy = Energy(2)
+    energy = Energy((0, 1))
+    assert Energy(()).joules() is None  # a CPU beside GPUs
     before = energy.joules()
     assert energy.joules() - before == pytest.approx(3.0)
     run = Run(busy=[1.0], joules=3.0)
@@ -231,6 +242,25 @@ def test_prompts_that_are_no_names_are_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="the folder cannot be used"):
         Saved(str(tmp_path / "file"), ["a"])
+
+
+def test_videos_of_several_shares_have_a_folder_each(tmp_path):
+    names = [
+        save._folder.relative_to(tmp_path).as_posix()
+        for computes in ("1", "1,0.5")
+        for save in bench_speed._saves(OfflineSettings(computes=computes, save=str(tmp_path)), ["a"])
+    ]
+    assert names == [".", "compute-1", "compute-0.5"]
+    assert bench_speed._gpus("cpu", 2) == ()
+
+
+def test_a_result_that_cannot_be_written_is_printed(capsys, monkeypatch, tmp_path):
+    files = ResultFiles(output_file=str(tmp_path / "r.json"))
+    measurement = bench_speed.Measurement(files, a_result(), Progress(False))
+    monkeypatch.setattr(results, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"), measurement.finishing():
+        measurement.result["rows"] = [results.row({"compute": 1.0}, {"seconds": 2.0})]
+    assert "| 1.0 | 2 |" in capsys.readouterr().out
 
 
 def test_scaling_divides_the_gpus_and_counts_what_was_sent(capsys, tiny_model, tmp_path, monkeypatch):
