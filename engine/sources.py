@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import av
 from PIL import Image
 
 from ..errors import RequestError
@@ -141,6 +140,8 @@ def _pictures(source: str | os.PathLike[str] | Sequence[Image.Image], fps: int |
     if not isinstance(source, str | os.PathLike):
         yield from source
         return
+    import av  # FFmpeg takes a while to load, and most requests have no video
+
     name = f"video {str(source)!r:.90}"
     try:
         with av.open(os.path.expanduser(source)) as container:

@@ -83,7 +83,9 @@ def _checked(commands: Sequence[Command], progress: Progress) -> tuple[list[Comm
     """
     first, files = commands[0], []
     facts = read_facts(first.engine.model)
-    dtype = str(pick_dtype(first.engine.dtype, pick_device(first.engine.device))).removeprefix("torch.")
+    on_ray, dtype = first.ranks.ray or first.ranks.ray_address is not None, first.engine.dtype
+    if not on_ray:  # the devices of a cluster are others
+        dtype = str(pick_dtype(dtype, pick_device(first.engine.device))).removeprefix("torch.")
     for command in commands:
         folder = None if command.job is None else Path(command.job.folder)
         files.append(OutputFiles(command.outputs, folder, source_of(facts), dtype))
@@ -93,7 +95,7 @@ def _checked(commands: Sequence[Command], progress: Progress) -> tuple[list[Comm
     resolved = [resolve(command.request, facts) for command in commands]
     for each, request in zip(files, resolved, strict=True):
         each.check(request)
-    if not (first.ranks.ray or first.ranks.ray_address):  # the devices of a cluster are others
+    if not on_ray:
         check_features(first.engine, facts, pick_device(first.engine.device))
     for text in first.request.lora:
         locate_lora(parse_lora(text))

@@ -44,6 +44,7 @@ def test_kill_everything_with_five_queued_and_one_running(start):
     assert fault["cause"] == "restart" and fault["step"] >= 10 and fault["saved"] >= 5  # it went on there
     assert all(video["faults"] == [] for video in videos[1:])
     # None twice: each was completed once, in the order of the queue, and each has its own file.
+    until(lambda: len(completions(second)) == 6, 10)  # the line comes after the row
     assert completions(second) == dict.fromkeys((running, *queued), 1)
     assert [record["job"] for record in second.logged("job completed")] == [running, *queued]
     begun = [record["job"] for record in second.logged("job begun")]
