@@ -222,4 +222,4 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_pa
         assert main(flags) == 2
         assert not service.bodies
         assert main(["bench", "serving", "--base-url", service.url, "--api-key-file", str(tmp_path / "none")]) == 2
-    assert "must be a file in an existing folder" in capsys.readouterr().err
+    assert "does not exist; create it first" in capsys.readouterr().err
