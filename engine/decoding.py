@@ -17,15 +17,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .checkpoint import Saved
+from .checkpoint import Saved, identity_of
+from .config import EngineConfig
 from .denoise.work_split import Sharding
-from .job import Job
+from .facts import read_facts
+from .job import Finished, Job, look
+from .loading import pick_device, pick_dtype
 from .media.audio import Audio
 from .media.feeding import Reader, feed
 from .models import Adapter, adapter_named
 from .models.base import check_finite
 from .record import Maker, run_record
-from .request import Decoding, Event, FrameSink, VideoOutput, VideoResult
+from .request import (
+    Decoding,
+    Event,
+    FrameSink,
+    GenerateRequest,
+    JobConfig,
+    VideoOutput,
+    VideoResult,
+    allocation,
+    resolve,
+)
 from .stored import source_of
 from .vae.pieces import NoMemory, cuts, decode_pieces, is_large
 
@@ -244,3 +257,16 @@ def decode_into(
 
     while ask() if sharding is None else sharding.agreement.decide(ask):
         decoder.decode(lambda runs: feed(runs, readers))
+
+
+def find_finished(config: EngineConfig, request: GenerateRequest, job: JobConfig) -> Finished | None:
+    """Look, without loading the model, whether a job is finished; if not, whether an engine could work on it.
+
+    Raises:
+        ConfigError: the job's folder cannot be used, is in use, or holds another job.
+        RequestError: the request does not fit the model.
+    """
+    facts = read_facts(config.model)
+    resolved = resolve(request, facts)
+    dtype = pick_dtype(config.dtype, pick_device(config.device))
+    return look(job, identity_of(facts, resolved, allocation(config, resolved), dtype, config=config))

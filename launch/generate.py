@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.config import EngineConfig
-from ..engine.decoding import deliver
+from ..engine.decoding import deliver, find_finished
 from ..engine.denoise.checks import rehearse
 from ..engine.denoise.long_video import windows_of
 from ..engine.engine import Engine
 from ..engine.facts import ModelFacts, read_facts
 from ..engine.features import check_features
-from ..engine.finished import find_finished
 from ..engine.loading import pick_device, pick_dtype
 from ..engine.lora import locate_lora, parse_lora
 from ..engine.memory import Room

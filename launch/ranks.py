@@ -21,10 +21,9 @@ import torch
 
 from ..engine.checkpoint import remove_others
 from ..engine.config import EngineConfig
-from ..engine.decoding import deliver
+from ..engine.decoding import deliver, find_finished
 from ..engine.denoise.long_video import windows_of
 from ..engine.facts import read_facts
-from ..engine.finished import find_finished
 from ..engine.loading import pick_device, pick_dtype
 from ..engine.progress import Progress
 from ..engine.record import compare

@@ -18,9 +18,9 @@ import torch
 import heterostep as hs
 from folders import complete_pipeline
 from heterostep.engine.checkpoint import differences, identity_of
+from heterostep.engine.decoding import find_finished
 from heterostep.engine.denoise import inputs
 from heterostep.engine.engine import Decoding, Started, StepDone
-from heterostep.engine.finished import find_finished
 from heterostep.engine.record import run_record
 from heterostep.engine.request import VideoOutput, resolve
 from heterostep.errors import Cancelled, Interrupted

@@ -18,9 +18,9 @@ import heterostep as hs
 from folders import complete_pipeline
 from folders_ltx2 import complete_ltx2
 from heterostep.engine.checkpoint import differences, identity_of
+from heterostep.engine.decoding import find_finished
 from heterostep.engine.defaults import DEFAULTS
 from heterostep.engine.facts import read_facts
-from heterostep.engine.finished import find_finished
 from heterostep.engine.lora import Lora, parse_lora
 from heterostep.engine.record import run_record
 from heterostep.engine.request import resolve
