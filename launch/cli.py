@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..benchmarks.quality.settings import QualitySettings
 from ..benchmarks.serving.settings import LoadSettings
@@ -55,6 +55,13 @@ _PROMPT = "a red disc moves right"
 
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, without a page of usage before it."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Refuse what is unknown here, where the help is, and not in the parser of all commands."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_BAD_INPUT, f"heterostep: {message}; see `{self.prog} --help`\n")

@@ -264,12 +264,16 @@ def shown(events: Iterator[Event], label: str, progress: Progress) -> VideoResul
     return video
 
 
+_PLAUSIBLE = 1.3
+"""Times 1 / compute: a run cannot be faster than its share of the work allows, but for the scatter of timings."""
+
+
 def _estimated(video: VideoResult) -> str:
     estimate = video.report.estimated_psnr
-    return "" if estimate is None else f", latents about {estimate:.0f} dB from it"
+    return "" if estimate is None else f", latents about {estimate:.0f} dB from it (estimated)"
 
 
-def _summary(video: VideoResult, record: dict[str, object], paths: dict[str, Path]) -> list[str]:
+def _summary(video: VideoResult, record: dict[str, Any], paths: dict[str, Path]) -> list[str]:
     frames, height, width = video.shape[:3]
     seconds = video.seconds
     lines = [
@@ -282,10 +286,12 @@ def _summary(video: VideoResult, record: dict[str, object], paths: dict[str, Pat
     if isinstance(against, dict):
         quality = "equal to the dense video" if against["psnr"] is None else f"PSNR {against['psnr']:.1f} dB"
         quality += "" if against["ssim"] is None else f", SSIM {against['ssim']:.3f}"
+        plausible = against["speedup"] < _PLAUSIBLE / record["compute"]
+        busy = "" if plausible else "; other work on this machine distorts that"
         lines.append(
             f"denoising: dense {against['seconds_denoise_dense']:.2f} s, this run "
-            f"{against['seconds_denoise']:.2f} s, {against['speedup']:.2f} times as fast"
+            f"{against['seconds_denoise']:.2f} s, {against['speedup']:.2f} times as fast{busy}"
         )
-        lines.append(f"against the dense video of the same seed: {quality}")
+        lines.append(f"frames against the dense video of the same seed: {quality}")
     lines += [f"{path}: {name}" for name, path in paths.items() if name != "output"]
     return lines

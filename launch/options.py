@@ -272,7 +272,10 @@ def engine_of(given_flags: Mapping[str, Any]) -> EngineConfig:
     """The model and how to compute, without what several ranks are needed for."""
     engine = given(EngineConfig, given_flags)
     engine.pop("shard_weights", None)
-    return EngineConfig(hsa=HSAConfig(**given(HSAConfig, given_flags)), **engine)
+    hsa = given(HSAConfig, given_flags)
+    if {"compute", "quality"} <= hsa.keys():
+        raise ConfigError("--compute and --quality both say how much work to spend; give one of them")
+    return EngineConfig(hsa=HSAConfig(**hsa), **engine)
 
 
 def service_settings(given_flags: Mapping[str, Any]) -> ServiceSettings:

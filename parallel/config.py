@@ -111,7 +111,7 @@ def check(config: ParallelConfig, *, world_size: int, num_heads: int, num_branch
         inside, rest = divmod(world_size, config.windows)
         found = [] if rest else degrees(world_size=inside, num_heads=num_heads, num_branches=num_branches)
         valid = ", ".join(f"{c} x {r} x {u}" for c, r, u in found)
-        would_do = f"one of {valid}" if valid else "windows must divide it"
+        would_do = f"cfg x ring x ulysses may be {valid}" if valid else "windows must divide it"
         raise ConfigError(
             f"{config.product} makes {config.world_size} rank(s) of a job of {world_size}: the product must be equal "
             f"to it, so {would_do}."

@@ -24,7 +24,7 @@ from .requests import Asked, check_plan, to_request, usual_share
 from .results import delete_job, gone
 from .rows import Job
 from .runner import Runner
-from .settings import ServiceSettings, limits_for, public_name
+from .settings import ServiceSettings, check_degrees, limits_for, public_name
 from .store import JobStore
 
 Version = tuple[int, int | None]
@@ -71,6 +71,7 @@ class VideoService:
         self._facts = read_facts(settings.engine.model)
         self._share = usual_share(settings.engine.hsa)
         self._limits = limits_for(settings, self._facts)
+        check_degrees(settings, self._facts)
         usual = resolve(GenerateRequest(prompt="-"), replace(self._facts, image="none"))
         check_plan(self._facts, allocation(settings.engine, usual), usual, settings.checkpoint_every)
         self.model = public_name(settings.engine.model)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import forked
 from folders import complete_pipeline
 from heterostep.launch.cli import main
 
 
 @pytest.mark.parametrize("degrees", [("--ulysses", "2"), ("--ring", "2", "--ring-cache", "sharded")])
-def test_two_ranks_keep_them_as_one_does(tmp_path, degrees):
+def test_two_ranks_keep_them_as_one_does(tmp_path, monkeypatch, degrees):
+    monkeypatch.setattr(subprocess, "Popen", forked.Popen)
     complete_pipeline().save_pretrained(tmp_path / "model")
     flags = ["--prompt", "x", "--model", str(tmp_path / "model"), "--device", "cpu", "--size", "64x48", "--frames", "9"]
     flags += ["--steps", "8", "--policy", "tokens", "--compute", "0.7", "--output", str(tmp_path / "v.mp4")]

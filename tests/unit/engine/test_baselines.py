@@ -393,9 +393,16 @@ def test_report_pairs_clips_and_compares_at_equal_time(results):
 
 
 def test_report_writes_three_files(results, tmp_path):
-    environment = {"date": "today", "device": "CPU", "threads": 1, "git": "0", "versions": {}}
+    environment = {"date": "today", "device": "CPU", "threads": 1, "git": "0", "command": "pareto.py"}
     environment["versions"] = {"torch": "2", "diffusers": "0"}
-    facts = {"split": "tune", "solver": "unipc", "steps": 40, "model": "m", "calibration_clips": 2}
+    facts = {
+        "split": "tune",
+        "solver": "unipc",
+        "steps": 40,
+        "model": "m",
+        "calibration_clips": 2,
+        "command": "pareto.py",
+    }
     paths = pareto_report.write(
         tmp_path / "report", {3.0: results, 6.0: results}, {**facts, "environment": environment}
     )

@@ -158,7 +158,8 @@ def test_policies_and_solvers(capsys, tiny_model, tmp_path, policy, solver):
         (["--steps", "3", "--compute", "0.1"], "compute=0.1 cannot be met with 3 steps"),
         (["--steps", "20", "--compute", "0.1", "--policy", "tokens", "--job-dir", "j"], "follow a checkpoint"),
         (["--forecast", "ab2", "--solver", "unipc"], "would apply the second order twice"),
-        (["--unknown"], "unrecognized arguments: --unknown"),
+        (["--unknown"], "unrecognized arguments: --unknown; see `heterostep generate --help`"),
+        (["--quality", "draft", "--compute", "0.5"], "--compute and --quality both say how much work to spend"),
         (["--comp", "0.5"], "unrecognized arguments"),
     ],
 )

@@ -34,7 +34,7 @@ from heterostep.launch.service.requests import Asked, surely_met, to_request
 from heterostep.launch.service.results import clean_up, complete, is_complete, read_manifest
 from heterostep.launch.service.runner import Pauses, Runner
 from heterostep.launch.service.service import VideoService
-from heterostep.launch.service.settings import ServiceSettings, limits_for, public_name
+from heterostep.launch.service.settings import ServiceSettings, check_degrees, limits_for, public_name
 from heterostep.launch.service.store import JobStore
 from heterostep.launch.workers.messages import FILES, Outcome
 
@@ -361,6 +361,20 @@ def test_the_planner_takes_what_is_surely_met(policy):
 def test_a_service_whose_usual_request_cannot_be_met_does_not_start(tmp_path):
     with pytest.raises(ConfigError, match=r"compute=0\.01 cannot be met with 40 steps"):
         VideoService(ServiceSettings(data_dir=tmp_path, engine=EngineConfig(hsa=HSAConfig(compute=0.01))))
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"ulysses": 3}, "ulysses 3 on 2 rank.* cfg x ring x ulysses may be 2 x 1 x 1, 1 x 1 x 2, 1 x 2 x 1"),
+        ({"cfg": 2, "ring": 2}, "cfg 2 x ring 2 on 2 rank"),
+        ({"windows": 3}, "windows must divide"),
+    ],
+)
+def test_a_service_with_degrees_that_its_ranks_cannot_have_does_not_start(tmp_path, asked, says):
+    with pytest.raises(ConfigError, match=says):
+        VideoService(ServiceSettings(data_dir=tmp_path, ranks=2, degrees=asked))
+    check_degrees(ServiceSettings(data_dir=tmp_path, ranks=4, degrees={"cfg": 2, "kernel": "auto"}), FACTS)
 
 
 def test_a_video_whose_results_cannot_be_written_is_kept(tmp_path, monkeypatch, caplog):

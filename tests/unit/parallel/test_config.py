@@ -37,7 +37,7 @@ def test_sizes_and_weights():
     [
         (dict(ulysses=8), r"ulysses=8 with 12 attention heads.*one of 1, 2, 3, 4, 6, 12; ring takes any"),
         (dict(cfg=4, ulysses=2), r"cfg=4 with 2 guidance branch\(es\).*one of 1, 2\."),
-        (dict(ulysses=4), r"makes 4 rank\(s\) of a job of 8.*one of 2 x 1 x 4, 2 x 2 x 2, 2 x 4 x 1, 1 x 2 x 4, 1 x 4"),
+        (dict(ulysses=4), r"makes 4 rank\(s\) of a job of 8.*may be 2 x 1 x 4, 2 x 2 x 2, 2 x 4 x 1, 1 x 2 x 4, 1 x 4"),
     ],
 )
 def test_wrong_degrees_are_refused_with_the_valid_ones(settings, message):
