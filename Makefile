@@ -10,15 +10,18 @@ THREADS   := OMP_NUM_THREADS=1
 # Two workers, as many as small machines have cores; a file's tests share what is slow to start.
 PYTEST    := $(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
+TESTS     := tests/workers tests/e2e tests/service tests/cluster tests/distributed tests/gpu tests/unit
+
 DEMO      := --prompt "a red disc moves right" --seed 3 --compute 0.5 --scale 5 --overwrite
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve-demo test check format clean
+.PHONY: help install demo serve-demo test test-slow check format clean
 
 help:
 	@echo "make demo        make a video of the demo model against a dense run, a report, and a heat map of single tokens, in out/"
 	@echo "make serve-demo  serve the demo model at http://127.0.0.1:8000/, with a web page; jobs and videos in out/service"
-	@echo "make test        run the whole test suite"
+	@echo "make test        run the test suite, without what is slow"
+	@echo "make test-slow   run the slow tests: on Ray clusters, and a few long ones"
 	@echo "make check       lint, formatting, types, import rules"
 	@echo "make install     only set up $(VENV)"
 	@echo "make format      format the code"
@@ -61,7 +64,10 @@ serve-demo: $(VENV)/.serve
 
 test: $(VENV)/.dev
 	@# First what starts processes and waits for them, so that the many short tests fill the end.
-	@$(PYTEST) --no-loadscope-reorder tests/workers tests/e2e tests/service tests/cluster tests/distributed tests/gpu tests/unit
+	@$(PYTEST) -m "not slow" --no-loadscope-reorder $(TESTS)
+
+test-slow: $(VENV)/.dev
+	@$(PYTEST) -m slow --no-loadscope-reorder $(TESTS)
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff check .

@@ -28,6 +28,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     gc.disable()
     config.addinivalue_line("markers", "feature(name): a row of the table of docs/models.md; needs a parameter family")
+    config.addinivalue_line("markers", "slow: on a Ray cluster, or long; `make test` leaves it to `make test-slow`")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -12,6 +12,7 @@ import forked
 from waiting import until
 
 pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+pytestmark = pytest.mark.slow
 
 RAY = Path(sys.executable).with_name("ray")
 GENERATE = (sys.executable, "-m", "heterostep", "generate", "--prompt", "a red disc moves right", "--frames", "5")

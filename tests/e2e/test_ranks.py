@@ -161,6 +161,7 @@ def test_a_rank_of_this_machine_is_replaced(tmp_path, request, layout, number, r
     assert steps_done(tmp_path) == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_rank_on_ray_is_replaced(ulysses, tmp_path):
     pytest.importorskip("ray", reason="the extra 'ray' is not installed")
     # A frozen one, on Ray: tests/workers/test_group.py.

@@ -17,6 +17,7 @@ from serving import PROMPT, STEPS
 from waiting import until
 
 pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+pytestmark = pytest.mark.slow
 
 
 class Deployment:

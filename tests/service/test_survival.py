@@ -90,6 +90,7 @@ def test_a_rank_is_replaced_and_the_video_has_the_bits_of_an_unbroken_one(start,
     assert videos[0] == videos[1] and server.video(whole)["faults"] == []
 
 
+@pytest.mark.slow
 def test_a_dead_worker_is_replaced_and_its_job_made(start):
     server = start(popen=subprocess.Popen).healthy()  # whose next worker takes its time
     id = server.create(**LONG)
@@ -105,6 +106,7 @@ def test_a_dead_worker_is_replaced_and_its_job_made(start):
     assert server.workers() != [worker] and server.http.get("/health").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_job_that_kills_its_worker_is_given_up(start):
     server = start().healthy()
     id = server.create(num_inference_steps=100, compute=1, num_frames=33)

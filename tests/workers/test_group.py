@@ -46,7 +46,7 @@ def cluster():
         yield
 
 
-@pytest.fixture(scope="module", params=["here", "ray"])
+@pytest.fixture(scope="module", params=["here", pytest.param("ray", marks=pytest.mark.slow)])
 def where(request):
     """Where the ranks are."""
     if request.param == "ray":

@@ -229,6 +229,7 @@ def seams_and_drift(engine, video):
     return change[seams].max() / np.delete(change, seams).max(), np.abs(last - first).max()
 
 
+@pytest.mark.slow
 def test_a_scene_that_stands_still_does_so_over_all_windows():
     """With the demo model's own weights; at the default 40 steps too (benchmarks/reports/long.md)."""
     engine = hs.Engine(hs.EngineConfig(model="demo", device="cpu"))

@@ -194,6 +194,7 @@ def test_cache_dit_is_left_out_where_it_cannot_run(pipe, monkeypatch):
     assert available("spectrum", pipe, said.append)
 
 
+@pytest.mark.slow
 def test_the_command_resumes_and_reports(tmp_path, monkeypatch):
     """Two guidance scales, UniPC, one clip: what was run is compared with more later, and not run again."""
     monkeypatch.setattr(harness, "ODE_STEPS", 3)

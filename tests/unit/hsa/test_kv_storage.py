@@ -74,6 +74,7 @@ def test_what_cannot_be_combined_is_refused():
 
 
 @pytest.mark.skipif(not (DEMO_MODEL / "model_index.json").is_file(), reason="no demo model in this checkout")
+@pytest.mark.slow
 def test_small_keys_cost_little_quality_and_half_of_the_memory():
     def run(**changes):
         hsa = HSAConfig(policy="tokens", **changes)

@@ -162,6 +162,7 @@ def test_a_model_that_starts_from_an_image(capsys, image_models, tmp_path):
     assert rows_of(tmp_path / "b")[0]["joint", 0.5]["clips"] == 1
 
 
+@pytest.mark.slow
 def test_on_two_ranks(capsys, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", forked.Popen)
     argv = ["--model", tiny_model, *SMALL, "--count", 1, "--computes", "0.5", "--output"]
