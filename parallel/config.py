@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -109,8 +109,8 @@ def check(config: ParallelConfig, *, world_size: int, num_heads: int, num_branch
         )
     if config.world_size != world_size:
         inside, rest = divmod(world_size, config.windows)
-        found = [] if rest else degrees(world_size=inside, num_heads=num_heads, num_branches=num_branches)
-        valid = ", ".join(f"{c} x {r} x {u}" for c, r, u in found)
+        found = () if rest else degrees(world_size=inside, num_heads=num_heads, num_branches=num_branches)
+        valid = listed_degrees(found)
         would_do = f"cfg x ring x ulysses may be {valid}" if valid else "windows must divide it"
         raise ConfigError(
             f"{config.product} makes {config.world_size} rank(s) of a job of {world_size}: the product must be equal "
@@ -118,12 +118,25 @@ def check(config: ParallelConfig, *, world_size: int, num_heads: int, num_branch
         )
 
 
-def degrees(*, world_size: int, num_heads: int, num_branches: int) -> Iterator[tuple[int, int, int]]:
-    """Yield every valid (cfg, ring, ulysses) for a job, the largest cfg and then the largest ulysses first."""
+def degrees(
+    *, world_size: int, num_heads: int, num_branches: int, asked: Mapping[str, int] | None = None
+) -> Iterator[tuple[int, int, int]]:
+    """Yield every valid (cfg, ring, ulysses) for a job that has those `asked` for, by the names of their axes.
+
+    The largest cfg and then the largest ulysses come first.
+    """
+    wanted = [(asked or {}).get(axis) for axis in ("cfg", "ring", "ulysses")]
     for cfg in reversed(divisors(math.gcd(world_size, num_branches))):
         ranks = world_size // cfg
         for ulysses in reversed(divisors(math.gcd(ranks, num_heads))):
-            yield cfg, ranks // ulysses, ulysses
+            found = (cfg, ranks // ulysses, ulysses)
+            if all(degree in (None, own) for degree, own in zip(wanted, found, strict=True)):
+                yield found
+
+
+def listed_degrees(found: Iterable[tuple[int, int, int]]) -> str:
+    """Degrees (cfg, ring, ulysses) in words; empty if there are none."""
+    return ", ".join(f"{c} x {r} x {u}" for c, r, u in found)
 
 
 def divisors(number: int) -> list[int]:

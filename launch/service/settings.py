@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from ...engine.facts import ModelFacts
 from ...engine.noise import SUFFIXES
 from ...engine.request import JobConfig
 from ...errors import ConfigError
-from ...parallel.config import degrees
+from ...parallel.config import degrees, listed_degrees
 from ...settings import check, like, setting
 
 # A request may ask for this many times the model's default of pixels, frames or steps, unless a setting says otherwise.
@@ -161,12 +162,11 @@ class Limits:
 
 def check_degrees(settings: ServiceSettings, facts: ModelFacts) -> None:
     """Refuse degrees that no video's ranks can have, with guidance or without; ConfigError."""
-    asked = {axis: settings.degrees[axis] for axis in ("cfg", "ring", "ulysses") if axis in settings.degrees}
     inside, rest = divmod(settings.ranks, settings.degrees.get("windows", 1))
-    valid = [] if rest else list(degrees(world_size=inside, num_heads=facts.shared_heads, num_branches=2))
-    if not any(all({"cfg": c, "ring": r, "ulysses": u}[axis] == n for axis, n in asked.items()) for c, r, u in valid):
+    valid = functools.partial(degrees, world_size=inside, num_heads=facts.shared_heads, num_branches=2)
+    if rest or not any(valid(asked=settings.degrees)):
         given = " x ".join(f"{axis} {degree}" for axis, degree in settings.degrees.items() if isinstance(degree, int))
-        may = ", ".join(f"{c} x {r} x {u}" for c, r, u in valid) or "none, as windows must divide their number"
+        may = "none, as windows must divide their number" if rest else listed_degrees(valid())
         raise ConfigError(f"{given} on {settings.ranks} rank(s) for each video: cfg x ring x ulysses may be {may}")
 
 

@@ -292,10 +292,9 @@ def _fitting(
         (windows, *inside)
         for windows in outer
         if size % windows == 0
-        for inside in degrees(world_size=size // windows, num_heads=num_heads, num_branches=num_branches)
+        for inside in degrees(world_size=size // windows, num_heads=num_heads, num_branches=num_branches, asked=axes)
     ]
-    given = [one for one in found if all(dict(zip(_AXES, one, strict=True))[axis] == n for axis, n in axes.items())]
-    return sorted(given, key=lambda one: math.gcd(*machines) % one[-1] > 0)
+    return sorted(found, key=lambda one: math.gcd(*machines) % one[-1] > 0)
 
 
 def _links(device: torch.device, ranks: int) -> Topology | None:
