@@ -231,11 +231,14 @@ def need_of(
         return None
     hsa = allocation(config, request) or HSAConfig(compute=1.0)
 
+    def parts(frames: int) -> dict[str, int]:
+        case = _case(sizes, hsa, request, frames, item_bytes, ranks, shard_weights)
+        return memory(case, ParallelConfig(ulysses=ranks))
+
     try:
-        whole = _parts(sizes, hsa, request, request.num_frames, item_bytes, ranks, shard_weights)
+        whole = parts(request.num_frames)
         # Of a long video one window is computed at a time.
-        frames = min(request.window or request.num_frames, request.num_frames)
-        window = _parts(sizes, hsa, request, frames, item_bytes, ranks, shard_weights)
+        window = parts(min(request.window or request.num_frames, request.num_frames))
     except ConfigError:  # a share that cannot be met is refused elsewhere, with reasons
         return None
     vae = sizes.vae_parameters * 4
@@ -255,20 +258,6 @@ def need_of(
         decode=max(decode, 0),
         reserve=RESERVE if device == "cuda" else 0,
     )
-
-
-def _parts(
-    sizes: Sizes,
-    hsa: HSAConfig,
-    request: ResolvedRequest,
-    frames: int,
-    item_bytes: int,
-    ranks: int,
-    shard_weights: bool,
-) -> dict[str, int]:
-    """Bytes by part, as the planner estimates them, of a video of so many frames."""
-    case = _case(sizes, hsa, request, frames, item_bytes, ranks, shard_weights)
-    return memory(case, ParallelConfig(ulysses=ranks))
 
 
 def expected_seconds(config: EngineConfig, request: ResolvedRequest, gpu: str, item_bytes: int) -> float | None:
