@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -26,6 +27,7 @@ from safetensors.torch import load_file
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
 import forked
 import machines
+from waiting import until
 
 EVERY, AT = 3, 20
 MAIN, OTHER = 0, 1
@@ -45,8 +47,6 @@ GENERATE = [
     "0.5", "--policy", "tokens", "--job-dir", "job", "--checkpoint-every", str(EVERY), "--latents", "l.safetensors",
     "--overwrite",
 ]  # fmt: skip
-RAY = str(pathlib.Path(sys.executable).with_name("ray"))
-PORT = 6379
 
 
 class Torch:
@@ -77,37 +77,18 @@ class OnRay:
     def __init__(self, bed: list[machines.Machine], steps: int) -> None:
         """Start the cluster, and the command when it is whole."""
         self._main = bed[MAIN]
-        os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
-        self._node(bed[MAIN])
-        self._wait_for_nodes(1)
-        self._node(bed[OTHER])
-        self._wait_for_nodes(2)
-        flags = ["--steps", str(steps), "--nproc", "2", "--ray-address", f"{self._main.address}:{PORT}"]
+        os.environ.update(machines.RAY_ENVIRONMENT)
+        for machine in bed:
+            log = machines.start_ray(machine, self._main)
+            until(functools.partial(machines.has_started, log), 60)
+        address = f"{self._main.address}:{machines.RAY_PORT}"
+        flags = ["--steps", str(steps), "--nproc", "2", "--ray-address", address]
         with self._main.entered(), open(self._main.folder / "log", "a") as log:
             self.running = [subprocess.Popen([*GENERATE, *flags], cwd=self._main.folder, stdout=log, stderr=log)]
 
     def again(self, machine: machines.Machine, which: int) -> None:
         """A machine is back: its node joins the cluster."""
-        self._node(machine)
-
-    def _node(self, machine: machines.Machine) -> None:
-        joins = ["--address", f"{self._main.address}:{PORT}"]
-        if machine is self._main:
-            joins = ["--head", "--port", str(PORT), "--include-dashboard", "false"]
-        # Paths of sockets are short.
-        place = ["--temp-dir", f"/tmp/{machine.name}", "--node-ip-address", machine.address]
-        size = ["--num-cpus", "1", "--object-store-memory", "100000000"]
-        with machine.entered(), open(machine.folder / "ray.log", "a") as log:
-            subprocess.Popen([RAY, "start", *joins, *place, *size, "--block"], stdout=log, stderr=log)
-
-    def _wait_for_nodes(self, count: int) -> None:
-        code = f"import ray; ray.init('{self._main.address}:{PORT}'); print(len(ray.nodes()))"
-        with self._main.entered():
-            for _ in range(30):
-                done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-                if done.stdout.strip() == str(count):
-                    return
-        raise SystemExit(f"the Ray cluster has not {count} node(s): {done.stderr}")
+        machines.start_ray(machine, self._main)
 
 
 def lines_of(machine: machines.Machine) -> list[dict]:

@@ -18,6 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PREFIX = "heterostep"
+RAY_PORT = 6379
+RAY_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+"""Of nodes of a Ray cluster, and of commands that use it."""
 INTERFACE = "eth0"
 _NETWORK = "10.77.0"
 _KINDS = {"net": 0x40000000, "uts": 0x04000000}
@@ -160,6 +163,26 @@ def running(count: int, folder: Path, rate: str | None = None, delay: str | None
             machine.unplug()
         if Path("/run/netns", switch).exists():
             _ip("netns", "del", switch)
+
+
+def start_ray(machine: Machine, head: Machine) -> Path:
+    """Start a node, with one CPU, of the Ray cluster that has its head on a machine; returns the node's log."""
+    joins = ["--address", f"{head.address}:{RAY_PORT}"]
+    if machine is head:
+        joins = ["--head", "--port", str(RAY_PORT), "--include-dashboard", "false"]
+    # Paths of sockets are short.
+    place = ["--temp-dir", f"/tmp/{machine.name}", "--node-ip-address", machine.address]
+    size = ["--num-cpus", "1", "--object-store-memory", "100000000"]
+    command = [Path(sys.executable).with_name("ray"), "start", *joins, *place, *size, "--block"]
+    log = machine.folder / "ray.log"
+    with machine.entered(), open(log, "a") as out:
+        subprocess.Popen(command, env=os.environ | RAY_ENVIRONMENT, stdout=out, stderr=out)
+    return log
+
+
+def has_started(log: Path) -> bool:
+    """Whether the node of Ray that writes this log has joined its cluster."""
+    return "Ray runtime started" in log.read_text()
 
 
 def why_not() -> str | None:
