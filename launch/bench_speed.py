@@ -241,7 +241,7 @@ def new_result(
     seeds = list(dict.fromkeys(request.seed for request in requests))
     device = device_name(pick_device(command.engine.device))
     if device.startswith("cpu"):
-        device = f"{results.environment()['device']} ({device})"
+        device = f"{results.processor()} ({device})"
     return results.new(verb, said, asked, warmup=warmup, seeds=seeds, device=device)
 
 

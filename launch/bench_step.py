@@ -110,6 +110,6 @@ def _ready(device: str, nproc: int, shape: str | None) -> str:
 def _result(
     verb: str, said: Sequence[str], settings: StepSettings | CalibrateSettings, device: str, warmup: str
 ) -> dict[str, Any]:
-    name = results.environment()["device"] if device == "cpu" else device_name(torch.device(device))
+    name = results.processor() if device == "cpu" else device_name(torch.device(device))
     name = f"{name} ({torch.get_num_threads()} threads)" if device == "cpu" else name
     return results.new(verb, said, dataclasses.asdict(settings), warmup=warmup, seeds=[0], device=name)

@@ -175,16 +175,7 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     purpose = "compare videos at a share of the work with the dense ones of the same prompts"
     quality = _add_command(kinds, "quality", purpose, BENCH)
     add_flags(quality.add_argument_group("what to measure"), QualitySettings)
-    what = quality.add_argument_group("what all videos have in common")
-    add_flags(what, GenerateRequest, leave_out=["prompt"])
-    _add_size(what, "width and height in pixels, such as 832x480")
-    how = quality.add_argument_group("how to compute them")
-    add_flags(how, EngineConfig, leave_out=["shard_weights"])
-    add_flags(how, HSAConfig, leave_out=["policy", "compute", "quality"])
-    ranks = quality.add_argument_group("on how many ranks")
-    add_flags(ranks, Ranks, leave_out=["nnodes", "master", "min_nnodes", "cluster_key_file", "ray", "ray_address"])
-    add_flags(ranks, ParallelConfig, defaults=False)
-    add_flags(ranks, EngineConfig, only=["shard_weights"])
+    _add_videos(quality, without=["policy", "compute", "quality"], ranks=["nproc"])
     quality.set_defaults(run=_bench)
     serving = _add_command(kinds, "serving", "put load on a running service of OpenAI's video API", LOAD)
     add_flags(serving, LoadSettings)
@@ -213,17 +204,23 @@ _MODEL_VERBS: tuple[tuple[str, str, type], ...] = (
 def _add_video_verb(command: _Parser, verb: str, settings: type) -> None:
     add_flags(command.add_argument_group("what to measure"), settings)
     add_flags(command.add_argument_group("what to write"), ResultFiles)
+    without = [] if verb == "recovery" else ["compute", "quality"]
+    _add_videos(command, without, ranks={"scaling": [], "recovery": ["nproc", "ray"]}.get(verb, ["nproc"]))
+    command.set_defaults(run=_bench_videos, verb=verb, settings=settings)
+
+
+def _add_videos(command: _Parser, without: Sequence[str], ranks: Sequence[str]) -> None:
+    """Flags of what a benchmark's videos have in common: `without` these of `HSAConfig`, and these of `Ranks` alone."""
     what = command.add_argument_group("what all videos have in common")
     add_flags(what, GenerateRequest, leave_out=["prompt"])
     _add_size(what, "width and height in pixels, such as 832x480")
     how = command.add_argument_group("how to compute them")
     add_flags(how, EngineConfig, leave_out=["shard_weights"])
-    add_flags(how, HSAConfig, leave_out=[] if verb == "recovery" else ["compute", "quality"])
-    ranks = command.add_argument_group("on how many ranks")
-    add_flags(ranks, Ranks, only={"scaling": [], "recovery": ["nproc", "ray"]}.get(verb, ["nproc"]))
-    add_flags(ranks, ParallelConfig, defaults=False)
-    add_flags(ranks, EngineConfig, only=["shard_weights"])
-    command.set_defaults(run=_bench_videos, verb=verb, settings=settings)
+    add_flags(how, HSAConfig, leave_out=without)
+    several = command.add_argument_group("on how many ranks")
+    add_flags(several, Ranks, only=ranks)
+    add_flags(several, ParallelConfig, defaults=False)
+    add_flags(several, EngineConfig, only=["shard_weights"])
 
 
 def _generate(arguments: argparse.Namespace) -> int:

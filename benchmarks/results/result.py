@@ -37,7 +37,7 @@ def environment(device: str | None = None) -> dict[str, Any]:
         "git": _git_revision(),
         "python": platform.python_version(),
         "versions": {name: number for name in PACKAGES if (number := _version(name)) is not None},
-        "device": device or f"CPU, {_processor()}",
+        "device": device or processor(),
         "machine": platform.machine(),
         "processors": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -307,11 +307,11 @@ def _git_revision() -> str | None:
     return commit + ("+" if state else "")
 
 
-def _processor() -> str:
-    """Name of the processor."""
+def processor() -> str:
+    """This machine's processor in words."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
+        return f"CPU, {platform.processor() or platform.machine()}"
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
+    return f"CPU, {named[0] if named else platform.machine()}"

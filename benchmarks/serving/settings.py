@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ConfigError
-from ...settings import check, setting
+from ...settings import check, like, setting
+from ..speed.settings import ResultFiles
 
 DATASETS = ("random", "manifest", "vbench")
 SHAPE = ("width", "height", "num_frames", "fps", "num_inference_steps")
@@ -74,12 +75,10 @@ class LoadSettings:
     download: bool = setting(False, help="fetch each video; its latency includes that")
     timeout: float = setting(3600.0, above=0, unit="seconds", help="after which a request has failed")
     poll_interval: float = setting(0.5, above=0, unit="seconds", help="between two questions for a video's state")
-    output_file: str | None = setting(
-        None, metavar="FILE", help="JSON file of the result; a Markdown file is written beside it"
+    output_file: str | None = like(
+        ResultFiles, "output_file", help="JSON file of the result; a Markdown file is written beside it"
     )
-    compare: str | None = setting(
-        None, metavar="OLD.json", help="an older result: what changed beyond the noise is said"
-    )
+    compare: str | None = like(ResultFiles, "compare")
 
     def __post_init__(self) -> None:
         check(self)

@@ -15,13 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKLWan
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from ...engine.devices import ELEMENTWISE_BYTES, Device
 from ...engine.memory import host_bytes
-from ...errors import HeterostepError
 from .settings import CalibrateSettings, StepSettings
-from .step import SHAPES, Shape, StepBench, clock_for
+from .step import SHAPES, Shape, StepBench, clock_for, meet, on_ranks
 
 PARTIAL = 0.25
 FEW_TOKENS = 16
@@ -126,12 +124,7 @@ def of_link(settings: CalibrateSettings, device: str) -> dict[str, float]:
         HeterostepError: a rank failed.
     """
     with tempfile.TemporaryDirectory(prefix="heterostep-link-") as folder:
-        try:
-            spawn(_rank, (settings, device, folder), settings.nproc)
-        except (ProcessExitedException, ProcessRaisedException) as error:
-            raise HeterostepError(
-                f"a rank of {settings.nproc} failed: {str(error).strip().splitlines()[-1]}"
-            ) from error
+        on_ranks(_rank, (settings, device, folder), settings.nproc)
         found: dict[str, float] = json.loads((Path(folder) / "link.json").read_text())
         return found
 
@@ -139,11 +132,7 @@ def of_link(settings: CalibrateSettings, device: str) -> dict[str, float]:
 def _rank(rank: int, settings: CalibrateSettings, device: str, folder: str) -> None:
     """Life of one rank."""
     torch.set_num_threads(1)
-    if device != "cpu":
-        device = f"cuda:{rank}"
-        torch.cuda.set_device(device)
-    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=settings.nproc)
+    device = meet(rank, settings.nproc, device, folder)
 
     def seconds(count: int) -> float:
         rows: Any = torch.zeros(count, device=device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ConfigError
-from ...settings import check, setting
+from ...settings import check, like, setting
 
 SHAPES = ("small", "wan-1.3b", "wan-14b")
 
@@ -53,8 +53,23 @@ class ResultFiles:
         check(self)
 
 
+class _AtShares:
+    """Settings with a list of computes."""
+
+    computes: str
+
+    def __post_init__(self) -> None:
+        check(self)
+        _ = self.shares
+
+    @property
+    def shares(self) -> list[float]:
+        """The computes, as numbers."""
+        return shares_of("computes", self.computes)
+
+
 @dataclass(frozen=True, kw_only=True)
-class OfflineSettings:
+class OfflineSettings(_AtShares):
     """What `bench offline` and `bench single-stream` measure.
 
     Raises:
@@ -78,18 +93,9 @@ class OfflineSettings:
         None, metavar="DIR", help="folder for the videos, named as VBench wants them; writing is not timed"
     )
 
-    def __post_init__(self) -> None:
-        check(self)
-        _ = self.shares
-
-    @property
-    def shares(self) -> list[float]:
-        """The computes, as numbers."""
-        return shares_of("computes", self.computes)
-
 
 @dataclass(frozen=True, kw_only=True)
-class ScalingSettings:
+class ScalingSettings(_AtShares):
     """What `bench scaling` measures.
 
     Raises:
@@ -97,21 +103,12 @@ class ScalingSettings:
     """
 
     gpus: int = setting(2, least=1, help="GPUs, or processes of a CPU, to divide")
-    computes: str = setting("1,0.5", metavar="C,C", help="shares of the dense work to measure")
+    computes: str = like(OfflineSettings, "computes", default="1,0.5")
     videos: int = setting(3, least=1, help="videos that each replica makes at each share")
     gpu: str | None = setting(
         None, metavar="TYPE", help="h100, h200, cpu or a file, as for plan, whose estimate then stands beside"
     )
-    warmup_videos: int = setting(1, least=0, metavar="N", help="videos that each replica makes before, at each share")
-
-    def __post_init__(self) -> None:
-        check(self)
-        _ = self.shares
-
-    @property
-    def shares(self) -> list[float]:
-        """The computes, as numbers."""
-        return shares_of("computes", self.computes)
+    warmup_videos: int = like(OfflineSettings, "warmup_videos")
 
     @property
     def layouts(self) -> list[tuple[int, int]]:
@@ -180,7 +177,7 @@ class CalibrateSettings:
         ConfigError: a value is not one of these.
     """
 
-    shape: str = setting("small", choices=SHAPES, metavar="S", help="sizes of the random model to measure with")
+    shape: str = like(StepSettings, "shape", help="sizes of the random model to measure with")
     rounds: int = setting(5, least=1, help="repetitions of each measurement")
     nproc: int = setting(1, least=1, metavar="P", help="ranks on this machine between which the link is measured")
     like: str | None = setting(

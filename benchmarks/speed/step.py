@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from torch.profiler import ProfilerActivity, profile
 
 from ...engine.denoise.session import apply, remove
-from ...engine.media.files import replacing
+from ...engine.media.files import write_json
 from ...errors import HeterostepError
 from ...hsa.config import HSAConfig, Schedule
 from ...hsa.planner import StepPlanner
@@ -347,31 +347,39 @@ def measure(settings: StepSettings, device: str, keep: Callable[[list[dict[str, 
     with tempfile.TemporaryDirectory(prefix="heterostep-step-") as folder:
         file = Path(folder) / "rows.json"
         try:
-            spawn(_rank, (settings, device, folder), settings.nproc)
-        except (ProcessExitedException, ProcessRaisedException) as error:
-            raise HeterostepError(
-                f"a rank of {settings.nproc} failed: {str(error).strip().splitlines()[-1]}"
-            ) from error
+            on_ranks(_rank, (settings, device, folder), settings.nproc)
         finally:
             if file.exists():
-                keep(json.loads(file.read_text()))
+                keep(json.loads(file.read_text())["rows"])
+
+
+def on_ranks(work: Callable[..., None], arguments: tuple[Any, ...], count: int) -> None:
+    """Call `work(rank, *arguments)` in so many processes of this machine, until all have ended.
+
+    Raises:
+        HeterostepError: a rank failed.
+    """
+    try:
+        spawn(work, arguments, count)
+    except (ProcessExitedException, ProcessRaisedException) as error:
+        raise HeterostepError(f"a rank of {count} failed: {str(error).strip().splitlines()[-1]}") from error
+
+
+def meet(rank: int, count: int, device: str, folder: str) -> str:
+    """Join the process group of the ranks that `on_ranks` started, by a file in `folder`; the rank's own device."""
+    if device != "cpu":
+        device = f"cuda:{rank}"
+        torch.cuda.set_device(device)
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=count)
+    return device
 
 
 def _rank(rank: int, settings: StepSettings, device: str, folder: str) -> None:
     """Life of one rank."""
     torch.set_num_threads(max(1, torch.get_num_threads() // settings.nproc))
-    if device != "cpu":
-        device = f"cuda:{rank}"
-        torch.cuda.set_device(device)
-    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=settings.nproc)
+    device = meet(rank, settings.nproc, device, folder)
     bench, file = StepBench(settings, device, settings.nproc), Path(folder) / "rows.json"
     with contextlib.suppress(KeyboardInterrupt):
-        bench.run(lambda: None if rank else write_json_list(file, bench.rows()))
+        bench.run(lambda: None if rank else write_json(file, {"rows": bench.rows()}))
     dist.destroy_process_group()
-
-
-def write_json_list(path: Path, content: list[Any]) -> None:
-    """Write a file that is whole or as before."""
-    with replacing(path) as torn:
-        torn.write_text(json.dumps(content), encoding="utf-8")
